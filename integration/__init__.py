@@ -1,0 +1,1 @@
+"""SGLang integration: the only package that imports sglang."""

@@ -1,0 +1,1 @@
+"""Launch tables measured on named devices (package data)."""

@@ -1,0 +1,192 @@
+"""``use_batched_dp_moe``: the one predicate behind the budgets and the runtime layout.
+
+A *batched* all-to-all backend hands the experts ``[local_experts, ranks * T, hidden]`` with a
+live count per expert, from a buffer sized once for at most ``T`` tokens per rank. Whether an
+instance runs that way is asked here, once, from arguments and model config alone; budgets and
+runtime layout both read the same :class:`Capability`, so they cannot disagree.
+
+Stdlib only: importing this must not import torch or sglang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import entry_points
+
+from .errors import ConfigError, explain
+from .limits import Limits
+from .registry import Registry
+
+ENTRY_POINT_GROUP = "moe_plugin.backends"
+
+
+class Mode(Enum):
+    """Forward modes that an all-to-all backend tells apart.
+
+    EXTEND: prefill, chunked prefill, mixed chunks, draft extend.
+    DECODE: decode, target verify and draft decode, which share the bounded row count.
+    """
+
+    EXTEND = "extend"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapabilityFacts:
+    """All that the predicate may look at. Same on every rank and node by construction.
+
+    Attributes:
+        a2a_backend: the resolved ``--moe-a2a-backend``.
+        deepep_mode: the resolved ``--deepep-mode`` (``auto``, ``normal``, ``low_latency``).
+        disaggregation_mode: ``null``, ``prefill`` or ``decode``.
+        has_routed_moe: the target model has a routed MoE layer.
+        draft_has_routed_moe: the draft model has one.
+        draft_a2a_backend: the draft's all-to-all backend; None follows the target's.
+    """
+
+    a2a_backend: str
+    deepep_mode: str = "auto"
+    disaggregation_mode: str = "null"
+    has_routed_moe: bool = True
+    draft_has_routed_moe: bool = False
+    draft_a2a_backend: str | None = None
+
+    def instance_modes(self) -> frozenset[Mode]:
+        """Forward modes that this instance runs, given its disaggregation role."""
+        if self.disaggregation_mode == "prefill":
+            return frozenset({Mode.EXTEND})
+        # A decode-only instance still extends: its warm-up, and requests it must recompute.
+        return frozenset(Mode)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchedBackend:
+    """One registered batched all-to-all backend.
+
+    Attributes:
+        name: the host's name for it (``--moe-a2a-backend NAME``).
+        batched_modes: predicate; which of the instance's modes resolve to the batched layout.
+        limits: what it can carry.
+        explicit_flag: the flag that selects it explicitly, for messages.
+    """
+
+    name: str
+    batched_modes: Callable[[CapabilityFacts], frozenset[Mode]]
+    limits: Limits
+    explicit_flag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """The answer: never a bare bool.
+
+    Attributes:
+        ok: the instance runs batched data-parallel MoE.
+        reason: why, or why not, in one sentence.
+        modes: forward modes whose rows are bounded; empty iff not ok.
+        backend: the backend that answered, or "".
+    """
+
+    ok: bool
+    reason: str
+    modes: frozenset[Mode] = frozenset()
+    backend: str = ""
+
+
+_BACKENDS: Registry[BatchedBackend] = Registry("batched-DP MoE backend")
+_discovered = False
+
+
+def register_backend(backend: BatchedBackend) -> BatchedBackend:
+    """Register a backend globally, under ``backend.name``; returns it.
+
+    Raises:
+        ConfigError: the name is taken by another backend.
+    """
+    return _BACKENDS.register(backend.name, backend)
+
+
+def unregister_backend(name: str) -> BatchedBackend:
+    """Remove a backend (tests, embedders); unknown names raise :class:`ConfigError`."""
+    return _BACKENDS.unregister(name)
+
+
+def get_backend(name: str) -> BatchedBackend:
+    """The backend called ``name``; unknown names raise, listing what exists."""
+    _discover()
+    return _BACKENDS.get(name)
+
+
+def backend_names() -> list[str]:
+    """Names of all registered backends, built-in and third-party."""
+    _discover()
+    return _BACKENDS.names()
+
+
+def use_batched_dp_moe(facts: CapabilityFacts) -> Capability:
+    """Whether this instance runs batched data-parallel MoE, why, and in which modes.
+
+    True iff the model or its draft has a routed MoE layer, the resolved all-to-all backend is
+    registered, and at least one forward mode of this instance resolves to the batched layout.
+    It asks for neither DP > 1 nor EP > 1: one rank alone already dies at T + 1 tokens.
+    """
+    _discover()
+    draft_backend = facts.draft_a2a_backend or facts.a2a_backend
+    users = []
+    if facts.has_routed_moe:
+        users.append(("the model", facts.a2a_backend))
+    if facts.draft_has_routed_moe:
+        users.append(("the draft model", draft_backend))
+    if not users:
+        return Capability(False, "neither the model nor its draft has a routed MoE layer")
+    for who, name in users:
+        if name in _BACKENDS:
+            return _answer(facts, who, _BACKENDS.get(name))
+    names = ", ".join(sorted({name for _, name in users}))
+    return Capability(
+        False, f"all-to-all backend {names} is not batched (registered: {_BACKENDS.names()})"
+    )
+
+
+def _answer(facts: CapabilityFacts, who: str, backend: BatchedBackend) -> Capability:
+    modes = backend.batched_modes(facts) & facts.instance_modes()
+    if not modes:
+        return Capability(
+            False,
+            f"{backend.name} runs no forward mode of this instance in its batched layout "
+            f"(deepep_mode={facts.deepep_mode}, disaggregation_mode={facts.disaggregation_mode})",
+            backend=backend.name,
+        )
+    listed = " and ".join(sorted(mode.value for mode in modes))
+    return Capability(
+        True, f"{who} has routed MoE layers and {backend.name} batches {listed}", modes,
+        backend.name,
+    )  # fmt: skip
+
+
+def _discover() -> None:
+    """Load third-party backends once, from the ``moe_plugin.backends`` entry points.
+
+    An entry point is a :class:`BatchedBackend` or a callable without arguments returning one.
+    """
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True
+    from . import deepep_limits  # noqa: F401  registers the built-in backend
+
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        loaded = entry.load()
+        backend = loaded() if not isinstance(loaded, BatchedBackend) else loaded
+        if not isinstance(backend, BatchedBackend):
+            raise ConfigError(
+                explain(
+                    f"entry point {entry.name!r} of group {ENTRY_POINT_GROUP!r}",
+                    got=f"{type(backend).__name__} from {entry.value}",
+                    allowed="a BatchedBackend, or a callable returning one",
+                    fix="correct or uninstall that distribution",
+                )
+            )
+        register_backend(backend)

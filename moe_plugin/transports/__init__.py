@@ -1,0 +1,1 @@
+"""Transports: who moves tokens between ranks, behind one small protocol."""
