@@ -1,0 +1,81 @@
+"""The batched-expert layer in plain torch: the definition that the kernels are tested against.
+
+Needs no triton, runs on CPU and GPU, and is short enough to read in one go.
+"""
+
+import torch
+from torch.nn.functional import pad, silu
+
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
+SCALE_BLOCK = 128  # weights carry one scale per 128x128 block, activations one per 128 channels
+MIN_AMAX = 1e-10  # keeps the scale of an all-zero group finite and non-zero
+
+
+def quantise_groups_torch(
+    x: torch.Tensor, group: int = SCALE_BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round [..., K] to float8_e4m3fn with one float32 scale per `group` channels (ragged tail)."""
+    width = x.shape[-1]
+    groups = -(-width // group)
+    grouped = pad(x.float(), (0, groups * group - width)).unflatten(-1, (groups, group))
+    scale = grouped.abs().amax(-1).clamp_min(MIN_AMAX) / FP8_MAX
+    q = (grouped / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
+    return q.flatten(-2)[..., :width].to(torch.float8_e4m3fn), scale
+
+
+def dequantise_groups_torch(
+    q: torch.Tensor, scale: torch.Tensor, group: int = SCALE_BLOCK
+) -> torch.Tensor:
+    """Inverse of `quantise_groups_torch`, in float32."""
+    return q.float() * scale.repeat_interleave(group, -1)[..., : q.shape[-1]]
+
+
+def dequantise_blocks_torch(
+    q: torch.Tensor, scale: torch.Tensor, block: int = SCALE_BLOCK
+) -> torch.Tensor:
+    """Expand one float32 scale per `block` x `block` tile of [..., N, K], in float32."""
+    rows = scale.repeat_interleave(block, -2)[..., : q.shape[-2], :]
+    return q.float() * rows.repeat_interleave(block, -1)[..., : q.shape[-1]]
+
+
+def batched_experts_torch(
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """SwiGLU experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
+
+    bf16, fp32, or float8_e4m3fn with scales; products accumulate in float32 and the activation is
+    rounded to the input's precision between the two GEMMs. Rows past the count may hold NaN: they
+    reach no result and are not changed in `out`. `expected_m` has no effect here.
+    """
+    del expected_m
+    experts, capacity, hidden = hidden_states.shape
+    inter = w2.shape[-1]
+    fp8 = hidden_states_scale is not None
+    dtype = torch.bfloat16 if fp8 else hidden_states.dtype
+    if out is None:
+        out = hidden_states.new_empty((experts, capacity, hidden), dtype=dtype)
+    # Where counts are host memory the capacity need not be paid; on a GPU that would synchronise.
+    rows = capacity if masked_m.is_cuda else int(masked_m.max())
+    for e in range(experts):
+        live = (torch.arange(rows, device=masked_m.device) < masked_m[e]).unsqueeze(-1)
+        x, gate_up, down = hidden_states[e, :rows], w13[e], w2[e]
+        if fp8:
+            x = dequantise_groups_torch(x, hidden_states_scale[e, :rows])
+            gate_up = dequantise_blocks_torch(gate_up, w13_scale[e])
+            down = dequantise_blocks_torch(down, w2_scale[e])
+        x = torch.where(live, x.float(), 0.0)
+        both = x @ gate_up.float().T
+        act = silu(both[:, :inter]) * both[:, inter:]
+        act = dequantise_groups_torch(*quantise_groups_torch(act)) if fp8 else act.to(dtype).float()
+        y = (act @ down.float().T).to(dtype)
+        out[e, :rows] = torch.where(live, y, out[e, :rows])
+    return out
