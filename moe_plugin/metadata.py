@@ -1,0 +1,37 @@
+"""Data-parallel metadata: how many tokens each all-to-all rank dispatches in this forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DPMetadata:
+    """Tokens per all-to-all rank in one forward; the same on every rank.
+
+    Attributes:
+        sp_local_sizes: one entry per rank: the tokens that it dispatches after its data-parallel
+            group's tokens were scattered over attention TP (sequence parallel).
+    """
+
+    sp_local_sizes: tuple[int, ...]
+
+    @classmethod
+    def from_global_num_tokens(
+        cls, global_num_tokens: Sequence[int], attn_tp_size: int
+    ) -> DPMetadata:
+        """From the host's tokens per attention-DP group (``global_num_tokens_cpu``)."""
+        sizes: list[int] = []
+        for tokens in global_num_tokens:
+            sizes += [-(-int(tokens) // attn_tp_size)] * attn_tp_size
+        return cls(tuple(sizes))
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest dispatch of any rank: what must not exceed T."""
+        return max(self.sp_local_sizes, default=0)
+
+    def expected_rows(self, top_k: int, num_experts: int) -> int:
+        """Mean live rows per expert, at least 1: for the choice of tiles, never correctness."""
+        return max(1, -(-sum(self.sp_local_sizes) * top_k // num_experts))
