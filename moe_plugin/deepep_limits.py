@@ -5,7 +5,12 @@ from __future__ import annotations
 from .capability import BatchedBackend, CapabilityFacts, Mode, register_backend
 from .limits import Limits
 
+CAPACITY_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 HIDDEN_SIZES = frozenset({2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192})
+"""Kernel instances in sgl-deep-ep 0.1.2.post1. DeepEP's main branch lacks 3584."""
+
+NVSHMEM_GRANULE = 512 << 20
+"""DeepEP sets ``NVSHMEM_CUMEM_GRANULARITY=2**29``: the heap grows in steps of 512 MiB."""
 
 
 def low_latency_rdma_bytes(max_tokens: int, hidden: int, ranks: int, experts: int) -> int:
@@ -33,19 +38,67 @@ def _batched_modes(facts: CapabilityFacts) -> frozenset[Mode]:
     return frozenset()
 
 
+def low_latency_qp_depth(max_tokens: int) -> int:
+    """Smallest ``NVSHMEM_QP_DEPTH`` that DeepEP accepts for ``max_tokens`` tokens per rank."""
+    return 2 * (max_tokens + 1)
+
+
+def device_bytes(rdma_bytes: int) -> int:
+    """Bytes of device memory that a buffer of ``rdma_bytes`` takes: whole heap granules."""
+    return -(-rdma_bytes // NVSHMEM_GRANULE) * NVSHMEM_GRANULE
+
+
+DEEPEP_LIMITS = Limits(
+    name="DeepEP low latency",
+    max_tokens=1024,
+    capacity_variable=CAPACITY_VARIABLE,
+    hidden_sizes=HIDDEN_SIZES,
+    max_top_k=16,
+    min_experts=2,
+    max_buffer_bytes=16 * (2**31 - 1),
+    buffer_bytes=low_latency_rdma_bytes,
+    device_bytes=device_bytes,
+    dtypes=frozenset({"bfloat16"}),
+    max_free_ranks=7,
+    rank_multiple=8,
+    row_multiple=4,
+    qp_depth=low_latency_qp_depth,
+    default_qp_depth=1024,
+    sources=(
+        ("max_tokens", "FINISHED_SUM_TAG = 1024 (internode_ll.cu); host deepep.py:409"),
+        ("hidden_sizes", "kernel names in the sgl-deep-ep 0.1.2.post1 binary"),
+        ("max_top_k", "constants in the sgl-deep-ep 0.1.2.post1 binary"),
+        ("min_experts", "at least two expert groups (internode_ll.cu)"),
+        ("max_buffer_bytes", "num_rdma_bytes / 16 < 2**31 - 1 (buffer.hpp)"),
+        ("buffer_bytes", "Buffer.get_low_latency_rdma_size_hint"),
+        ("dtypes", "x.scalar_type() == kBFloat16 (buffer.hpp)"),
+        ("ranks", "num_ranks < 8 or num_ranks % 8 == 0 (buffer.hpp constructor)"),
+        ("row_multiple", "(ranks * T) % 4 == 0, TMA (buffer.hpp)"),
+        ("qp_depth", "NVSHMEM_QP_DEPTH >= 2 * (T + 1) (legacy.py, every call)"),
+    ),
+)
+TORCH_LIMITS = Limits(
+    name="the torch transport",
+    max_tokens=1024,
+    capacity_variable=CAPACITY_VARIABLE,
+    dtypes=frozenset({"bfloat16", "float32"}),
+    sources=(
+        ("max_tokens", "assert in the host's DeepEP dispatcher, deepep.py:409"),
+        ("dtypes", "transports/torch_dist.py"),
+    ),
+)
+"""``torch.distributed`` behind the host's DeepEP dispatcher: development, tests, CPU."""
+
 DEEPEP = register_backend(
     BatchedBackend(
         name="deepep",
         batched_modes=_batched_modes,
         explicit_flag="--moe-a2a-backend deepep --deepep-mode low_latency",
-        limits=Limits(
-            max_tokens=1024,
-            capacity_variable="SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK",
-            hidden_sizes=HIDDEN_SIZES,
-            max_top_k=16,
-            max_buffer_bytes=32 << 30,
-            buffer_bytes=low_latency_rdma_bytes,
-            dtypes=frozenset({"bfloat16"}),
-        ),
+        limits=DEEPEP_LIMITS,
     )
 )
+
+
+def limits_of(backend: BatchedBackend, transport: str) -> Limits:
+    """Limits that bind: the backend's own, or the torch transport's in DeepEP's place."""
+    return TORCH_LIMITS if backend is DEEPEP and transport == "torch" else backend.limits

@@ -1,0 +1,208 @@
+"""Facts of a launch, read from the host's arguments: the only reader of ``ServerArgs`` we have."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from ..envs import TRANSPORT
+from ..facts import LaunchFacts, ModelFacts
+from .flags import requested
+from .speculation import draft_has_routed_moe, draft_width
+
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+_INTERMEDIATE = ("moe_intermediate_size", "moe_hidden_size", "intermediate_size")
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):  # per layer in a few models
+            value = max((item for item in value if isinstance(item, int)), default=None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
+
+
+def routed_experts(config: Any) -> int:
+    """Routed experts of one layer in a Hugging Face text config; 0 for a dense model."""
+    return _first(config, _EXPERTS)
+
+
+def model_facts(server_args: Any) -> ModelFacts:
+    """Facts of the target model, from the host's own ``ModelConfig``."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    model = model_config_of(server_args)
+    text = model.hf_text_config
+    experts = routed_experts(text)
+    top_k = _first(text, _TOP_K)
+    return ModelFacts(
+        architecture=(getattr(model.hf_config, "architectures", None) or [""])[0],
+        hidden_size=_first(text, ("routed_expert_hidden_size", "hidden_size")),
+        num_experts=experts,
+        top_k=top_k,
+        moe_intermediate_size=_first(text, _INTERMEDIATE),
+        context_length=int(getattr(model, "context_len", 0) or 0),
+        dtype=str(model.dtype).removeprefix("torch."),
+        weight_format=weight_format(server_args, model),
+        hidden_act=str(getattr(text, "hidden_act", None) or "silu"),
+        has_routed_moe=experts > 1 and top_k > 0,
+    )
+
+
+def weight_format(server_args: Any, model: Any) -> str:
+    """``unquantized`` or the name of the quantization, refined where runners tell kinds apart."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    name = resolved_view(server_args).quantization or getattr(model, "quantization", None)
+    config = getattr(model.hf_config, "quantization_config", None) or getattr(
+        model.hf_text_config, "quantization_config", None
+    )
+    config = config if isinstance(config, dict) else {}
+    name = name or config.get("quant_method")
+    if not name:
+        return "unquantized"
+    if name == "fp8":
+        return "fp8_block" if config.get("weight_block_size") else "fp8_tensor"
+    return str(name)
+
+
+def attn_dp_size(cfg: Any) -> int:
+    """Attention-DP groups. 0.5.20 and 0.5.21 spell it ``--dp-size N --enable-dp-attention``."""
+    groups = getattr(cfg, "attn_dp_size", None)
+    if groups is None:
+        groups = cfg.dp_size if cfg.enable_dp_attention else 1
+    elif groups == 1 and getattr(cfg, "enable_dp_attention", False):
+        groups = cfg.dp_size
+    return max(1, int(groups))
+
+
+def transport_of(cfg: Any) -> str:
+    """``deepep`` or ``torch``: asked for, or DeepEP everywhere but on a CPU."""
+    asked = TRANSPORT.read()
+    if asked != "auto":
+        return asked
+    return "torch" if cfg.device == "cpu" else "deepep"
+
+
+def explicit_graph_max(server_args: Any, cfg: Any, phase: str) -> int | None:
+    """Largest capture size that the user named for a phase, by flag, list or JSON."""
+    config = server_args.cuda_graph_config
+    config = config.to_dict() if hasattr(config, "to_dict") else config or {}
+    named = config.get(phase) if isinstance(config, dict) else None
+    named = named if isinstance(named, dict) else {}
+    sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
+    if sizes:
+        return int(max(sizes))
+    largest = named.get("max_bs") or getattr(cfg, f"cuda_graph_max_bs_{phase}", None)
+    return int(largest) if largest else None
+
+
+def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
+    """Whether a phase may capture graphs. Before the host decided: unless it was switched off."""
+    if cfg.device == "cpu":
+        return False
+    if getattr(server_args, "_cuda_graph_config_locked", None) is not None:
+        config = cfg.cuda_graph_config
+        return config is not None and getattr(config, phase).backend != "disabled"
+    if getattr(cfg, "disable_cuda_graph", False):
+        return False
+    if getattr(cfg, f"cuda_graph_backend_{phase}", None) == "disabled":
+        return False
+    return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
+
+
+def environment_int(name: str | None) -> int | None:
+    """An integer variable; None when unset or when the host would ignore it as no integer."""
+    text = os.environ.get(name or "", "").strip()
+    try:
+        return int(text) if text else None
+    except ValueError:
+        return None
+
+
+def has_deep_gemm() -> bool:
+    """Whether the host's DeepGEMM could be imported and is not switched off."""
+    off = os.environ.get("SGLANG_ENABLE_JIT_DEEPGEMM", "").strip().lower()
+    return find_spec("deep_gemm") is not None and off not in ("0", "false", "no", "n")
+
+
+def compute_capability(cfg: Any) -> tuple[int, int] | None:
+    """(major, minor) of the CUDA device, or None off CUDA."""
+    if not str(cfg.device).startswith("cuda"):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return int(major), int(minor)
+
+
+def launch_facts(
+    server_args: Any,
+    cfg: Any,
+    *,
+    backend: str | None = None,
+    mode: str | None = None,
+    capacity: int | None = None,
+    user: Any = None,
+) -> LaunchFacts:
+    """Facts of the launch as far as resolution has come.
+
+    Args:
+        server_args: the raw record.
+        cfg: the host's live view of it.
+        backend: all-to-all backend to plan for; the view's by default.
+        mode: deepep mode to plan for; the view's by default.
+        capacity: the capacity variable as the *user* set it.
+        user: an object with the budgets that the user set (raw record by default).
+    """
+    user = server_args if user is None else user
+    request = requested(server_args)
+    draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None)
+    return LaunchFacts(
+        a2a_backend=backend or cfg.moe_a2a_backend,
+        deepep_mode=mode or cfg.deepep_mode,
+        disaggregation_mode=cfg.disaggregation_mode,
+        device=str(cfg.device),
+        transport=transport_of(cfg),
+        tp_size=cfg.tp_size,
+        attn_dp_size=attn_dp_size(cfg),
+        attn_cp_size=max(1, int(getattr(cfg, "attn_cp_size", 1) or 1)),
+        pp_size=cfg.pp_size,
+        redundant_experts=cfg.ep_num_redundant_experts,
+        draft_width=draft_width(server_args, cfg),
+        draft_has_routed_moe=draft_has_routed_moe(server_args, cfg),
+        draft_a2a_backend=draft_backend,
+        two_batch_overlap=cfg.enable_two_batch_overlap,
+        mixed_chunk=cfg.enable_mixed_chunk,
+        dynamic_chunking=bool(getattr(cfg, "enable_dynamic_chunking", False)),
+        max_prefill_tokens=cfg.max_prefill_tokens,
+        decode_graphs=graphs_enabled(server_args, cfg, "decode"),
+        prefill_graphs=graphs_enabled(server_args, cfg, "prefill"),
+        max_tokens=request.max_tokens,
+        max_tokens_source=request.max_tokens_source,
+        capacity=capacity,
+        qp_depth=environment_int("NVSHMEM_QP_DEPTH"),
+        chunked_prefill_size=user.chunked_prefill_size,
+        max_running_requests=user.max_running_requests,
+        cuda_graph_max_bs_prefill=explicit_graph_max(server_args, user, "prefill"),
+        cuda_graph_max_bs_decode=explicit_graph_max(server_args, user, "decode"),
+        moe_runner_backend=cfg.moe_runner_backend,
+        has_deep_gemm=has_deep_gemm(),
+        compute_capability=compute_capability(cfg),
+        single_batch_overlap=cfg.enable_single_batch_overlap,
+        lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),
+        waterfill=bool(getattr(cfg, "enable_waterfill", False)),
+    )

@@ -1,0 +1,49 @@
+"""Plans as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .memory import gib
+from .plan import Plan
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in rows]  # fmt: skip
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def render(plan: Plan) -> str:
+    """A plan as text: verdict, budgets with their arithmetic, bytes, errors."""
+    lines = [f"batched data-parallel MoE: {plan.capability.reason}"]
+    if plan.budgets:
+        rows = [("budget", "value", "source", "limit that binds", "headroom", "arithmetic")]
+        rows += [
+            (
+                budget.name,
+                "-" if budget.value is None else str(budget.value),
+                budget.source,
+                budget.limit,
+                "-" if budget.headroom is None else str(budget.headroom),
+                budget.arithmetic,
+            )
+            for budget in plan.budgets
+        ]
+        lines += ["", table(rows)]
+    if plan.capability.ok:
+        lines += [
+            "",
+            f"transport {plan.transport}, runner {plan.runner}, {plan.ep_size} ranks, "
+            f"{plan.num_experts} experts, hidden {plan.hidden_size}, top-{plan.top_k}, "
+            f"{plan.dtype}",
+            f"buffer {plan.rdma_buffer_bytes} bytes ({gib(plan.rdma_buffer_bytes)}), on the device "
+            f"{gib(plan.rdma_device_bytes)}; workspace {gib(plan.workspace_bytes)}; per rank",
+        ]
+    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"refused: {error}" for error in plan.errors]
+    lines.append(f"verdict: {plan.verdict}")
+    return "\n".join(lines)
