@@ -1,5 +1,216 @@
-"""Entry points of the batched-expert layer."""
+"""Entry points of the batched-expert layer: two launches, no host synchronisation."""
 
-from .experts_torch import batched_experts_torch
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
-__all__ = ["batched_experts_torch"]
+import torch
+import triton
+
+from .experts_torch import SCALE_BLOCK, batched_experts_torch
+from .launch import Device, Launch, Shape, heuristic, pick_launch
+from .masked_gemm import Problem, Spec, launch_hopper, launch_portable, tma_ready
+
+__all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
+
+MIN_GROUP = 64  # the narrowest re-quantisation group that a launch may choose
+INTERPRETER = Device("interpreter", (8, 9), 4)
+
+
+@cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    return Device(properties.name, capability, properties.multi_processor_count)
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """What the launch choice needs to know of a tensor's device."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    return _device(tensor.device.index)
+
+
+def _act_and_scale(shape: Shape, group: int | None, device: torch.device) -> tuple[Any, Any]:
+    """The activation between the GEMMs and, when re-quantised, its column-major scales."""
+    rows = (shape.experts, shape.capacity)
+    if group is None:
+        return torch.empty((*rows, shape.inter), dtype=torch.bfloat16, device=device), None
+    act = torch.empty((*rows, shape.inter), dtype=torch.float8_e4m3fn, device=device)
+    finest = triton.cdiv(shape.inter, MIN_GROUP)
+    scale = torch.empty(rows[0] * rows[1] * finest, dtype=torch.float32, device=device)
+    groups = triton.cdiv(shape.inter, group)
+    used = scale[: rows[0] * rows[1] * groups].view(rows[0], groups, rows[1])
+    return act, used.transpose(1, 2)
+
+
+def _act_and_scale_specs(shape: Shape, group: int | None) -> tuple[Any, Any]:
+    rows = (shape.experts, shape.capacity)
+    if group is None:
+        return Spec((*rows, shape.inter), torch.bfloat16), None
+    scale = Spec((*rows, triton.cdiv(shape.inter, group)), torch.float32, columns=True)
+    return Spec((*rows, shape.inter), torch.float8_e4m3fn), scale
+
+
+def workspace_bytes(
+    experts: int, capacity: int, hidden: int, inter: int, dtype: torch.dtype
+) -> int:
+    """Bytes that `batched_experts` allocates beyond its output: the activation between the two
+    GEMMs, [L, M, I], and for fp8 one float32 scale per row and 64 channels of it. Only live rows
+    are ever touched. GPUs without fp8 keep the activation in bf16 and allocate no scales."""
+    del hidden
+    rows = experts * capacity
+    if dtype == torch.float8_e4m3fn:
+        return rows * inter + 4 * rows * triton.cdiv(inter, MIN_GROUP)
+    return rows * inter * dtype.itemsize
+
+
+def _problems(
+    x: Any, x_scale: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, masked_m: Any,
+    act: Any, act_scale: Any, out: Any, group: int,
+) -> tuple[Problem, Problem]:  # fmt: skip
+    gate_up = Problem(x, x_scale, w13, w13_scale, masked_m, act, act_scale, True, SCALE_BLOCK)
+    down = Problem(act, act_scale, w2, w2_scale, masked_m, out, None, False, group)
+    return gate_up, down
+
+
+def _run_layer(
+    gate_up: Problem, down: Problem, launch: Launch, device: Device, compile_only: bool = False
+) -> list[Any]:
+    if launch.hopper:
+        return [
+            launch_hopper(
+                gate_up, launch.gate_up, device, chained=False, compile_only=compile_only
+            ),
+            launch_hopper(down, launch.down, device, chained=True, compile_only=compile_only),
+        ]
+    return [
+        launch_portable(gate_up, launch.gate_up, device, compile_only=compile_only),
+        launch_portable(down, launch.down, device, compile_only=compile_only),
+    ]
+
+
+def batched_experts(
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    *,
+    out: torch.Tensor | None = None,
+    launch: Launch | None = None,
+) -> torch.Tensor:
+    """SwiGLU experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
+
+    hidden_states: [L, M, H] bf16, or float8_e4m3fn with hidden_states_scale [L, M, H // 128]
+        float32, column-major as DeepEP delivers it (any strides work, those are the fast ones).
+    w13, w2: [L, 2I, H] (gate rows, then up rows) and [L, H, I], bf16, or float8_e4m3fn with
+        float32 scales per 128x128 block: [L, ceil(2I/128), ceil(H/128)], [L, ceil(H/128),
+        ceil(I/128)].
+    masked_m: [L] int32 on the device. Rows past the count may hold NaN: they reach no result, and
+        `out` is not written there.
+    expected_m: rows per expert that the host expects; it chooses tiles and cannot affect
+        correctness. `launch` overrides that choice (tuning, tests).
+
+    Returns [L, M, H] bf16. Safe under CUDA-graph capture: counts are read on the device only.
+    """
+    experts, capacity, hidden = hidden_states.shape
+    inter = w2.shape[-1]
+    fp8 = hidden_states_scale is not None
+    _check(hidden_states, hidden_states_scale, w13, w13_scale, w2, w2_scale, masked_m)
+    device = device_of(hidden_states)
+    shape = Shape(experts, capacity, hidden, inter, fp8)
+    if out is None:
+        out = torch.empty(
+            (experts, capacity, hidden), dtype=torch.bfloat16, device=hidden_states.device
+        )
+    launch = launch or pick_launch(shape, expected_m, device)
+    group = launch.gate_up.channels
+    act, act_scale = _act_and_scale(
+        shape, group if fp8 and device.has_fp8 else None, hidden_states.device
+    )
+    problems = _problems(
+        hidden_states, hidden_states_scale, w13, w13_scale, w2, w2_scale, masked_m, act, act_scale,
+        out, group,
+    )  # fmt: skip
+    if launch.hopper and not all(tma_ready(p) for p in problems):
+        launch = heuristic(shape, expected_m, replace(device, capability=(8, 9)))
+        return batched_experts(
+            hidden_states, hidden_states_scale, w13, w13_scale, w2, w2_scale, masked_m, expected_m,
+            out=out, launch=launch,
+        )  # fmt: skip
+    _run_layer(*problems, launch, device)
+    return out
+
+
+def _check(
+    x: torch.Tensor, x_scale: torch.Tensor | None, w13: torch.Tensor,
+    w13_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+) -> None:  # fmt: skip
+    experts, _, hidden = x.shape
+    inter = w2.shape[-1]
+    assert w13.shape == (experts, 2 * inter, hidden), f"w13 is {tuple(w13.shape)}"
+    assert w2.shape == (experts, hidden, inter), f"w2 is {tuple(w2.shape)}"
+    assert masked_m.shape == (experts,), f"masked_m is {tuple(masked_m.shape)}"
+    assert masked_m.dtype == torch.int32, f"masked_m is {masked_m.dtype}, not int32"
+    assert hidden % 16 == inter % 16 == 0, f"H={hidden}, I={inter}: multiples of 16 only"
+    scales = (x_scale, w13_scale, w2_scale)
+    assert all(s is None for s in scales) or all(s is not None for s in scales), (
+        "fp8 needs all three scale tensors, bf16 none"
+    )
+    dtype = torch.bfloat16 if x_scale is None else torch.float8_e4m3fn
+    assert x.dtype == w13.dtype == w2.dtype == dtype, f"{x.dtype}, {w13.dtype}, {w2.dtype}"
+    assert x.stride(2) == w13.stride(2) == w2.stride(2) == 1, "channels must be contiguous"
+
+
+def compile_layer(shape: Shape, launch: Launch, device: Device) -> list[Any]:
+    """Compile the two kernels of one launch for the active driver, without running them."""
+    dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
+    rows, hidden, inter = (shape.experts, shape.capacity), shape.hidden, shape.inter
+    x_scale = w13_scale = w2_scale = None
+    if shape.fp8:
+        x_scale = Spec((*rows, hidden // SCALE_BLOCK), torch.float32, columns=True)
+        across, inner = triton.cdiv(hidden, SCALE_BLOCK), triton.cdiv(inter, SCALE_BLOCK)
+        outer = triton.cdiv(2 * inter, SCALE_BLOCK)
+        w13_scale = Spec((shape.experts, outer, across), torch.float32)
+        w2_scale = Spec((shape.experts, across, inner), torch.float32)
+    group = launch.gate_up.channels
+    quantise = shape.fp8 and device.has_fp8
+    act, act_scale = _act_and_scale_specs(shape, group if quantise else None)
+    problems = _problems(
+        Spec((*rows, hidden), dtype), x_scale, Spec((shape.experts, 2 * inter, hidden), dtype),
+        w13_scale, Spec((shape.experts, hidden, inter), dtype), w2_scale,
+        Spec((shape.experts,), torch.int32), act, act_scale, Spec((*rows, hidden), torch.bfloat16),
+        group,
+    )  # fmt: skip
+    return _run_layer(*problems, launch, device, compile_only=True)
+
+
+def warmup(
+    experts: int,
+    capacity: int,
+    hidden: int,
+    inter: int,
+    dtype: torch.dtype,
+    expected_m: Iterable[int],
+    device: torch.device | int | None = None,
+) -> int:
+    """Compile and load every kernel that these row counts can reach; returns how many.
+
+    Needs no tensors of the layer's size. Kernels come from Triton's cache where it has them.
+    """
+    index = torch.cuda.current_device() if device is None else torch.device(device).index or 0
+    info = _device(index)
+    shape = Shape(experts, capacity, hidden, inter, dtype == torch.float8_e4m3fn)
+    compiled = set()
+    with torch.cuda.device(index):
+        for launch in {pick_launch(shape, m, info) for m in expected_m}:
+            for kernel in compile_layer(shape, launch, info):
+                kernel._init_handles()  # a module cannot be loaded while a graph is captured
+                compiled.add(kernel.hash)
+    return len(compiled)

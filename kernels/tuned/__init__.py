@@ -1,1 +1,1 @@
-"""Launch tables measured on named devices (package data)."""
+"""Measured launches, one JSON file per device name."""

@@ -1,0 +1,118 @@
+"""Masked GEMM in plain Triton: every GPU from SM80 on, and CPU through Triton's interpreter.
+
+As in `hopper.py`, weights are the wide operand and each program owns two weight tiles: the gate and
+the up rows of the same channels (fused), or two neighbouring tiles (plain). Tensors are read
+through pointers, by stride, and rows past an expert's count are never touched.
+"""
+
+import triton
+import triton.language as tl
+
+FP8_MAX = tl.constexpr(448.0)
+MIN_AMAX = tl.constexpr(1e-10)
+SCALE_BLOCK = tl.constexpr(128)
+
+
+@triton.jit
+def load_counts(counts_ptr, experts, tiles_n, BT: tl.constexpr, LP: tl.constexpr):
+    """Per-expert row counts and the inclusive prefix of their tile counts."""
+    lanes = tl.arange(0, LP)
+    counts = tl.load(counts_ptr + lanes, mask=lanes < experts, other=0)
+    return counts, tl.cumsum((counts + BT - 1) // BT * tiles_n, 0)
+
+
+@triton.jit
+def locate(tile, counts, ends, BT: tl.constexpr, LP: tl.constexpr):
+    """(expert, weight tile, first row, live rows) of one live tile; row tiles vary fastest."""
+    passed = ends <= tile
+    expert = tl.sum(passed.to(tl.int32), 0)
+    first = tl.max(tl.where(passed, ends, 0), 0)
+    rows = tl.sum(tl.where(tl.arange(0, LP) == expert, counts, 0), 0)
+    row_tiles = (rows + BT - 1) // BT
+    local = tile - first
+    return expert, local // row_tiles, (local % row_tiles) * BT, rows
+
+
+@triton.jit
+def _decode_e4m3(byte):
+    """float8_e4m3fn bytes to bfloat16, exactly, for GPUs that lack the type (NaN reads as 480)."""
+    bits = byte.to(tl.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(tl.bfloat16)
+
+
+@triton.jit
+def _dot(a, b, DECODE_A: tl.constexpr, DECODE_B: tl.constexpr, UPCAST: tl.constexpr):
+    if DECODE_A:
+        a = _decode_e4m3(a)
+    if DECODE_B:
+        b = _decode_e4m3(b)
+    if UPCAST:  # the interpreter's bf16 dot is wrong
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, out_dtype=tl.float32)
+
+
+@triton.jit
+def masked_gemm_kernel(
+    x, s_x, w, s_w, counts_ptr, out, s_out, experts, capacity, tiles_n, step, second, depth, width,
+    stride_xe, stride_xm, stride_we, stride_wn, stride_se, stride_sm, stride_sk, w_rows,
+    scale_rows, scale_cols,
+    BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, LP: tl.constexpr,
+    FUSED: tl.constexpr, X_GROUP: tl.constexpr, W_SCALED: tl.constexpr, QUANTISE: tl.constexpr,
+    DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    counts, ends = load_counts(counts_ptr, experts, tiles_n, BT, LP)
+    total = tl.max(ends, 0)
+    channel = tl.arange(0, BI)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert, n, row, rows = locate(tile, counts, ends, BT, LP)
+        e64 = expert.to(tl.int64)
+        col = n * step
+        at = row + tl.arange(0, BT)
+        live = at < rows
+        rows0 = tl.minimum(col + channel, w_rows - 1)
+        rows1 = tl.minimum(col + second + channel, w_rows - 1)
+        w0 = w + e64 * stride_we + (rows0.to(tl.int64) * stride_wn)[:, None]
+        w1 = w + e64 * stride_we + (rows1.to(tl.int64) * stride_wn)[:, None]
+        x_at = x + e64 * stride_xe + (at.to(tl.int64) * stride_xm)[None, :]
+        acc0 = tl.zeros((BI, BT), tl.float32)
+        acc1 = tl.zeros((BI, BT), tl.float32)
+        for k in tl.range(0, tl.cdiv(depth, BK), num_stages=STAGES):
+            ks = k * BK + tl.arange(0, BK)
+            inside = ks < depth
+            a = tl.load(x_at + ks[:, None], mask=inside[:, None] & live[None, :], other=0.0)
+            b0 = tl.load(w0 + ks[None, :], mask=inside[None, :], other=0.0)
+            b1 = tl.load(w1 + ks[None, :], mask=inside[None, :], other=0.0)
+            part0 = _dot(b0, a, DECODE_W, DECODE_X, UPCAST)
+            part1 = _dot(b1, a, DECODE_W, DECODE_X, UPCAST)
+            if W_SCALED:
+                s_at = s_w + e64 * scale_rows * scale_cols + k * BK // SCALE_BLOCK
+                part0 *= tl.load(s_at + rows0 // SCALE_BLOCK * scale_cols)[:, None]
+                part1 *= tl.load(s_at + rows1 // SCALE_BLOCK * scale_cols)[:, None]
+            if X_GROUP > 0:
+                x_scale = tl.load(
+                    s_x + e64 * stride_se + at.to(tl.int64) * stride_sm
+                    + (k * BK // X_GROUP) * stride_sk,
+                    mask=live, other=0.0,
+                )  # fmt: skip
+                part0 *= x_scale[None, :]
+                part1 *= x_scale[None, :]
+            acc0 += part0
+            acc1 += part1
+        o_at = out + e64 * capacity * width + (at.to(tl.int64) * width)[None, :]
+        cols = col + channel
+        mask = (cols < width)[:, None] & live[None, :]
+        if FUSED:
+            act = acc0 / (1.0 + tl.exp(-acc0)) * acc1
+            if QUANTISE:
+                act = tl.where(mask, act, 0.0)
+                scale = tl.maximum(tl.max(tl.abs(act), 0), MIN_AMAX) / FP8_MAX
+                act = act * (1.0 / scale)[None, :]
+                tl.store(s_out + (e64 * tiles_n + n) * capacity + at, scale, mask=live)
+            tl.store(o_at + cols[:, None], act.to(out.dtype.element_ty), mask=mask)
+        else:
+            tl.store(o_at + cols[:, None], acc0.to(out.dtype.element_ty), mask=mask)
+            cols += second
+            mask = (cols < width)[:, None] & live[None, :]
+            tl.store(o_at + cols[:, None], acc1.to(out.dtype.element_ty), mask=mask)
