@@ -1,0 +1,61 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+# VENV may point anywhere; CI keeps it outside the checkout.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PINS := constraints.txt
+STAMP := $(VENV)/.installed-$(shell sha256sum $(PINS) | cut -c1-16)
+PYTEST := PYTHONSAFEPATH=1 $(BIN)/python -P -m pytest
+
+.PHONY: help demo test test-fast test-slow lint types wheel pins install clean
+
+help:
+	@echo "make demo       serve a small MoE model on CPU through the plugin and check it against the host"
+	@echo "make test       the whole CPU test suite"
+	@echo "make test-fast  without real servers; make test-slow: property tests at full size, older hosts"
+	@echo "make lint       formatting, lint, types"
+
+# About 11 GB: SGLang pins CUDA builds of torch, also where there is no GPU.
+$(STAMP): $(PINS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c $(PINS) setuptools wheel
+	$(BIN)/python -m pip install --progress-bar off --quiet -c $(PINS) "sglang==0.5.23" \
+	    build hypothesis matplotlib mypy pre-commit pytest pytest-timeout ruff
+	touch $@
+
+# Editable installs are cheap and always redone: the environment may be shared by checkouts.
+install: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check \
+	    -e . -e tests/cpu_platform 2>&1 | { grep -i error || true; }
+
+demo: install
+	PYTHONSAFEPATH=1 $(BIN)/python -P tests/serving/demo.py
+
+test: install
+	$(PYTEST) -m "not gpu and not slow"
+
+test-fast: install
+	$(PYTEST) -m "not gpu and not slow and not server"
+
+test-slow: install
+	$(PYTEST) -m "slow"
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(MAKE) types
+
+# From another directory, or mypy follows the tree's top-level `kernels` instead of the package.
+types: install
+	cd tests && ../$(BIN)/python -P -m mypy --config-file ../pyproject.toml -p moe_plugin
+
+wheel: install
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+pins: install
+	{ sed -n '/^#/p' $(PINS); $(BIN)/python -m pip freeze --all --exclude-editable \
+	    | grep -v -E '^pip=| @ '; } > $(PINS).new && mv $(PINS).new $(PINS)
+
+clean:
+	rm -rf build dist *.egg-info tests/*/*.egg-info

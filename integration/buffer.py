@@ -1,0 +1,112 @@
+"""The host's communication buffer, created from the plan.
+
+SGLang creates ``DeepEPBuffer`` lazily, often inside graph capture, sized by its first caller.
+We create it while the model is built, before weights load: memory that is not there shows at
+once, and KV-cache sizing measures what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..metadata import DPMetadata
+from ..plan import Plan
+from ..transports.guard import GuardedTransport
+from . import resolution
+
+
+def device_type() -> str:
+    """The host's device in this process: ``cuda``, ``cpu``, ..."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.runtime_context import get_server_args
+
+    return str(resolving_view(get_server_args()).device)
+
+
+def prepare_host(plan: Plan) -> None:
+    """Let the host build its dispatcher although deep_ep does not import (torch transport)."""
+    from sglang.srt.layers.moe.token_dispatcher import deepep
+
+    if plan.transport == "torch":
+        deepep.use_deepep = True
+
+
+def around_get_buffer(
+    original: Callable[..., Any],
+    cls: Any,
+    group: Any,
+    hidden_size: int,
+    param_bytes: int,
+    deepep_mode: Any,
+    num_max_dispatch_tokens_per_rank: int = -1,
+    num_experts: int = -1,
+) -> Any:
+    """AROUND hook on ``DeepEPBuffer.get_deepep_buffer``: one guarded transport per process."""
+    plan = current_plan()
+    args = (group, hidden_size, param_bytes, deepep_mode)
+    if plan is None:
+        return original(cls, *args, num_max_dispatch_tokens_per_rank, num_experts)
+    state = cls._state()
+    if state.buffer is not None:
+        return state.buffer
+    state.hidden_size = hidden_size
+    state.num_experts = num_experts
+    state.num_max_dispatch_tokens_per_rank = plan.max_dispatch_tokens_per_rank
+    state.buffer = GuardedTransport(
+        _create(original, cls, plan, args, num_experts),
+        plan.max_dispatch_tokens_per_rank,
+        metadata=current_metadata,
+        mode=current_mode,
+    )
+    return state.buffer
+
+
+def _create(
+    original: Callable[..., Any], cls: Any, plan: Plan, args: tuple[Any, ...], num_experts: int
+) -> Any:
+    group, hidden_size, _, deepep_mode = args
+    if plan.transport == "torch":
+        from ..transports.torch_dist import TorchTransport
+
+        return TorchTransport(group)
+    if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
+        return original(cls, *args, plan.max_dispatch_tokens_per_rank, num_experts)
+    from sglang.srt.layers.moe.token_dispatcher.deepep import _is_mnnvl_fabric_supported
+
+    from ..transports.deepep_ll import create_deepep_buffer
+
+    return create_deepep_buffer(
+        group,
+        max_num_tokens=plan.max_dispatch_tokens_per_rank,
+        hidden_size=hidden_size,
+        num_experts=num_experts,
+        qp_depth=plan.nvshmem_qp_depth,
+        allow_mnnvl=_is_mnnvl_fabric_supported(),
+        explicitly_destroy=False,
+    )
+
+
+def current_plan() -> Plan | None:
+    """The plan that this process runs under, or None."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return resolution.plan_of(get_server_args())
+
+
+def current_metadata() -> DPMetadata | None:
+    """Tokens per all-to-all rank in this forward; None where the host does not gather them."""
+    from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
+
+    tokens = get_dp_global_num_tokens()
+    plan = current_plan()
+    if tokens is None or plan is None:
+        return None
+    return DPMetadata.from_global_num_tokens(tokens, plan.attn_tp_size)
+
+
+def current_mode() -> str:
+    """``extend`` or ``decode``, as the host resolves DeepEP's mode."""
+    from sglang.srt.layers.dp_attention import get_is_extend_in_batch
+
+    return "extend" if get_is_extend_in_batch() else "decode"

@@ -1,0 +1,50 @@
+"""Refuse to run a scheduler that would be unprotected although the plugin should act."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import HostMismatchError, UnsupportedError, explain
+from . import flags, resolution
+
+
+def before_scheduler_init(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE hook on ``Scheduler.__init__``.
+
+    Raises:
+        HostMismatchError: one of our hooks did not get in, and a plan relies on it.
+        UnsupportedError: the arguments were resolved in a process without the plugin.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    plan = resolution.plan_of(server_args)
+    if plan is not None:
+        _check_hooks_applied()
+        return
+    if resolution.was_resolved(server_args) or flags.requested(server_args).switch == "off":
+        return
+    cfg = resolving_view(server_args)
+    capability = resolution.capability_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode)
+    if capability.ok:
+        raise UnsupportedError(
+            explain(
+                "batched-DP MoE budgets",
+                got=f"arguments resolved without the plugin, although {capability.reason}",
+                allowed="arguments resolved after sglang.srt.plugins.load_plugins()",
+                fix="call load_plugins() before ServerArgs.resolve_once(), or pass "
+                f"{flags.SWITCH_FLAG} off to run without budgets",
+            )
+        )
+
+
+def _check_hooks_applied() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from .plugin import STATUS
+
+    missing = [target for target in STATUS.hooked if target not in HookRegistry._patched]
+    if missing:
+        raise HostMismatchError(
+            f"the host did not apply our hooks on {missing} (its log says why). "
+            f"Fix: {flags.SWITCH_FLAG} off, or a supported SGLang"
+        )

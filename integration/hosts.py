@@ -1,0 +1,191 @@
+"""Every host symbol that we touch, as one checked table: what, why, and when it can go."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_HOST = SpecifierSet(">=0.5.20,<0.6", prereleases=True)
+_SRT = "sglang.srt."
+
+
+@dataclass(frozen=True, slots=True)
+class HostSymbol:
+    """One symbol of the host that we call or hook.
+
+    Attributes:
+        path: dotted path below ``sglang.srt.``.
+        parameters: names that must be among its parameters, in this order.
+        why: what we need it for.
+        delete_when: what upstream change makes the entry unnecessary.
+        runtime: only needed in scheduler processes (importing it is expensive elsewhere).
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    why: str
+    delete_when: str
+    runtime: bool = False
+
+    @property
+    def target(self) -> str:
+        """Full dotted path, as ``HookRegistry`` takes it."""
+        return _SRT + self.path
+
+
+ADD_CLI_ARGS = HostSymbol(
+    "server_args.ServerArgs.add_cli_args",
+    ("parser",),
+    "add our flags to the host's parser",
+    "plugins can register flags",
+)
+FROM_CLI_ARGS = HostSymbol(
+    "server_args.ServerArgs.from_cli_args",
+    ("args",),
+    "carry our flags' values, which are not ServerArgs fields, to resolution",
+    "plugins can register flags",
+)
+DECLARE = HostSymbol(
+    "arg_groups.overrides.declare_resolution",
+    ("server_args", "source", "fields"),
+    "write a default that the user left unset",
+    "never: public resolution API",
+)
+RESOLVING_VIEW = HostSymbol(
+    "arg_groups.model_override_base.resolving_view",
+    ("server_args",),
+    "read what resolution decided so far",
+    "never: public resolution API",
+)
+RESOLUTION_HOOK = HostSymbol(
+    "arg_groups.resolution_hooks.register_resolution_hook",
+    ("name",),
+    "fill budgets before CUDA-graph parsing, validate after the last step",
+    "never: public plugin API",
+)
+SCHEDULER_INIT = HostSymbol(
+    "managers.scheduler.Scheduler.__init__",
+    ("self", "server_args", "port_args"),
+    "refuse arguments that were resolved without our hooks",
+    "the host refuses to start when a requested plugin failed",
+    runtime=True,
+)
+INTERNAL_STATE = HostSymbol(
+    "managers.scheduler.Scheduler.get_internal_state",
+    ("self", "recv_req"),
+    "show plan and counters in /server_info",
+    "plugins can contribute to internal state",
+    runtime=True,
+)
+MOE_INIT = HostSymbol(
+    "layers.moe.ep_moe.layer.DeepEPMoE.__init__",
+    ("self", "num_experts", "top_k", "hidden_size", "intermediate_size", "layer_id"),
+    "open the gate to the modern path and attach our runner",
+    "upstream registers masked Triton experts for deepep_ll",
+    runtime=True,
+)
+MOE_CORE = HostSymbol(
+    "layers.moe.ep_moe.layer.DeepEPMoE.run_moe_core",
+    ("self", "dispatch_output"),
+    "run our experts between the host's dispatch and combine",
+    "upstream registers masked Triton experts for deepep_ll",
+    runtime=True,
+)
+GET_BUFFER = HostSymbol(
+    "layers.moe.token_dispatcher.deepep.DeepEPBuffer.get_deepep_buffer",
+    ("group", "hidden_size", "param_bytes", "deepep_mode"),
+    "create the transport from the plan instead of lazily",
+    "upstream sizes the buffer from a start-up plan",
+    runtime=True,
+)
+LL_OUTPUT = HostSymbol(
+    "layers.moe.token_dispatcher.deepep.DeepEPLLDispatchOutput",
+    (
+        "hidden_states",
+        "hidden_states_scale",
+        "topk_ids",
+        "topk_weights",
+        "masked_m",
+        "expected_m",
+    ),
+    "the batched layout as the host's dispatcher delivers it",
+    "never: dispatcher contract",
+    runtime=True,
+)
+LL_COMBINE = HostSymbol(
+    "layers.moe.token_dispatcher.deepep.DeepEPLLCombineInput",
+    ("hidden_states", "topk_ids", "topk_weights"),
+    "what the host's combine takes",
+    "never: dispatcher contract",
+    runtime=True,
+)
+GLOBAL_TOKENS = HostSymbol(
+    "layers.dp_attention.get_dp_global_num_tokens",
+    (),
+    "tokens of every attention-DP group in the current forward",
+    "the dispatcher is handed the metadata",
+    runtime=True,
+)
+
+SYMBOLS: tuple[HostSymbol, ...] = (
+    ADD_CLI_ARGS,
+    FROM_CLI_ARGS,
+    DECLARE,
+    RESOLVING_VIEW,
+    RESOLUTION_HOOK,
+    SCHEDULER_INIT,
+    INTERNAL_STATE,
+    MOE_INIT,
+    MOE_CORE,
+    GET_BUFFER,
+    LL_OUTPUT,
+    LL_COMBINE,
+    GLOBAL_TOKENS,
+)
+
+
+def host_version() -> str:
+    """Version of the installed SGLang distribution."""
+    return version("sglang")
+
+
+def check_version() -> str | None:
+    """Why this host version is not supported, or None."""
+    found = host_version()
+    if found in SUPPORTED_HOST:
+        return None
+    return f"sglang {found} is outside the supported range {SUPPORTED_HOST}"
+
+
+def check_symbol(symbol: HostSymbol) -> str | None:
+    """Why ``symbol`` cannot be used on this host, or None. Imports its module."""
+    try:
+        found = pkgutil.resolve_name(symbol.target)
+    except (ImportError, AttributeError) as error:
+        return f"{symbol.target} is missing ({error}); needed to {symbol.why}"
+    # Another plugin may have wrapped it: what counts is the host's own signature underneath.
+    names = list(inspect.signature(inspect.unwrap(found)).parameters)
+    positions = [names.index(name) if name in names else -1 for name in symbol.parameters]
+    if -1 in positions or positions != sorted(positions):
+        return (
+            f"{symbol.target} takes {names}, expected {list(symbol.parameters)} in this order; "
+            f"needed to {symbol.why}"
+        )
+    return None
+
+
+def problems(*, runtime: bool) -> list[str]:
+    """Everything about this host that we cannot work with; empty when all is well.
+
+    Args:
+        runtime: also check what scheduler processes need (imports model code).
+    """
+    wrong_version = check_version()
+    if wrong_version:
+        return [wrong_version]
+    wanted = [symbol for symbol in SYMBOLS if runtime or not symbol.runtime]
+    return [text for symbol in wanted if (text := check_symbol(symbol))]

@@ -1,0 +1,109 @@
+"""Our experts between the host's dispatch and its combine.
+
+The dispatcher, two-batch overlap, EPLB statistics and graph capture stay SGLang's own. Only
+``DeepEPMoE.run_moe_core`` is ours, for batched (low-latency) dispatch output under a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..config import BatchedMoEConfig
+from ..errors import UnsupportedError, explain
+from ..plan import Plan
+from ..runner import BatchedMoERunner, ExpertWeights, make_moe_runner
+from ..stats import STATS
+from . import buffer
+
+_RUNNER = "_moe_plugin_runner"
+_DEEP_GEMM_MESSAGE = "requires deep_gemm"
+
+
+def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND hook on ``DeepEPMoE.__init__``: open the host's gate and attach our runner."""
+    plan = buffer.current_plan()
+    if plan is None or plan.runner != "moe_plugin":
+        return original(layer, *args, **kwargs)
+    buffer.prepare_host(plan)
+    try:
+        original(layer, *args, **kwargs)
+    except AssertionError as error:
+        # The constructor's last statement insists on DeepGEMM for quantised experts; ours do
+        # not need it, and everything before it is done.
+        if _DEEP_GEMM_MESSAGE not in str(error):
+            raise
+    # The host's modern path: dispatch, run_moe_core, combine; without its deprecated branches.
+    layer.deprecate_flag = True
+    setattr(layer, _RUNNER, _make_runner(layer, plan))
+    if layer.quant_config is None:
+        # Unset, the host would quantise activations to FP8 for bf16 weights as well. An explicit
+        # --deepep-dispatcher-output-dtype still wins over this.
+        layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
+    _create_buffer(layer)
+    return None
+
+
+def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_output: Any) -> Any:
+    """AROUND hook on ``DeepEPMoE.run_moe_core``: batched output goes to our experts."""
+    runner: BatchedMoERunner | None = getattr(layer, _RUNNER, None)
+    if runner is None or not dispatch_output.format.is_deepep_ll():
+        return original(layer, dispatch_output)
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
+
+    metadata = buffer.current_metadata()
+    expected_m = dispatch_output.expected_m
+    if metadata is not None:
+        cfg = runner.config
+        expected_m = metadata.expected_rows(cfg.top_k, cfg.num_experts)
+    output = runner.run_experts(
+        dispatch_output.hidden_states,
+        dispatch_output.hidden_states_scale,
+        dispatch_output.masked_m,
+        expert_weights(layer),
+        expected_m,
+    )
+    STATS.count_layer(layer.layer_id)
+    return DeepEPLLCombineInput(output, dispatch_output.topk_ids, dispatch_output.topk_weights)
+
+
+def expert_weights(layer: Any) -> ExpertWeights:
+    """The layer's weights as our runner takes them; no copy."""
+    return ExpertWeights(
+        w13=layer.w13_weight,
+        w2=layer.w2_weight,
+        w13_scale=getattr(layer, "w13_weight_scale_inv", None),
+        w2_scale=getattr(layer, "w2_weight_scale_inv", None),
+    )
+
+
+def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
+    moe = layer.moe_runner_config
+    for name, allowed in (("apply_router_weight_on_input", False), ("is_gated", True)):
+        if getattr(moe, name, allowed) != allowed:
+            raise UnsupportedError(
+                explain(
+                    f"MoE layer {layer.layer_id}: {name}",
+                    got=not allowed,
+                    allowed=allowed,
+                    fix="--use-batched-dp-moe off",
+                )
+            )
+    config = BatchedMoEConfig(
+        num_experts=layer.num_experts,
+        num_ranks=layer.moe_ep_size,
+        top_k=layer.top_k,
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size_per_partition,
+        max_num_tokens=plan.max_dispatch_tokens_per_rank,
+        activation=moe.activation,
+    )
+    return make_moe_runner(config, buffer.device_type())
+
+
+def _create_buffer(layer: Any) -> None:
+    """Create the process-wide buffer now, through the host's own dispatcher."""
+    for inner in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
+        low_latency = getattr(inner, "_low_latency_dispatcher", None)
+        if low_latency is not None:
+            low_latency._get_buffer()

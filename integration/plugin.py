@@ -1,0 +1,126 @@
+"""The entry point that SGLang loads in each of its processes.
+
+The host logs and swallows every exception of a plugin, so a failure here would leave an
+unprotected server running. Therefore: nothing is half-registered, what happened is recorded in
+:data:`STATUS`, and where the user asked for us (``on``) and we cannot get in, the refusal is
+raised at a point that can fail: argument parsing, resolution, or the scheduler's start.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..envs import DISABLE, USE_BATCHED_DP_MOE
+from ..errors import ConfigError, HostMismatchError
+from . import flags, hosts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Status:
+    """What became of the plugin in this process.
+
+    Attributes:
+        state: ``not loaded``, ``active``, ``disabled`` (kill switch) or ``unsupported``.
+        reasons: why it is not active.
+        hooked: host symbols that we hooked here.
+    """
+
+    state: Literal["not loaded", "active", "disabled", "unsupported"] = "not loaded"
+    reasons: list[str] = field(default_factory=list)
+    hooked: list[str] = field(default_factory=list)
+
+
+STATUS = Status()
+
+
+def register() -> None:
+    """Entry point of group ``sglang.srt.plugins``: cheap, idempotent, all or nothing."""
+    if STATUS.state != "not loaded":
+        return
+    runtime = _is_scheduler_process()
+    if DISABLE.read():
+        STATUS.state = "disabled"
+        STATUS.reasons = [f"{DISABLE.name} is set"]
+        _register_inert()
+        return
+    STATUS.reasons = hosts.problems(runtime=runtime)
+    if STATUS.reasons:
+        STATUS.state = "unsupported"
+        logger.warning("moe_plugin is not active: %s", "; ".join(STATUS.reasons))
+        _register_inert()
+        return
+
+    from . import resolution
+
+    resolution.install()
+    _hook_flags()
+    if runtime:
+        _hook_runtime()
+    STATUS.state = "active"
+
+
+def refuse_if_asked(request: flags.Request) -> None:
+    """Raise when the user asked for the plugin (``on``) but it is not active here."""
+    if request.switch != "on" or STATUS.state == "active":
+        return
+    why = "; ".join(STATUS.reasons) or STATUS.state
+    text = (
+        f"{request.switch_source} is on, but moe_plugin is {STATUS.state}: {why}. Fix: remove it "
+        f"(or set {flags.SWITCH_FLAG} off), or remove the cause"
+    )
+    raise ConfigError(text) if STATUS.state == "disabled" else HostMismatchError(text)
+
+
+def _is_scheduler_process() -> bool:
+    """Whether model code runs here: its entry module is imported before plugins load.
+
+    Launchers that have not imported it stay light: a refusal then takes a second, not ten.
+    """
+    return "sglang.srt.managers.scheduler" in sys.modules
+
+
+def _hook(symbol: hosts.HostSymbol, function: Any, kind: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(symbol.target, function, HookType[kind])
+    STATUS.hooked.append(symbol.target)
+
+
+def _hook_flags() -> None:
+    _hook(hosts.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
+    _hook(hosts.FROM_CLI_ARGS, flags.from_cli_args, "AROUND")
+
+
+def _hook_runtime() -> None:
+    from . import buffer, guard, layer, state
+
+    _hook(hosts.SCHEDULER_INIT, guard.before_scheduler_init, "BEFORE")
+    _hook(hosts.INTERNAL_STATE, state.after_get_internal_state, "AFTER")
+    _hook(hosts.MOE_INIT, layer.around_moe_init, "AROUND")
+    _hook(hosts.MOE_CORE, layer.around_run_moe_core, "AROUND")
+    _hook(hosts.GET_BUFFER, buffer.around_get_buffer, "AROUND")
+
+
+def _register_inert() -> None:
+    """Parse our flags, refuse ``on``, and leave everything else of the host as it is."""
+    if USE_BATCHED_DP_MOE.read() == "on":
+        # Engine has no command line to refuse at, and only SystemExit passes the host's loader.
+        try:
+            refuse_if_asked(flags.Request("on", None, USE_BATCHED_DP_MOE.name))
+        except (ConfigError, HostMismatchError) as error:
+            raise SystemExit(f"error: {error}") from None
+    if any(hosts.check_symbol(s) for s in (hosts.ADD_CLI_ARGS, hosts.FROM_CLI_ARGS)):
+        return  # our flags stay unknown to the parser, which refuses them by itself
+
+    def from_cli_args(original: Any, cls: type, args: Any) -> Any:
+        server_args = flags.from_cli_args(original, cls, args)
+        refuse_if_asked(flags.requested(server_args))
+        return server_args
+
+    _hook(hosts.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
+    _hook(hosts.FROM_CLI_ARGS, from_cli_args, "AROUND")

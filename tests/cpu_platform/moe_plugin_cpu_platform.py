@@ -1,0 +1,62 @@
+"""An out-of-tree SGLang platform: the real server on a machine without a GPU.
+
+Selected only by name (``SGLANG_PLATFORM=moe_plugin_cpu``); installed but unselected it does
+nothing. SGLang's own CPU engine needs AMX kernels that link against libcuda, this does not.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+NAME = "moe_plugin_cpu"
+
+
+def _selected() -> bool:
+    return os.environ.get("SGLANG_PLATFORM") == NAME
+
+
+def select() -> str | None:
+    """Entry point of group ``sglang.srt.platforms``."""
+    return f"{__name__}.CpuTestPlatform" if _selected() else None
+
+
+def register() -> None:
+    """Entry point of group ``sglang.srt.plugins``: what the host's CPU path lacks."""
+    if not _selected():
+        return
+
+    # Scheduling with several ranks asks the attention backend for these, graphs or not.
+    def one(_self: Any) -> int:
+        return 1
+
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = one
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = one
+
+    # Decides pinned memory, which needs CUDA; computed at import from the in-tree platform.
+    import sglang.srt.model_executor.forward_batch_info as forward_batch_info
+
+    forward_batch_info._is_cpu = True
+
+
+def __getattr__(name: str) -> Any:
+    """Build the platform class on first use: importing this module must not import sglang."""
+    if name != "CpuTestPlatform":
+        raise AttributeError(name)
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+    from sglang.srt.platforms.device_mixin import PlatformEnum
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    class CpuTestPlatform(CpuDeviceMixin, SRTPlatform):
+        _enum = PlatformEnum.OOT
+
+        def get_default_attention_backend(self) -> str:
+            return "torch_native"
+
+        def get_dispatch_key_name(self) -> str:
+            return "native"
+
+    globals()[name] = CpuTestPlatform
+    return CpuTestPlatform

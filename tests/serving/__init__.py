@@ -1,0 +1,1 @@
+"""A real SGLang server on CPU: a checkpoint to serve, processes, a client."""

@@ -1,0 +1,219 @@
+"""Start, watch and stop a real SGLang server on loopback, and talk to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PLATFORM = "moe_plugin_cpu"
+START_TIMEOUT_S = 300.0
+REQUEST_TIMEOUT_S = 300.0
+_TAIL_LINES = 40
+
+# fp32 so that two routes to the same sum differ by rounding only.
+COMMON_ARGS = (
+    "--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native",
+    "--sampling-backend", "pytorch", "--max-total-tokens", "16384", "--context-length", "2048",
+    "--disable-radix-cache", "--random-seed", "0",
+)  # fmt: skip
+TWO_EP_RANKS = (
+    "--tp-size", "2", "--attn-dp-size", "2", "--ep-size", "2", "--enable-dp-lm-head",
+)  # fmt: skip
+
+
+def free_port() -> int:
+    """A free loopback port with room above it: the host derives more ports from it."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if 20000 < port < 60000:
+            return port
+
+
+def server_env(ranks: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of a CPU server with ``ranks`` ranks on this machine."""
+    cores = sorted(os.sched_getaffinity(0))
+    bind = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+    return {
+        **os.environ,
+        "SGLANG_PLATFORM": PLATFORM,
+        "SGLANG_CPU_OMP_THREADS_BIND": bind,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONSAFEPATH": "1",  # our `kernels/` must not hide Hugging Face's from the checkout
+        "PYTHONUNBUFFERED": "1",
+        **(extra or {}),
+    }
+
+
+class ServerDied(RuntimeError):
+    """The server ended before it was ready; the message carries its last lines."""
+
+
+class Server:
+    """One server process; a context manager that stops what it started.
+
+    Args:
+        args: ``sglang.launch_server`` flags, without model, host and port.
+        model: checkpoint directory.
+        ranks: ranks on this machine.
+        env: more environment variables.
+        progress: called with each line of the server's log while it starts.
+        module: what ``python -m`` starts.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        model: Path,
+        *,
+        ranks: int = 1,
+        env: Mapping[str, str] | None = None,
+        progress: Callable[[str], None] = lambda _line: None,
+        module: str = "sglang.launch_server",
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.lines: deque[str] = deque(maxlen=4000)
+        self._progress = progress
+        command = [
+            sys.executable, "-m", module, "--model-path", str(model),
+            "--host", "127.0.0.1", "--port", str(self.port), *args,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command,
+            env=server_env(ranks, env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # one group to end, by its pid
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            self._progress(self.lines[-1])
+
+    def tail(self) -> str:
+        """The server's last lines."""
+        return "\n".join(list(self.lines)[-_TAIL_LINES:])
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> Server:
+        """Wait until the server answers its health check.
+
+        Raises:
+            ServerDied: it ended, or did not answer in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                self._reader.join(5)
+                raise ServerDied(f"exit code {self.process.returncode}\n{self.tail()}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health_generate", timeout=30) as reply:
+                    if reply.status == 200:
+                        return self
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        raise ServerDied(f"not ready after {timeout_s:.0f} s\n{self.tail()}")
+
+    def wait_exit(self, timeout_s: float = START_TIMEOUT_S) -> int:
+        """Wait until the process ends by itself; returns its exit code."""
+        code = self.process.wait(timeout_s)
+        self._reader.join(5)
+        return code
+
+    def get(self, path: str) -> Any:
+        """GET a JSON document."""
+        with urllib.request.urlopen(self.url + path, timeout=REQUEST_TIMEOUT_S) as reply:
+            return json.loads(reply.read())
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """POST JSON, return the parsed answer."""
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
+            return json.loads(reply.read())
+
+    def generate(self, prompt: str, max_new_tokens: int = 16, **fields: Any) -> dict[str, Any]:
+        """Greedy completion with the log-probability of every output token.
+
+        Returns:
+            ``{"tokens": [...], "logprobs": [...], "text": ..., "meta": {...}}``.
+        """
+        answer = self.post(
+            "/generate",
+            {
+                "text": prompt,
+                "sampling_params": {
+                    "temperature": 0,
+                    "max_new_tokens": max_new_tokens,
+                    "ignore_eos": True,
+                },
+                "return_logprob": True,
+                **fields,
+            },
+        )
+        meta = answer["meta_info"]
+        pairs = meta["output_token_logprobs"]
+        return {
+            "tokens": [pair[1] for pair in pairs],
+            "logprobs": [pair[0] for pair in pairs],
+            "text": answer["text"],
+            "meta": meta,
+        }
+
+    def generate_many(
+        self, prompts: Sequence[str], max_new_tokens: int = 16, concurrency: int = 8
+    ) -> list[dict[str, Any]]:
+        """Completions of many prompts, ``concurrency`` at a time, in order."""
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, max_new_tokens), prompts))
+
+    def states(self) -> list[dict[str, Any]]:
+        """The plugin's state in each scheduler, by HTTP; empty where it is not active."""
+        info = self.get("/server_info")
+        return [s["moe_plugin"] for s in info["internal_states"] if "moe_plugin" in s]
+
+    def stop(self) -> None:
+        """End the server and its children, by their process group."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

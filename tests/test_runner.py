@@ -1,0 +1,61 @@
+"""Config and metadata of the MoE layer."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_plugin.config import BatchedMoEConfig
+from moe_plugin.errors import ConfigError
+from moe_plugin.metadata import DPMetadata
+
+GOOD = {
+    "num_experts": 16,
+    "num_ranks": 4,
+    "top_k": 2,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "max_num_tokens": 256,
+}
+
+
+def test_derived_sizes() -> None:
+    """Local experts and capacity follow from experts, ranks and T."""
+    config = BatchedMoEConfig(**GOOD)
+    assert (config.num_local_experts, config.capacity) == (4, 1024)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_num_tokens": 0}, "max_num_tokens: got 0, allowed >= 1.*--batched-dp-moe-max-tokens"),
+        ({"max_num_tokens": -1}, "got -1"),
+        ({"num_experts": 18}, "18 experts over 4 ranks.*--ep-num-redundant-experts"),
+        ({"activation": "gelu"}, "got 'gelu'.*--use-batched-dp-moe off"),
+        ({"top_k": 0}, "top_k: got 0"),
+    ],
+)
+def test_bad_config_is_one_clear_error(change: dict, message: str) -> None:
+    """An error with got, allowed and fix, never an assert."""
+    with pytest.raises(ConfigError, match=message):
+        BatchedMoEConfig(**(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "attn_tp", "sizes"),
+    [
+        ([5, 0], 1, (5, 0)),
+        ([5, 3], 2, (3, 3, 2, 2)),
+        ([8], 4, (2, 2, 2, 2)),
+    ],
+)
+def test_sp_local_sizes(tokens: list[int], attn_tp: int, sizes: tuple[int, ...]) -> None:
+    """Tokens of a data-parallel group are scattered over its attention-TP ranks, rounded up."""
+    metadata = DPMetadata.from_global_num_tokens(tokens, attn_tp)
+    assert metadata.sp_local_sizes == sizes
+    assert metadata.max_tokens == max(sizes)
+
+
+def test_expected_rows_is_a_mean_and_at_least_one() -> None:
+    """64 tokens x top-8 over 256 experts: 2 rows; an idle forward still asks for one."""
+    assert DPMetadata((32, 32)).expected_rows(8, 256) == 2
+    assert DPMetadata((0, 0)).expected_rows(8, 256) == 1
