@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MoePluginError(Exception):
-    """Root of the tree; catch this to catch everything the plugin raises on purpose."""
+    """Root of the tree; catch this to catch everything the plugin raises on purpose.
+
+    Attributes:
+        rejections: what a refused plan lists, each a :class:`moe_plugin.plan.Rejection`.
+    """
+
+    rejections: tuple[Any, ...] = ()
 
 
 class ConfigError(MoePluginError, ValueError):
