@@ -73,7 +73,8 @@ def weight_format(server_args: Any, model: Any) -> str:
     if not name:
         return "unquantized"
     if name == "fp8":
-        return "fp8_block" if config.get("weight_block_size") else "fp8_tensor"
+        block = config.get("weight_block_size")
+        return "fp8_tensor" if not block else f"fp8_block{'' if block == [128, 128] else block}"
     return str(name)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..capability import Capability, get_backend
-from ..plan import Plan, Rejection, refusal
+from ..plan import Change, Plan, Rejection, refusal
 from ..rows import ceil_div, ceil_to, prefill_tokens_per_group, requests_per_group
 from .flags import requested
 
@@ -63,7 +63,7 @@ def _flipped(cfg: Any, capability: Capability) -> Rejection:
     mode = cfg.deepep_mode if capability.backend == "deepep" else None
     if mode is not None:
         flag = f"--moe-a2a-backend {cfg.moe_a2a_backend} --deepep-mode {mode}"
-    changes: list[tuple[str, str | None]] = [("--moe-a2a-backend", cfg.moe_a2a_backend)]
+    changes: list[Change] = [("--moe-a2a-backend", cfg.moe_a2a_backend)]
     if mode is not None:
         changes.append(("--deepep-mode", mode))
     return Rejection(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from .capability import Capability, Mode, use_batched_dp_moe
-from .checks import LEAVE, check_capacity, check_model
+from .checks import check_capacity, check_model
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .limits import Limits
 from .memory import host_workspace_bytes, workspace_bytes
@@ -25,7 +25,7 @@ from .rows import (
     prefill_tokens_per_group,
     requests_per_group,
 )
-from .support import choose_runner
+from .support import LEAVE, LEAVE_TEXT, choose_runner
 
 __all__ = ["Budget", "Plan", "Rejection", "make_plan"]
 
@@ -134,7 +134,7 @@ def _choose_tokens(
                 "communication buffer bytes per rank",
                 got=f"{least} bytes at {GRAPH_MULTIPLE} tokens per rank",
                 allowed=f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})",
-                fix="run the model without DeepEP: --moe-a2a-backend none --use-batched-dp-moe off",
+                fix=LEAVE_TEXT,
                 changes=LEAVE,
             )
         )

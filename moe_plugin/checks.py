@@ -6,15 +6,7 @@ from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .limits import Limits
 from .memory import gib
 from .plan import Rejection
-
-LEAVE: tuple[tuple[str, str | None], ...] = (
-    ("--moe-a2a-backend", "none"),
-    ("--deepep-mode", None),
-    ("--use-batched-dp-moe", "off"),
-    ("--enable-waterfill", None),
-)
-"""Changes that leave batched data-parallel MoE altogether."""
-_LEAVE_TEXT = "run without it: --moe-a2a-backend none --use-batched-dp-moe off"
+from .support import LEAVE, LEAVE_TEXT
 
 
 def check_capacity(
@@ -60,7 +52,7 @@ def check_model(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> list[
     def leave(limit: str, got: object, allowed: str, source: str) -> None:
         where = f" ({limits.source(source)})" if limits.source(source) else ""
         errors.append(
-            Rejection(limit, f"{got}", f"{allowed}{where}", _LEAVE_TEXT, LEAVE, "unsupported")
+            Rejection(limit, f"{got}", f"{allowed}{where}", LEAVE_TEXT, LEAVE, "unsupported")
         )
 
     if limits.hidden_sizes is not None and model.hidden_size not in limits.hidden_sizes:

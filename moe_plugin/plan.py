@@ -11,7 +11,13 @@ from .errors import BudgetError, ConfigError, UnsupportedError, explain
 
 Source = Literal["user", "default", "derived", "host"]
 Kind = Literal["budget", "config", "unsupported"]
-_ERRORS = {"budget": BudgetError, "config": ConfigError, "unsupported": UnsupportedError}
+Change = tuple[str, "str | None"]
+"""(flag or variable, its new value; None removes it)."""
+_ERRORS: dict[str, type[ConfigError] | type[UnsupportedError]] = {
+    "budget": BudgetError,
+    "config": ConfigError,
+    "unsupported": UnsupportedError,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +29,7 @@ class Rejection:
         got: the user's value, with the arithmetic.
         allowed: what the limit admits.
         fix: what to type instead.
-        changes: the same fix for programs: (flag or variable, new value; None removes it).
+        changes: the same fix for programs.
         kind: which error it is raised as.
     """
 
@@ -31,7 +37,7 @@ class Rejection:
     got: str
     allowed: str
     fix: str
-    changes: tuple[tuple[str, str | None], ...] = ()
+    changes: tuple[Change, ...] = ()
     kind: Kind = "budget"
 
     def __str__(self) -> str:
@@ -147,14 +153,18 @@ class Plan:
         return render(self)
 
 
-def refusal(errors: Iterable[Rejection]) -> Exception:
-    """One exception that names every rejection; the most specific class that fits all."""
+def refusal(errors: Iterable[Rejection]) -> ConfigError | UnsupportedError:
+    """One exception that names every rejection, and carries them as ``rejections``."""
     errors = tuple(errors)
     kinds = {error.kind for error in errors}
-    kind: Kind = kinds.pop() if len(kinds) == 1 else "config"
-    lines = [str(error) for error in errors]
+    raised = _ERRORS[kinds.pop()] if len(kinds) == 1 else ConfigError
     head = "this launch cannot run batched data-parallel MoE"
+    lines = [str(error) for error in errors]
     if len(lines) == 1:
-        return _ERRORS[kind](f"{head}: {lines[0]}")
-    listed = "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, 1))
-    return _ERRORS[kind](f"{head}, for {len(lines)} reasons:\n{listed}")
+        text = f"{head}: {lines[0]}"
+    else:
+        listed = "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, 1))
+        text = f"{head}, for {len(lines)} reasons:\n{listed}"
+    exception = raised(text)
+    exception.rejections = errors
+    return exception

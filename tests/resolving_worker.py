@@ -1,0 +1,107 @@
+"""Resolve many command lines in one fresh process: reads cases on stdin, answers on stdout.
+
+Importing the host costs seconds and its hooks cannot be undone, so tests hand over all of their
+cases at once. ``stock`` cases are resolved before the plugin's hooks are installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import sys
+import warnings
+from typing import Any
+
+FIELDS = (
+    "chunked_prefill_size",
+    "max_running_requests",
+    "mem_fraction_static",
+    "moe_a2a_backend",
+    "deepep_mode",
+    "ep_size",
+    "cuda_graph_max_bs_decode",
+    "cuda_graph_max_bs_prefill",
+    "speculative_num_draft_tokens",
+)
+
+
+def resolve(case: dict[str, Any]) -> dict[str, Any]:
+    """Parse and resolve one command line with the host's own code."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+    from sglang.srt.server_args import prepare_server_args
+
+    from moe_plugin.integration import resolution
+
+    saved = dict(os.environ)
+    os.environ.update(case.get("env", {}))
+    answer: dict[str, Any] = {"id": case.get("id")}
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+            server_args = prepare_server_args(case["argv"])
+            server_args.resolve_once()
+        server_args = pickle.loads(pickle.dumps(server_args))
+        view = resolved_view(server_args)
+        config = view.cuda_graph_config
+        plan = resolution.plan_of(server_args)
+        answer.update(
+            ok=True,
+            resolved={name: getattr(view, name, None) for name in FIELDS},
+            decode={"backend": config.decode.backend, "bs": config.decode.bs},
+            prefill={"backend": config.prefill.backend, "bs": config.prefill.bs},
+            plan=plan.as_dict() if plan else None,
+            environment={
+                name: value for name, value in os.environ.items() if saved.get(name) != value
+            },
+        )
+        for phase in ("decode", "prefill"):
+            answer[phase]["max_bs"] = getattr(config, phase).max_bs
+    except BaseException as error:  # SystemExit of argparse too
+        answer.update(ok=False, error=str(error), type=type(error).__name__)
+        errors = getattr(error, "rejections", ())
+        answer["errors"] = [
+            {"limit": e.limit, "fix": e.fix, "changes": [list(c) for c in e.changes]}
+            for e in errors
+        ]
+        if isinstance(error, SystemExit):
+            answer["error"] = log.getvalue()
+    finally:
+        answer["log"] = log.getvalue()[-4000:] if case.get("log") else ""
+        resolution._withdraw_capacity()
+        os.environ.clear()
+        os.environ.update(saved)
+    return answer
+
+
+def install() -> None:
+    """The plugin's flags and resolution hooks, as its entry point would."""
+    from sglang.srt.server_args import ServerArgs
+
+    from moe_plugin.integration import flags, resolution
+
+    add, make = ServerArgs.add_cli_args, ServerArgs.from_cli_args.__func__
+    ServerArgs.add_cli_args = staticmethod(lambda parser: flags.add_cli_args(add, parser))
+    ServerArgs.from_cli_args = classmethod(lambda cls, args: flags.from_cli_args(make, cls, args))
+    resolution.install()
+
+
+def main() -> None:
+    """One JSON request in, one JSON answer out."""
+    warnings.simplefilter("ignore")
+    request = json.load(sys.stdin)
+    if request.get("target"):
+        from moe_plugin.integration.target import get_target, simulate
+
+        simulate(get_target(request["target"]), request["model"])
+    cases = request["cases"]
+    answers = {index: resolve(case) for index, case in enumerate(cases) if case.get("stock")}
+    install()
+    answers |= {i: resolve(case) for i, case in enumerate(cases) if not case.get("stock")}
+    json.dump([answers[index] for index in range(len(cases))], sys.stdout, default=str)
+
+
+if __name__ == "__main__":
+    main()
