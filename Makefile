@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 PINS := constraints.txt
 STAMP := $(VENV)/.installed-$(shell sha256sum $(PINS) | cut -c1-16)
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/python -P -m pytest
@@ -31,7 +31,7 @@ install: $(STAMP)
 	    -e . -e tests/cpu_platform 2>&1 | { grep -i error || true; }
 
 demo: install
-	PYTHONSAFEPATH=1 $(BIN)/python -P tests/serving/demo.py
+	cd tests && $(BIN)/python -m serving.demo
 
 test: install
 	$(PYTEST) -m "not gpu and not slow"
@@ -48,7 +48,7 @@ lint: install
 
 # From another directory, or mypy follows the tree's top-level `kernels` instead of the package.
 types: install
-	cd tests && ../$(BIN)/python -P -m mypy --config-file ../pyproject.toml -p moe_plugin
+	cd tests && $(BIN)/python -P -m mypy --config-file ../pyproject.toml -p moe_plugin
 
 wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from checkpoint import Shape, write_checkpoint
-from compare import MAX_LOGPROB_DISTANCE, different_tokens, logprob_distance, uncounted_layers
-from prompts import SHORT_PROMPTS, long_prompt
-from server import COMMON_ARGS, TWO_EP_RANKS, Server, ServerDied
+from .checkpoint import Shape, write_checkpoint
+from .compare import MAX_LOGPROB_DISTANCE, different_tokens, logprob_distance, uncounted_layers
+from .prompts import SHORT_PROMPTS, long_prompt
+from .server import COMMON_ARGS, TWO_EP_RANKS, Server, ServerDied
 
 LONG_PROMPT_TOKENS = 1500  # several times the token budget
 NEW_TOKENS = 16
@@ -46,9 +46,8 @@ def serve(title: str, args: tuple[str, ...], model: Path, ranks: int, **env: str
         print()
         server.stop()
         raise
-    server._progress = lambda _line: None
     progress.done()
-    return server
+    return server.quiet()
 
 
 def main() -> int:

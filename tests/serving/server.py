@@ -113,6 +113,11 @@ class Server:
             self.lines.append(line.rstrip("\n"))
             self._progress(self.lines[-1])
 
+    def quiet(self) -> Server:
+        """Stop reporting progress; returns the server."""
+        self._progress = lambda _line: None
+        return self
+
     def tail(self) -> str:
         """The server's last lines."""
         return "\n".join(list(self.lines)[-_TAIL_LINES:])
