@@ -1,12 +1,107 @@
-"""Our bytes in the host's memory sizing, in place of its flat guess."""
+"""Our bytes in the host's memory sizing, in place of its flat guess, on both of its paths.
+
+*Flat*: the host sizes the KV cache before it captures graphs, and keeps back a guess for
+everything after: 2 GiB for DeepEP with decode graphs, 1 GiB more with breakable prefill graphs,
+whatever the capacity. *After capture*: it measures what is free then, and keeps back a small slack.
+
+What exists when free memory is measured must not be reserved again: our buffer is created while
+the model is built, so it is reserved only for a runner of the host's, which creates it lazily.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
-from ..plan import Plan
+from ..capability import Mode
+from ..memory import gib
+from ..plan import Plan, Rejection, refusal
+
+FLOOR_MIB = 10 * 1024
+"""Least reserve of the host on devices above 60 GiB, before the DeepEP guess."""
+FLOOR_FROM_MIB = 60 * 1024
+BREAKABLE_GUESS_MIB = 1024
+LEAST_FRACTION = 0.05
+"""Below this there is no room for weights and KV cache: refuse rather than fail after loading."""
 
 
-def reserve(server_args: Any, plan: Plan) -> None:
-    """Not yet: the host's own guess stands."""
-    del server_args, plan
+def reserved_bytes(plan: Plan, *, after_capture: bool, decode_graphs: bool) -> int:
+    """Bytes per rank to keep back, beyond what the host already measures.
+
+    The experts' working memory exists once per allocator pool that runs them: once in the pool
+    of the captured decode graphs, and once in the ordinary pool for eager forwards (the MoE part
+    of a breakable prefill graph runs eagerly). After capture the graphs' pool is measured.
+    """
+    eager = 1 if Mode.EXTEND in plan.capability.modes or not decode_graphs else 0
+    captured = 1 if plan.bounds_decode and decode_graphs else 0
+    if after_capture:
+        return eager * plan.workspace_bytes
+    lazy = 0 if plan.buffer_at_model_build else plan.rdma_device_bytes
+    return (eager + captured) * plan.workspace_bytes + lazy
+
+
+def reserve(server_args: Any, plan: Plan) -> Plan:
+    """Correct ``mem_fraction_static`` where the host chose it; returns the plan with the bytes.
+
+    Raises:
+        BudgetError: the device cannot hold the buffer and the workspace at all.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.utils.common import get_device_memory_capacity
+
+    cfg = resolving_view(server_args)
+    if server_args.mem_fraction_static is not None or not str(cfg.device).startswith("cuda"):
+        return plan
+    total = get_device_memory_capacity(cfg.device)
+    if total is None:
+        return plan
+    decode_graphs = cfg.cuda_graph_config.decode.backend != "disabled"
+    after_capture = _sized_after_capture(server_args)
+    ours = reserved_bytes(plan, after_capture=after_capture, decode_graphs=decode_graphs)
+    kept = total * (1 - cfg.mem_fraction_static)
+    if not after_capture:
+        kept = _without_guess(kept, total, plan, server_args, cfg)
+    # Rounded down: the host rounds to three digits, which is 80 MiB on an 80 GiB device.
+    fraction = math.floor((1 - (kept + ours / 2**20) / total) * 1000) / 1000
+    if fraction < LEAST_FRACTION:
+        raise refusal([_too_small(plan, ours, total)])
+    declare_resolution(server_args, "moe_plugin", mem_fraction_static=fraction)
+    return replace(plan, reserved_bytes=ours)
+
+
+def _sized_after_capture(server_args: Any) -> bool:
+    try:
+        from sglang.srt.arg_groups.overrides import post_capture_kv_sizing_planned
+    except ImportError:  # hosts without that path
+        return False
+    return bool(post_capture_kv_sizing_planned(server_args))
+
+
+def _without_guess(kept: float, total: float, plan: Plan, server_args: Any, cfg: Any) -> float:
+    """The host's reserve in MiB without what it guessed for DeepEP."""
+    from sglang.srt.arg_groups import memory_hook
+
+    guess = getattr(memory_hook, "reserve_for_deepep_a2a_mb", None)
+    if cfg.moe_a2a_backend != "deepep" or guess is None:
+        return kept
+    kept -= guess(server_args)
+    # In low-latency mode there is no NVLink buffer to touch first, which that guess was for. It
+    # lies below the host's floor, so that only what stands above the floor can be taken back.
+    if plan.bounds_prefill and cfg.cuda_graph_config.prefill.backend == "breakable":
+        floor = FLOOR_MIB if total > FLOOR_FROM_MIB else 0
+        kept = max(min(kept, floor), kept - BREAKABLE_GUESS_MIB)
+    return kept
+
+
+def _too_small(plan: Plan, ours: int, total: float) -> Rejection:
+    tokens = max(8, plan.max_dispatch_tokens_per_rank // 2 // 8 * 8)
+    return Rejection(
+        "device memory",
+        got=f"{gib(ours)} for buffer and workspace at {plan.max_dispatch_tokens_per_rank} tokens "
+        "per rank",
+        allowed=f"what {total / 1024:.0f} GiB leave beside weights and KV cache",
+        fix=f"--batched-dp-moe-max-tokens {tokens}",
+        changes=(("--batched-dp-moe-max-tokens", str(tokens)),),
+    )

@@ -72,7 +72,7 @@ def _after_memory_settings(server_args: Any, previous: Step) -> None:
     if plan is not None:
         from .reservation import reserve
 
-        reserve(server_args, plan)
+        setattr(server_args, _PLAN, reserve(server_args, plan))
 
 
 def _after_everything(server_args: Any, previous: Step) -> None:

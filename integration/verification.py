@@ -55,7 +55,7 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
         raise refusal(errors)
-    return replace(plan)
+    return replace(plan, reserved_bytes=planned.reserved_bytes if planned else 0)
 
 
 def _flipped(cfg: Any, capability: Capability) -> Rejection:

@@ -14,7 +14,7 @@ from .capability import Capability, Mode, use_batched_dp_moe
 from .checks import check_capacity, check_model
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .limits import Limits
-from .memory import host_workspace_bytes, workspace_bytes
+from .memory import workspace_bytes
 from .plan import Budget, Plan, Rejection, Source
 from .rows import (
     captured_requests,
@@ -70,7 +70,6 @@ def make_plan(
     errors += _check_needs(model, launch, capability, tokens)
     size = limits.buffer_bytes
     buffer = size(tokens, model.hidden_size, launch.tp_size, experts) if size else 0
-    arguments = (experts, tokens, model.hidden_size, model.moe_intermediate_size, model.dtype)
     plan = Plan(
         capability=capability,
         max_dispatch_tokens_per_rank=tokens,
@@ -81,10 +80,14 @@ def make_plan(
         ),
         rdma_buffer_bytes=buffer,
         rdma_device_bytes=limits.device_bytes(buffer) if limits.device_bytes else buffer,
-        workspace_bytes=(
-            workspace_bytes(*arguments)
-            if runner == "moe_plugin"
-            else host_workspace_bytes(*arguments)
+        workspace_bytes=workspace_bytes(
+            experts,
+            tokens,
+            model.hidden_size,
+            model.moe_intermediate_size,
+            model.dtype,
+            fp8=model.weight_format.startswith("fp8"),
+            host=runner == "host",
         ),
         errors=tuple(errors),
         runner=runner,

@@ -1,18 +1,43 @@
 """Bytes of the batched experts: exact arithmetic, nothing measured, nothing imported.
 
-Rows of every batched tensor are ``local_experts * ranks * T = experts * T`` per rank, so that
-none of these sizes depends on the number of ranks.
+Every batched tensor has ``local_experts * ranks * T = experts * T`` rows per rank, so none of
+these sizes depends on the number of ranks.
 """
 
 from __future__ import annotations
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+SCALE_CHANNELS = 128
+"""Channels per float32 scale of an FP8 dispatch (DeepEP)."""
+ACT_SCALE_CHANNELS = 64
+"""Narrowest re-quantisation group of our FP8 experts; sizes their scales."""
+
+
+def received_bytes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> int:
+    """What a dispatch returns: rows in FP8 with scales, or in the activation dtype."""
+    if fp8:
+        return rows * (hidden + 4 * (hidden // SCALE_CHANNELS))
+    return rows * hidden * DTYPE_BYTES.get(dtype, 2)
+
+
+def activation_bytes(rows: int, intermediate: int, dtype: str, *, fp8: bool) -> int:
+    """Our experts between their two GEMMs; equals ``kernels.experts.workspace_bytes``."""
+    if fp8:
+        return rows * (intermediate + 4 * -(-intermediate // ACT_SCALE_CHANNELS))
+    return rows * intermediate * DTYPE_BYTES.get(dtype, 2)
 
 
 def workspace_bytes(
-    experts: int, max_tokens: int, hidden: int, intermediate: int, dtype: str
+    experts: int,
+    max_tokens: int,
+    hidden: int,
+    intermediate: int,
+    dtype: str,
+    *,
+    fp8: bool = False,
+    host: bool = False,
 ) -> int:
-    """Bytes that one live MoE layer of ours needs beside its weights, per rank.
+    """Bytes that one live MoE layer holds beside its weights, per rank.
 
     Args:
         experts: physical experts of the layer.
@@ -20,20 +45,21 @@ def workspace_bytes(
         hidden: row width, elements.
         intermediate: inner width of one expert, elements.
         dtype: activation dtype by torch name.
+        fp8: rows are dispatched, and activations re-quantised, in FP8.
+        host: the host's experts, which store gate and up (2 x intermediate, bf16) before they
+            activate them; ours activate them as they are computed.
 
-    Received rows, the activated rows between the two GEMMs and the result. The gate and up
-    halves are activated as they are computed and never stored.
+    Received rows, the activation between the GEMMs, and the result that combine reads.
     """
+    rows = experts * max_tokens
     size = DTYPE_BYTES.get(dtype, 2)
-    return experts * max_tokens * (2 * hidden + intermediate) * size
-
-
-def host_workspace_bytes(
-    experts: int, max_tokens: int, hidden: int, intermediate: int, dtype: str
-) -> int:
-    """The same for a runner of the host's, which stores gate and up before activating them."""
-    size = DTYPE_BYTES.get(dtype, 2)
-    return experts * max_tokens * (2 * hidden + 3 * intermediate) * size
+    gate_up = rows * 2 * intermediate * size if host else 0
+    return (
+        received_bytes(rows, hidden, dtype, fp8=fp8)
+        + gate_up
+        + activation_bytes(rows, intermediate, dtype, fp8=fp8)
+        + rows * hidden * size
+    )
 
 
 def gib(size: int) -> str:

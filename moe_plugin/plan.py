@@ -82,6 +82,8 @@ class Plan:
         rdma_buffer_bytes: DeepEP's own size hint, bytes per rank; 0 without an RDMA buffer.
         rdma_device_bytes: device memory that the buffer takes, bytes per rank.
         workspace_bytes: experts' working memory, bytes per rank.
+        reserved_bytes: what resolution kept back for both in the host's memory sizing, bytes per
+            rank; 0 when the user set ``--mem-fraction-static``.
         budgets: the same, value by value, with sources and arithmetic.
         errors: why it is refused.
         notes: things to know that refuse nothing.
@@ -105,6 +107,7 @@ class Plan:
     rdma_buffer_bytes: int = 0
     rdma_device_bytes: int = 0
     workspace_bytes: int = 0
+    reserved_bytes: int = 0
     budgets: tuple[Budget, ...] = ()
     errors: tuple[Rejection, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -121,6 +124,11 @@ class Plan:
     def verdict(self) -> Literal["ok", "refused"]:
         """``refused`` iff there are errors."""
         return "refused" if self.errors else "ok"
+
+    @property
+    def buffer_at_model_build(self) -> bool:
+        """Whether the buffer exists before KV sizing measures free memory; else it is lazy."""
+        return self.runner == "moe_plugin"
 
     @property
     def bounds_prefill(self) -> bool:
