@@ -10,9 +10,11 @@ class MoePluginError(Exception):
 
     Attributes:
         rejections: what a refused plan lists, each a :class:`moe_plugin.plan.Rejection`.
+        plan: the refused :class:`moe_plugin.plan.Plan`, where planning got that far.
     """
 
     rejections: tuple[Any, ...] = ()
+    plan: Any = None
 
 
 class ConfigError(MoePluginError, ValueError):
