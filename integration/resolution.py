@@ -104,7 +104,7 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
             )
         return None
     if plan.errors:
-        raise refusal(plan.errors)
+        raise refusal(plan.errors, plan)
     if chosen:
         declare_resolution(server_args, SOURCE, **chosen)
         listed = ", ".join(f"{name}={value}" for name, value in chosen.items())

@@ -42,6 +42,9 @@ TARGETS = {
     "b200": Target("NVIDIA B200", (10, 0), 183359, 148),
 }
 DEFAULT_TARGET = "h100"
+LOCAL = "local"
+"""This machine's own device: nothing is overridden."""
+_simulated = False
 
 
 def get_target(name: str) -> Target:
@@ -59,6 +62,11 @@ def get_target(name: str) -> Target:
         ) from None
 
 
+def is_simulated() -> bool:
+    """Whether this process already answers for another device."""
+    return _simulated
+
+
 def simulate(target: Target, model_path: str) -> None:
     """From now on this process resolves arguments as on ``target``.
 
@@ -66,7 +74,9 @@ def simulate(target: Target, model_path: str) -> None:
         target: the device.
         model_path: a directory with ``config.json``, to walk the whole pipeline once.
     """
+    global _simulated
     _import_host(model_path)
+    _simulated = True
     import torch
     from sglang.srt.utils import common
 
@@ -103,6 +113,7 @@ def _constant(value: Any) -> Any:
 
 def _import_host(model_path: str) -> None:
     """Import every module that resolution imports, by resolving once for a CPU."""
+    import contextlib
     import logging
 
     from sglang.srt.server_args import ServerArgs
@@ -112,7 +123,9 @@ def _import_host(model_path: str) -> None:
     previous = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        ServerArgs(model_path=model_path, device="cpu").resolve_once()
+        # What is wrong with the model or its arguments shows in the resolution that follows.
+        with contextlib.suppress(Exception):
+            ServerArgs(model_path=model_path, device="cpu").resolve_once()
     finally:
         logging.disable(previous)
         os.environ.clear()

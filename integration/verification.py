@@ -54,7 +54,7 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     assert plan is not None
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
-        raise refusal(errors)
+        raise refusal(errors, plan)
     return replace(plan, reserved_bytes=planned.reserved_bytes if planned else 0)
 
 

@@ -31,6 +31,9 @@ __all__ = ["Budget", "Plan", "Rejection", "make_plan"]
 
 HOST_MAX_PREFILL_TOKENS = 16384
 """The host's default of ``--max-prefill-tokens``: indistinguishable from the same value typed."""
+HOST_DECODE_GRAPH = 512
+"""Largest decode graph that the host captures by itself. A larger T does not ask for more: its
+memory reserve grows by up to 4.5 MiB per request and DP group, and larger batches run eagerly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +349,9 @@ def _fill(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most:
             running = min(running, max(1, chunk_per_group(chunk, groups) // 2) * groups)
         if launch.decode_graphs:
             pool = ceil_to(requests_per_group(running, groups), launch.graph_multiple)
-            graph_decode = launch.cuda_graph_max_bs_decode or max(1, min(fits, pool))
+            default = _decode_requests(launch, min(tokens, limits.default_max_tokens))
+            largest = min(fits, pool, max(default, HOST_DECODE_GRAPH))
+            graph_decode = launch.cuda_graph_max_bs_decode or max(1, largest)
     plan = replace(
         plan,
         chunked_prefill_size=chunk,

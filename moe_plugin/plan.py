@@ -161,8 +161,10 @@ class Plan:
         return render(self)
 
 
-def refusal(errors: Iterable[Rejection]) -> ConfigError | UnsupportedError:
-    """One exception that names every rejection, and carries them as ``rejections``."""
+def refusal(
+    errors: Iterable[Rejection], plan: Plan | None = None
+) -> ConfigError | UnsupportedError:
+    """One exception that names every rejection; it carries them, and the refused plan."""
     errors = tuple(errors)
     kinds = {error.kind for error in errors}
     raised = _ERRORS[kinds.pop()] if len(kinds) == 1 else ConfigError
@@ -175,4 +177,5 @@ def refusal(errors: Iterable[Rejection]) -> ConfigError | UnsupportedError:
         text = f"{head}, for {len(lines)} reasons:\n{listed}"
     exception = raised(text)
     exception.rejections = errors
+    exception.plan = plan
     return exception
