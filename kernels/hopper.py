@@ -102,6 +102,10 @@ class Ring:
         wrap = stage == self.STAGES
         return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
 
+    @gluon.jit
+    def before(self, stage):
+        return gl.where(stage == 0, self.STAGES - 1, stage - 1)
+
 
 @gluon.jit
 def _fetch_weights(ring, w_desc, x_desc, s_desc, stage, row0, row1, col):
@@ -253,7 +257,6 @@ def _consume(
                 acc1 = _promote(acc1, part1, s_w1, s_x, ALIGNED)
                 stage, phase = ring.advance(stage, phase)
         else:
-            before = stage
             for k in range(steps_k):
                 mbarrier.wait(ring.full.index(stage), phase)
                 x = ring.x.index(stage).permute((1, 0))
@@ -261,11 +264,10 @@ def _consume(
                 acc1 = warpgroup_mma(ring.w1.index(stage), x, acc1, is_async=True)
                 # These two stay in flight; the step before has finished with its stage.
                 acc0, acc1 = warpgroup_mma_wait(2, deps=(acc0, acc1))
-                mbarrier.arrive(ring.empty.index(before), pred=k > 0)
-                before = stage
+                mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
                 stage, phase = ring.advance(stage, phase)
             acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
-            mbarrier.arrive(ring.empty.index(before))
+            mbarrier.arrive(ring.empty.index(ring.before(stage)))
         if FUSED:
             act = acc0 / (1.0 + gl.exp(-acc0)) * acc1
             if FP8:
@@ -301,7 +303,12 @@ def _store(tile, out, expert, row, rows, col, capacity, width):
     gl.store(base + offsets, tile, mask=mask)
 
 
-@gluon.jit
+# Only divisibility that widens stores is worth a kernel of its own.
+@gluon.jit(
+    do_not_specialize=[
+        "experts", "tiles_n", "w_rows", "step", "second", "steps_k", "scale_rows", "scale_cols"
+    ]
+)  # fmt: skip
 def experts_kernel(
     w_desc, x_desc, s_desc, w_scale, counts_ptr, out, out_scale, experts, capacity, tiles_n,
     w_rows, step, second, steps_k, scale_rows, scale_cols, width,

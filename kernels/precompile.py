@@ -53,11 +53,10 @@ def _compile_quietly(job: tuple[Shape, Launch, Device]) -> str | None:
 
 
 def precompile(
-    shape: Shape, launches: Iterable[Launch], device: Device, workers: int = 4
-) -> dict[Launch, str]:
+    jobs: Iterable[tuple[Shape, Launch]], device: Device, workers: int = 4
+) -> dict[tuple[Shape, Launch], str]:
     """Fill Triton's cache for these launches; returns those that failed, with the reason."""
-    launches = list(launches)
-    jobs = [(shape, launch, device) for launch in launches]
+    jobs = list(dict.fromkeys(jobs))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        outcomes = pool.map(_compile_quietly, jobs)
-        return {launch: why for launch, why in zip(launches, outcomes, strict=True) if why}
+        outcomes = pool.map(_compile_quietly, [(*job, device) for job in jobs], chunksize=2)
+        return {job: why for job, why in zip(jobs, outcomes, strict=True) if why}

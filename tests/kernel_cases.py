@@ -6,6 +6,7 @@ Shared by the tests and the benchmarks: a number is only printed for inputs chec
 from dataclasses import dataclass
 
 import torch
+
 from moe_plugin.kernels.experts_torch import (
     SCALE_BLOCK,
     batched_experts_torch,

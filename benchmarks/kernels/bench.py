@@ -1,0 +1,213 @@
+"""Check, then measure, the expert kernels: `bench.py STAGE --out DIR`.
+
+Stages: check (correctness only), sweep (tile candidates), bars (the entry point that the server
+calls, against DeepGEMM and the ceilings). Nothing is timed before its inputs passed `check`.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from cases import MODELS, layer_bytes, layer_flops, model_shape
+from ceilings import measure_ceilings
+from deepgemm import layer_call
+from kernel_cases import ROUTINGS, check, make_layer
+
+from moe_plugin.kernels.experts import batched_experts, device_of
+from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch
+from moe_plugin.kernels.precompile import precompile
+from moe_plugin.kernels.tune import Buffers, candidates, graph_seconds, tune_cell
+
+
+class Watchdog:
+    """Ends the process when a stage hangs, so that what was measured is kept."""
+
+    def __init__(self, seconds: float) -> None:
+        self.timer: threading.Timer | None = None
+        self.seconds = seconds
+
+    def __call__(self, label: str) -> None:
+        if self.timer:
+            self.timer.cancel()
+        self.timer = threading.Timer(self.seconds, self._expire, (label,))
+        self.timer.daemon = True
+        self.timer.start()
+
+    @staticmethod
+    def _expire(label: str) -> None:
+        print(f"HANG in {label}", flush=True)
+        os._exit(3)
+
+
+def environment() -> dict[str, str]:
+    """What a number depends on."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run_checks(watchdog: Watchdog) -> bool:
+    """Every candidate on small ragged layers, and both dtypes at a model's size."""
+    good = True
+    device = device_of(torch.empty(0, device="cuda"))
+    small = (
+        (128, 256, 384, (0, 1, 128, 33)),  # fewer tiles than programs
+        (64, 1152, 176, (5, 0, 64, 17, 1)),  # ragged channels, scale blocks that straddle tiles
+        (512, 2048, 1024, (64, 0, 300, 512, 7, 1, 129, 40)),  # many tiles per program
+    )
+    for capacity, hidden, inter, counts in small:
+        for fp8 in (False, True):
+            layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda")
+            shape = model_shape(0, fp8, 1)
+            launches = {c: r for r in (8, 64, 512) for c in candidates(shape, r)}
+            ours = Shape(len(counts), capacity, hidden, inter, fp8)
+            precompile([(ours, launch) for launch in launches], device, os.cpu_count() or 4)
+            for launch in launches:
+                label = f"{hidden}x{inter} fp8={fp8} {launch.gate_up} | {launch.down}"
+                watchdog(label)
+                try:
+                    out = layer.poisoned_output()
+                    batched_experts(*layer.args(), 8, out=out, launch=launch)
+                    again = layer.poisoned_output()
+                    batched_experts(*layer.args(), 8, out=again, launch=launch)
+                    check(label, out, layer)
+                    same = torch.equal(out.view(torch.int16), again.view(torch.int16))
+                    assert same, f"{label}: bits differ from run to run"
+                except Exception as error:
+                    good = False
+                    print(f"RED {type(error).__name__}: {error}"[:300], flush=True)
+            torch.cuda.synchronize()
+            print(f"checked {hidden}x{inter} fp8={fp8}", flush=True)
+    print("checks green" if good else "checks RED", flush=True)
+    return good
+
+
+def run_sweep(out: Path, models: list[int], rows: list[int], watchdog: Watchdog) -> None:
+    """Per-GEMM and per-layer timings of every candidate."""
+    result: dict[str, Any] = {"environment": environment(), "cells": []}
+    begin = time.time()
+    shapes = [(model_shape(i, fp8, m), m) for i in models for fp8 in (False, True) for m in rows]
+    device = device_of(torch.empty(0, device="cuda"))
+    jobs = [(shape, launch) for shape, m in shapes for launch in candidates(shape, m)]
+    failed = precompile(jobs, device, os.cpu_count() or 4)
+    print(f"{len(jobs)} candidates compiled in {time.time() - begin:.0f} s", flush=True)
+    print("\n".join(sorted(set(failed.values())))[:1000], flush=True)
+    for index in models:
+        for fp8 in (False, True):
+            shape, buffers = None, None
+            for m in rows:
+                if shape != model_shape(index, fp8, m):
+                    buffers = None
+                    shape = model_shape(index, fp8, m)
+                    buffers = Buffers.create(shape)
+                watchdog(f"sweep {MODELS[index].name} fp8={fp8} {m}")
+                record: list[dict] = []
+                begin = time.time()
+                best = tune_cell(buffers, m, record, {job[1] for job in failed})
+                counts = (m,) * shape.experts
+                floor = layer_bytes(shape, counts)
+                us = min(r["us"] for r in record if r["which"] == "layer")
+                result["cells"].append({
+                    "model": MODELS[index].name, "fp8": fp8, "rows": m, "best": encode_launch(best),
+                    "us": us, "bytes": floor, "flops": layer_flops(shape, counts),
+                    "timings": record,
+                })  # fmt: skip
+                print(f"{MODELS[index].name:16} {'fp8' if fp8 else 'bf16'} m={m:4} {us:8.1f} us "
+                      f"{floor / us / 1e6:5.2f} TB/s {layer_flops(shape, counts) / us / 1e6:6.0f} "
+                      f"TFLOP/s  {best.gate_up} {best.down} ({time.time() - begin:.1f}s)",
+                      flush=True)  # fmt: skip
+                (out / "kernels-sweep.json").write_text(json.dumps(result))
+
+
+def run_bars(
+    out: Path, models: list[int], rows: list[int], routings: list[str], watchdog: Watchdog
+) -> None:
+    """The server's entry point against DeepGEMM and this run's ceilings."""
+    watchdog("ceilings")
+    limits = measure_ceilings()
+    stream = max(limits["copy_TBps"], limits["read_TBps"])
+    result: dict[str, Any] = {"environment": environment(), "ceilings": limits, "cells": []}
+    print(limits, flush=True)
+    for index in models:
+        for fp8 in (False, True):
+            shape, buffers = None, None
+            for m in rows:
+                if shape != model_shape(index, fp8, m):
+                    buffers = None
+                    shape = model_shape(index, fp8, m)
+                    buffers = Buffers.create(shape)
+                for routing in routings:
+                    counts = ROUTINGS[routing](shape.experts, m, shape.capacity)
+                    watchdog(f"bars {MODELS[index].name} fp8={fp8} {m} {routing}")
+                    cell = time_cell(buffers, counts, m)
+                    floor, flops = layer_bytes(shape, counts), layer_flops(shape, counts)
+                    cell |= {
+                        "model": MODELS[index].name, "fp8": fp8, "rows": m, "routing": routing,
+                        "bytes": floor, "flops": flops,
+                        "stream_fraction": floor / cell["us"] / 1e6 / stream,
+                        "peak_fraction": flops / cell["us"] / 1e6
+                        / limits["dense_fp8_TFLOPs" if fp8 else "dense_bf16_TFLOPs"],
+                    }  # fmt: skip
+                    result["cells"].append(cell)
+                    base = cell.get("deepgemm_us")
+                    ratio = base / cell["us"] if base else 0
+                    print(f"{cell['model']:16} {'fp8' if fp8 else 'bf16'} {routing:8} m={m:4} "
+                          f"{cell['us']:8.1f} us  {100 * cell['stream_fraction']:5.1f}% stream "
+                          f"{100 * cell['peak_fraction']:5.1f}% peak  "
+                          f"x{ratio:.2f} DeepGEMM", flush=True)  # fmt: skip
+                    (out / "kernels-bars.json").write_text(json.dumps(result, indent=1))
+
+
+def time_cell(buffers: Buffers, counts: tuple[int, ...], expected_m: int) -> dict[str, Any]:
+    """Microseconds of our layer and of DeepGEMM's on the same tensors and counts."""
+    masked_m = torch.tensor(counts, dtype=torch.int32, device="cuda")
+    layers = buffers.layers
+
+    def ours(copy: int) -> Any:
+        layer = layers[copy % len(layers)]
+        return lambda: batched_experts(*layer, masked_m, expected_m, out=buffers.out)
+
+    def theirs(copy: int) -> Any:
+        return lambda: layer_call(layers[copy % len(layers)], masked_m, expected_m)
+
+    launch = pick_launch(buffers.shape, expected_m, device_of(buffers.out))
+    cell: dict[str, Any] = {"launch": encode_launch(launch)}
+    cell["us"] = 1e6 * graph_seconds([ours(c) for c in range(8)])
+    try:
+        cell["deepgemm_us"] = 1e6 * graph_seconds([theirs(c) for c in range(8)])
+    except Exception as error:  # the baseline refuses some shapes
+        cell["deepgemm_error"] = f"{type(error).__name__}: {error}"[:200]
+    return cell
+
+
+def main() -> None:
+    """Parse and run one stage."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=("check", "sweep", "bars"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64, 128, 512])
+    parser.add_argument("--routings", nargs="+", default=["uniform"])
+    args = parser.parse_args()
+    watchdog = Watchdog(30)
+    torch.manual_seed(0)
+    if args.stage == "check":
+        raise SystemExit(not run_checks(watchdog))
+    if args.stage == "sweep":
+        run_sweep(args.out, args.models, args.rows, watchdog)
+    else:
+        run_bars(args.out, args.models, args.rows, args.routings, watchdog)
+
+
+if __name__ == "__main__":
+    main()

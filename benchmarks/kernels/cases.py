@@ -1,0 +1,37 @@
+"""The models, row counts and byte and operation counts of the kernel benchmarks."""
+
+import sys
+from pathlib import Path
+
+from moe_plugin.kernels.launch import Shape
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from kernel_cases import MODELS  # noqa: E402  (found through the path set above)
+
+TOKENS = 256  # per rank; above it the next deployed capacity
+MORE_TOKENS = 1024
+
+
+def model_shape(index: int, fp8: bool, rows: int) -> Shape:
+    """Layer of one model with the capacity that holds `rows` per expert under uniform routing."""
+    model = MODELS[index]
+    tokens = TOKENS if rows <= TOKENS * model.ranks else MORE_TOKENS
+    return Shape(model.experts, tokens * model.ranks, model.hidden, model.inter, fp8)
+
+
+def layer_bytes(shape: Shape, counts: tuple[int, ...]) -> int:
+    """Fewest bytes of a layer: the weights of live experts and the live rows, in and out."""
+    itemsize = 1 if shape.fp8 else 2
+    live = sum(c > 0 for c in counts)
+    weights = 3 * shape.hidden * shape.inter * itemsize
+    if shape.fp8:
+        weights += 3 * shape.hidden * shape.inter // 128**2 * 4
+    row = shape.hidden * (itemsize + 2) + 2 * shape.inter * itemsize
+    return live * weights + sum(counts) * row
+
+
+def layer_flops(shape: Shape, counts: tuple[int, ...]) -> int:
+    """Operations of a layer's three products."""
+    return 6 * shape.hidden * shape.inter * sum(counts)

@@ -1,0 +1,64 @@
+"""What this GPU can do: memory streams and dense matrix products, measured in the same run."""
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_plugin.kernels.tune import graph_seconds
+
+STREAM_BYTES = 4 << 30
+
+
+@triton.jit
+def _read_kernel(src, sink, blocks, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.int32)
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=4):
+        total ^= tl.load(src + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(sink + tl.program_id(0), tl.sum(total, 0))
+
+
+def read_bytes_per_second() -> float:
+    """A read-only stream."""
+    src = torch.randint(0, 1 << 30, (STREAM_BYTES // 4,), dtype=torch.int32, device="cuda")
+    best = 0.0
+    for per_sm, block in ((2, 8192), (4, 4096), (8, 2048)):
+        grid = per_sm * torch.cuda.get_device_properties(0).multi_processor_count
+        sink = torch.empty(grid, dtype=torch.int32, device="cuda")
+        blocks = src.numel() // block
+        seconds = graph_seconds(
+            [lambda g=grid, s=sink, n=blocks, b=block: _read_kernel[(g,)](src, s, n, b)] * 3
+        )
+        best = max(best, STREAM_BYTES / seconds)
+    return best
+
+
+def copy_bytes_per_second() -> float:
+    """A device-to-device copy, bytes read plus bytes written."""
+    src = torch.empty(STREAM_BYTES, dtype=torch.uint8, device="cuda").random_()
+    dst = torch.empty_like(src)
+    words = src.view(torch.int64), dst.view(torch.int64)
+    calls = (lambda: dst.copy_(src), lambda: torch.bitwise_or(words[0], 0, out=words[1]))
+    return 2 * STREAM_BYTES / min(graph_seconds([call] * 3) for call in calls)
+
+
+def dense_flops(fp8: bool, size: int = 8192) -> float:
+    """Dense square product on random data through the library."""
+    a = torch.randn(size, size, device="cuda").bfloat16()
+    b = torch.randn(size, size, device="cuda").bfloat16()
+    if fp8:
+        one = torch.ones((), device="cuda")
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
+        call = lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+    else:
+        call = lambda: torch.mm(a, b)  # noqa: E731
+    return 2 * size**3 / graph_seconds([call] * 4)
+
+
+def measure_ceilings() -> dict[str, float]:
+    """All four, in TB/s and TFLOP/s."""
+    return {
+        "copy_TBps": copy_bytes_per_second() / 1e12,
+        "read_TBps": read_bytes_per_second() / 1e12,
+        "dense_bf16_TFLOPs": dense_flops(False) / 1e12,
+        "dense_fp8_TFLOPs": dense_flops(True) / 1e12,
+    }

@@ -1,0 +1,211 @@
+"""Measure candidate launches on this GPU and write a table for `launch.pick_launch`.
+
+Each GEMM is timed on its own for every candidate, then the layer for the best pairs, because the
+second launch starts while the first one ends. A table is saved after every row count, and cells
+that it already holds are skipped.
+"""
+
+import json
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from .experts import SCALE_BLOCK, _act_and_scale, _problems, _run_layer, device_of
+from .launch import Launch, Shape, Tiles, encode_launch, hopper_tiles, row_tile, table_key
+from .masked_gemm import launch_hopper
+from .precompile import precompile
+
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
+FINALISTS = 2
+
+
+def candidates(shape: Shape, expected_m: int) -> list[Launch]:
+    """Launches worth measuring for this many rows. For fp8 the first GEMM's channels are also the
+    depth of the second one, whose activation they scale."""
+    fp8 = shape.fp8
+    full = 128 if fp8 else 64
+    exact = row_tile(expected_m)
+    choices: list[tuple[int, int, int, int, int]] = []  # channels, rows, depth, warps, per_sm
+    if expected_m <= 64:
+        for rows in {exact, max(exact, 16)}:
+            choices += [
+                (64, rows, 128, 4, 1), (64, rows, full, 4, 2), (64, rows, full, 4, 1),
+                (128, rows, full, 4, 1), (128, rows, full, 8, 1), (64, rows, full, 4, 3),
+            ]  # fmt: skip
+    if expected_m >= 48:
+        choices += [
+            (64, 64, full, 4, 1), (64, 64, full, 4, 2), (64, 128, full, 4, 1),
+            (64, 128, full, 8, 1), (128, 64, full, 8, 1), (128, 128, full, 8, 1),
+        ]  # fmt: skip
+        if not fp8:
+            choices += [(64, 256, 64, 8, 1), (128, 128, 128, 8, 1)]
+    launches = []
+    for channels, rows, depth, warps, per_sm in dict.fromkeys(choices):
+        gate_up = hopper_tiles(channels, rows, depth, fp8, warps, per_sm)
+        down = hopper_tiles(channels, rows, channels if fp8 else depth, fp8, warps, per_sm)
+        launches.append(Launch(True, gate_up, down))
+    return launches
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Several copies of one layer, so that no launch finds its weights in L2."""
+
+    shape: Shape
+    layers: tuple[tuple[Any, ...], ...]
+    out: torch.Tensor
+
+    @staticmethod
+    def create(shape: Shape, device: torch.device | str = "cuda") -> "Buffers":
+        """Random weights and rows; every row is finite, live or not."""
+        dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
+        per_layer = 3 * shape.experts * shape.hidden * shape.inter * dtype.itemsize
+        out = torch.empty(
+            (shape.experts, shape.capacity, shape.hidden), dtype=torch.bfloat16, device=device
+        )
+        copies = max(1, -(-CACHE_BYTES // per_layer))
+        return Buffers(
+            shape, tuple(_random_layer(shape, dtype, device) for _ in range(copies)), out
+        )
+
+    def problems(self, copy: int, masked_m: torch.Tensor, launch: Launch) -> tuple[Any, Any]:
+        """Both GEMMs of one copy, with a workspace of their own."""
+        group = launch.gate_up.channels
+        act = _act_and_scale(self.shape, group if self.shape.fp8 else None, self.out.device)
+        layer = self.layers[copy % len(self.layers)]
+        return _problems(*layer, masked_m, *act, self.out, group)
+
+
+def _random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
+    def dense(*size: int) -> torch.Tensor:
+        result = torch.empty(size, dtype=dtype, device=device)
+        for part in result:  # one expert at a time keeps the float32 copy small
+            part.copy_(torch.randn(part.shape, device=device))
+        return result
+
+    experts, hidden, inter = shape.experts, shape.hidden, shape.inter
+    x = dense(experts, shape.capacity, hidden)
+    w13, w2 = dense(experts, 2 * inter, hidden), dense(experts, hidden, inter)
+    if not shape.fp8:
+        return x, None, w13, None, w2, None
+
+    def ones(*size: int) -> torch.Tensor:
+        return torch.full(size, 0.02, device=device)
+
+    across, inner = triton.cdiv(hidden, SCALE_BLOCK), triton.cdiv(inter, SCALE_BLOCK)
+    x_scale = ones(experts, hidden // SCALE_BLOCK, shape.capacity).transpose(1, 2)
+    w13_scale = ones(experts, triton.cdiv(2 * inter, SCALE_BLOCK), across)
+    return x, x_scale, w13, w13_scale, w2, ones(experts, across, inner)
+
+
+def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
+    """Median seconds of one call, of all of them captured into one graph."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for replay in range(replays + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay > 1:
+            times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2] / len(calls) * 1e-3
+
+
+def measure(
+    buffers: Buffers, masked_m: torch.Tensor, launch: Launch, which: str = "layer", calls: int = 8
+) -> float:
+    """Seconds of one GEMM ("gate_up", "down") or of the layer under one launch."""
+    device = device_of(buffers.out)
+    work = []
+    for copy in range(calls):
+        gate_up, down = buffers.problems(copy, masked_m, launch)
+        work.append({
+            "gate_up": lambda p=gate_up: launch_hopper(p, launch.gate_up, device, chained=False),
+            "down": lambda p=down: launch_hopper(p, launch.down, device, chained=True),
+            "layer": lambda a=gate_up, b=down: _run_layer(a, b, launch, device),
+        }[which])  # fmt: skip
+    return graph_seconds(work)
+
+
+def tune_cell(
+    buffers: Buffers, rows: int, record: list[dict] | None = None, skip: Container[Launch] = ()
+) -> Launch:
+    """The fastest launch for `rows` live rows per expert; `record` collects every timing."""
+    shape = buffers.shape
+    counts = torch.full((shape.experts,), rows, dtype=torch.int32, device=buffers.out.device)
+    timings: dict[str, dict[Tiles, float]] = {"gate_up": {}, "down": {}}
+    for launch in candidates(shape, rows):
+        if launch in skip:
+            continue
+        for which, seen in timings.items():
+            tiles = getattr(launch, which)
+            if tiles not in seen:
+                seen[tiles] = measure(buffers, counts, launch, which)
+                if record is not None:
+                    record.append(
+                        {"rows": rows, "which": which, "us": 1e6 * seen[tiles],
+                         **{k: getattr(tiles, k) for k in tiles.__slots__}}
+                    )  # fmt: skip
+    best = {w: sorted(seen, key=seen.__getitem__)[:FINALISTS] for w, seen in timings.items()}
+    pairs = [
+        Launch(True, a, b)
+        for a in best["gate_up"]
+        for b in sorted(timings["down"], key=timings["down"].__getitem__)
+        if not shape.fp8 or b.depth == a.channels
+    ]
+    finals: dict[Launch, float] = {}
+    for pair in pairs[: 2 * FINALISTS]:
+        finals[pair] = measure(buffers, counts, pair)
+        if record is not None:
+            record.append({"rows": rows, "which": "layer", "us": 1e6 * finals[pair],
+                           "launch": encode_launch(pair)})  # fmt: skip
+    return min(finals, key=finals.__getitem__)
+
+
+def tune(
+    shapes: Iterable[Shape],
+    path: Path,
+    row_counts: Iterable[int] = ROW_COUNTS,
+    progress: Callable[[int, int, str], None] | None = None,
+    workers: int = 8,
+) -> None:
+    """Measure the missing cells of the table at `path`, saving after each.
+
+    `progress(done, total, label)` is called before every cell.
+    """
+    table = json.loads(path.read_text()) if path.is_file() else {"launches": {}}
+    device = device_of(torch.empty(0, device="cuda"))
+    table["device"] = device.name
+    table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
+    cells = [(shape, m) for shape in shapes for m in row_counts if m <= shape.capacity]
+    missing = [c for c in cells if table_key(*c) not in table["launches"]]
+    jobs = [(shape, launch) for shape, rows in missing for launch in candidates(shape, rows)]
+    failed = precompile(jobs, device, workers) if jobs else {}
+    buffers = None
+    for done, (shape, rows) in enumerate(cells):
+        key = table_key(shape, rows)
+        if progress is not None:
+            progress(done, len(cells), key)
+        if key in table["launches"]:
+            continue
+        if buffers is None or buffers.shape != shape:
+            buffers = None  # frees the previous shape's memory first
+            buffers = Buffers.create(shape)
+        table["launches"][key] = encode_launch(
+            tune_cell(buffers, rows, skip={launch for other, launch in failed if other == shape})
+        )
+        path.write_text(json.dumps(table, indent=1) + "\n")
+    if progress is not None:
+        progress(len(cells), len(cells), "")
