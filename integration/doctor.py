@@ -94,7 +94,7 @@ def _versions() -> list[Finding]:
 
 
 def _symbols(*, quick: bool) -> list[Finding]:
-    findings = []
+    findings: list[Finding] = []
     if not find_spec("sglang"):
         return findings
     for symbol in hosts.SYMBOLS:

@@ -190,6 +190,7 @@ def launch_facts(
         mixed_chunk=cfg.enable_mixed_chunk,
         dynamic_chunking=bool(getattr(cfg, "enable_dynamic_chunking", False)),
         max_prefill_tokens=cfg.max_prefill_tokens,
+        page_size=max(1, int(cfg.page_size or 1)),
         decode_graphs=graphs_enabled(server_args, cfg, "decode"),
         prefill_graphs=graphs_enabled(server_args, cfg, "prefill"),
         max_tokens=request.max_tokens,

@@ -52,10 +52,38 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
             raise refusal([_left(cfg, capability)])
         return None
     assert plan is not None
+    _refill(server_args, plan, cfg)
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
         raise refusal(errors, plan)
     return replace(plan, reserved_bytes=planned.reserved_bytes if planned else 0)
+
+
+def _refill(server_args: Any, plan: Plan, cfg: Any) -> None:
+    """Lower what *we* filled where facts that came later ask for less: page size, draft width."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    from .facts import attn_dp_size, explicit_graph_max
+
+    lower: dict[str, Any] = {}
+    chunk = plan.chunked_prefill_size // attn_dp_size(cfg)
+    filled = plan.bounds_prefill and server_args.chunked_prefill_size is None
+    if filled and 0 < chunk < cfg.chunked_prefill_size:
+        lower["chunked_prefill_size"] = chunk
+    if plan.bounds_decode and plan.max_running_requests:
+        running = cfg.max_running_requests
+        if server_args.max_running_requests is None and (running or 0) > plan.max_running_requests:
+            lower["max_running_requests"] = plan.max_running_requests
+        config = cfg.cuda_graph_config
+        most = plan.cuda_graph_max_bs_decode
+        ours = explicit_graph_max(server_args, server_args, "decode") is None
+        if most and ours and config is not None and (config.decode.max_bs or 0) > most:
+            sizes = sorted({*(size for size in config.decode.bs or () if size <= most), most})
+            from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
+
+            lower["cuda_graph_config"] = with_phase(config, Phase.DECODE, max_bs=most, bs=sizes)
+    if lower:
+        declare_resolution(server_args, "moe_plugin", **lower)
 
 
 def _flipped(cfg: Any, capability: Capability) -> Rejection:

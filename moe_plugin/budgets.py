@@ -12,6 +12,7 @@ from math import gcd
 
 from .capability import Capability, Mode, use_batched_dp_moe
 from .checks import check_capacity, check_model
+from .completion import complete
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .limits import Limits
 from .memory import workspace_bytes
@@ -64,6 +65,19 @@ def make_plan(
     capability = capability or use_batched_dp_moe(launch.capability_facts(model))
     if not capability.ok:
         return Plan(capability=capability, transport=launch.transport, ep_size=launch.tp_size)
+    plan = _plan_once(model, launch, limits, capability)
+    return replace(plan, errors=complete(plan.errors, model, launch, limits, _replan))
+
+
+def _replan(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> tuple[Rejection, ...]:
+    capability = use_batched_dp_moe(launch.capability_facts(model))
+    return _plan_once(model, launch, limits, capability).errors if capability.ok else ()
+
+
+def _plan_once(
+    model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
+) -> Plan:
+    """One pass over one set of facts."""
     experts = model.num_experts + launch.redundant_experts
     most = limits.largest_tokens(model.hidden_size, launch.tp_size, experts, GRAPH_MULTIPLE)
     tokens, source, errors = _choose_tokens(model, launch, limits, capability, most)
@@ -161,11 +175,11 @@ def _decode_requests(launch: LaunchFacts, tokens: int) -> int:
 
 
 def _prefill_chunk(launch: LaunchFacts, tokens: int) -> int:
-    """Largest chunk per group whose every forward fits T."""
+    """Largest chunk per group, in whole pages, whose every forward fits T; 0 if none."""
     rows = tokens * launch.attn_tp_size
     if launch.dynamic_chunking and launch.pp_size > 1:
-        return max(GRAPH_MULTIPLE, floor_to(rows * 4 // 5, GRAPH_MULTIPLE))
-    return rows
+        rows = floor_to(rows * 4 // 5, GRAPH_MULTIPLE) or rows * 4 // 5
+    return floor_to(rows, launch.page_size)
 
 
 def _needs(launch: LaunchFacts, capability: Capability, tokens: int) -> list[_Need]:
@@ -273,9 +287,23 @@ def _check_chunk(model: ModelFacts, launch: LaunchFacts, tokens: int) -> list[Re
     groups = launch.attn_dp_size
     most = _prefill_chunk(launch, tokens)
     raw = launch.chunked_prefill_size
+    errors = []
+    if most == 0:
+        least = GRAPH_MULTIPLE
+        while not _prefill_chunk(launch, least):
+            least += GRAPH_MULTIPLE
+        errors.append(
+            Rejection(
+                "rows per rank and forward",
+                got=f"one page of {launch.page_size} tokens, the least that a prefill advances",
+                allowed=f"<= {tokens} rows over {launch.attn_tp_size} attention-TP ranks",
+                fix=f"--batched-dp-moe-max-tokens {least}",
+                changes=(("--batched-dp-moe-max-tokens", str(least)),),
+            )
+        )
+        most = _prefill_chunk(launch, least)
     chunk = most if raw is None else chunk_per_group(raw, groups)
     fixed = ("--chunked-prefill-size", str(most * groups))
-    errors = []
     if chunk <= 0:
         off = "off" if raw is not None and raw <= 0 else f"{raw} // {groups} DP groups = 0, off"
         errors.append(

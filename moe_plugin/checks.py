@@ -5,7 +5,7 @@ from __future__ import annotations
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .limits import Limits
 from .memory import gib
-from .plan import Rejection
+from .plan import Change, Rejection
 from .support import LEAVE, LEAVE_TEXT
 
 
@@ -17,7 +17,11 @@ def check_capacity(
 
     def reject(limit: str, got: str, allowed: str, fix: int) -> Rejection:
         written = f"{name}={fix}" if name.isupper() else f"{name} {fix}"
-        return Rejection(limit, got, allowed, written, ((name, str(fix)),))
+        changes: tuple[Change, ...] = ((name, str(fix)),)
+        if launch.capacity is not None and name != limits.capacity_variable:
+            changes += ((limits.capacity_variable or "", None),)
+            written += f", and unset {limits.capacity_variable}"
+        return Rejection(limit, got, allowed, written, changes)
 
     shown = f"{name}={tokens}" if name.isupper() else f"{name} {tokens}"
     if tokens <= 0:

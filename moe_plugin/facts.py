@@ -68,6 +68,7 @@ class LaunchFacts:
         mixed_chunk: decode rows ride along with prefill chunks.
         dynamic_chunking: the host resizes chunks under pipeline parallelism.
         max_prefill_tokens: the host's cap of a prefill batch, tokens (never None there).
+        page_size: KV-cache page, tokens; the host wants chunks in whole pages.
         decode_graphs: decode CUDA graphs are captured.
         prefill_graphs: prefill CUDA graphs are captured.
         max_tokens: our flag, tokens per rank.
@@ -103,6 +104,7 @@ class LaunchFacts:
     mixed_chunk: bool = False
     dynamic_chunking: bool = False
     max_prefill_tokens: int = 16384
+    page_size: int = 1
     decode_graphs: bool = True
     prefill_graphs: bool = True
     max_tokens: int | None = None

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -169,27 +170,75 @@ def write_models(directory: Path, more: dict[str, dict[str, Any]] | None = None)
     return paths
 
 
+class Worker:
+    """One fresh process with the real host, answering batches of cases.
+
+    Args:
+        model: a model directory, for the target's set-up.
+        target: the device to resolve for; None for this machine's own.
+        oracle: import the host's scheduling code too, for cases with ``requests``.
+        env: extra environment variables.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        target: str | None = "h100",
+        *,
+        oracle: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MOE_PLUGIN_")}
+        environment.pop("SGLANG_PLATFORM", None)
+        environment.update(PYTHONSAFEPATH="1", SGLANG_PLUGINS="none")
+        paths = [str(WORKER.parent), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment.update(env or {})
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in close()
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            cwd=Path(model).parent,
+        )
+        self._send({"target": target, "model": model, "oracle": oracle})
+
+    def _send(self, what: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+
+    def ask(self, cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers, case by case. ``stock`` cases work in the first batch only."""
+        assert self._process.stdout is not None
+        self._send(list(cases))
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise AssertionError(f"the worker ended: {self._log.read()[-4000:]}")
+        answers: list[dict[str, Any]] = json.loads(line)
+        return answers
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._log.close()
+
+
 def ask(
     cases: Iterable[dict[str, Any]],
     model: str,
     target: str | None = "h100",
     env: dict[str, str] | None = None,
-    timeout: int = 500,
 ) -> list[dict[str, Any]]:
-    """Answers of one fresh worker process, case by case."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MOE_PLUGIN_")}
-    environment.update(env or {}, PYTHONSAFEPATH="1", SGLANG_PLUGINS="none")
-    request = {"cases": list(cases), "target": target, "model": model}
-    done = subprocess.run(
-        [sys.executable, str(WORKER)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=timeout,
-        cwd=Path(model).parent,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return answers
+    """Answers of one fresh process."""
+    worker = Worker(model, target, env=env)
+    try:
+        return worker.ask(cases)
+    finally:
+        worker.close()

@@ -59,6 +59,10 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
         )
         for phase in ("decode", "prefill"):
             answer[phase]["max_bs"] = getattr(config, phase).max_bs
+        if "requests" in case and plan is not None:
+            from oracle import rows_of
+
+            answer["rows"] = rows_of(server_args, case["requests"])
     except BaseException as error:  # SystemExit of argparse too
         answer.update(ok=False, error=str(error), type=type(error).__name__)
         errors = getattr(error, "rejections", ())
@@ -76,8 +80,15 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+_installed = False
+
+
 def install() -> None:
     """The plugin's flags and resolution hooks, as its entry point would."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
     from sglang.srt.server_args import ServerArgs
 
     from moe_plugin.integration import flags, resolution
@@ -88,19 +99,29 @@ def install() -> None:
     resolution.install()
 
 
+def answer_batch(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stock cases first, while the host is unhooked; answers in the order of the cases."""
+    answers = {index: resolve(case) for index, case in enumerate(cases) if case.get("stock")}
+    if len(answers) < len(cases):
+        install()
+    answers |= {i: resolve(case) for i, case in enumerate(cases) if not case.get("stock")}
+    return [answers[index] for index in range(len(cases))]
+
+
 def main() -> None:
-    """One JSON request in, one JSON answer out."""
+    """JSON lines: the set-up first, then one batch of cases per line, answered by one line."""
     warnings.simplefilter("ignore")
-    request = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the host prints must not mix with the answers
+    request = json.loads(sys.stdin.readline())
+    if request.get("oracle"):
+        import oracle  # noqa: F401  before the target is simulated: it imports model code
     if request.get("target"):
         from moe_plugin.integration.target import get_target, simulate
 
         simulate(get_target(request["target"]), request["model"])
-    cases = request["cases"]
-    answers = {index: resolve(case) for index, case in enumerate(cases) if case.get("stock")}
-    install()
-    answers |= {i: resolve(case) for i, case in enumerate(cases) if not case.get("stock")}
-    json.dump([answers[index] for index in range(len(cases))], sys.stdout, default=str)
+    for line in sys.stdin:
+        print(json.dumps(answer_batch(json.loads(line)), default=str), file=out, flush=True)
 
 
 if __name__ == "__main__":
