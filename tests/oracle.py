@@ -133,9 +133,11 @@ def rows_of(server_args: Any, lengths: list[int]) -> dict[str, int]:
         )
         captured, _ = get_batch_sizes_to_capture(runner, width)
         rows["decode_graph"] = -(-max(captured) * width // scatter)
-    tokens = prefill_tokens(view, lengths, min(pool, len(lengths) * 7 or pool))
+    # A prefill-only instance never decodes, so nothing rides along with its chunks.
+    running = 0 if view.disaggregation_mode == "prefill" else pool
+    tokens = prefill_tokens(view, lengths, min(running, len(lengths)))
     rows["prefill"] = -(-tokens // scatter)
-    rows["mixed"] = -(-prefill_tokens(view, lengths, pool) // scatter)
+    rows["mixed"] = -(-prefill_tokens(view, lengths, running) // scatter)
     rows["prefill_buffer"] = -(-max_prefill_buffer_tokens(server_args) // scatter)
     if config.prefill.backend != "disabled":
         rows["prefill_graph"] = -(-max(config.prefill.bs) // scatter)
