@@ -46,9 +46,12 @@ lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(MAKE) types
 
-# From another directory, or mypy follows the tree's top-level `kernels` instead of the package.
+# On an installed copy: mypy does not see the package mapping of an editable install.
 types: install
-	cd tests && $(BIN)/python -P -m mypy --config-file ../pyproject.toml -p moe_plugin
+	rm -rf $(VENV)/types && $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+	    --disable-pip-version-check --target $(VENV)/types . 2>&1 | { grep -i error || true; }
+	cd tests && MYPYPATH=$(abspath $(VENV))/types $(BIN)/python -P -m mypy \
+	    --config-file ../pyproject.toml -p moe_plugin
 
 wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

@@ -81,11 +81,10 @@ def requested(server_args: Any) -> Request:
 def _request(switch: Switch | None, max_tokens: int | None) -> Request:
     switch_source, tokens_source = SWITCH_FLAG, MAX_TOKENS_FLAG
     if switch is None:
-        switch, switch_source = USE_BATCHED_DP_MOE.read(), USE_BATCHED_DP_MOE.name
-        if not USE_BATCHED_DP_MOE.is_set():
-            switch_source = "default"
+        switch = USE_BATCHED_DP_MOE.read()
+        switch_source = USE_BATCHED_DP_MOE.name if USE_BATCHED_DP_MOE.is_set() else "default"
     if max_tokens is None:
         max_tokens, tokens_source = MAX_TOKENS.read(), MAX_TOKENS.name
         if max_tokens is None:
             tokens_source = "default"
-    return Request(switch or "auto", max_tokens, switch_source, tokens_source)
+    return Request(switch, max_tokens, switch_source, tokens_source)

@@ -115,7 +115,7 @@ DISABLE = Variable(
     parse_bool,
     "1: parse the plugin's flags and do nothing else (kill switch).",
 )
-USE_BATCHED_DP_MOE = Variable(
+USE_BATCHED_DP_MOE: Variable[Any] = Variable(
     "MOE_PLUGIN_USE_BATCHED_DP_MOE",
     "auto",
     parse_switch,

@@ -37,3 +37,9 @@ def uncounted_layers(states: Sequence[dict[str, Any]], layers: int) -> list[str]
                 f"{state['model_forwards']} forwards of {layers} layers"
             )
     return wrong
+
+
+def check_equal(ours: Sequence[dict[str, Any]], stock: Sequence[dict[str, Any]]) -> None:
+    """Assert equal tokens, and log-probabilities within the bound."""
+    assert different_tokens(ours, stock) == []
+    assert logprob_distance(ours, stock) <= MAX_LOGPROB_DISTANCE

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from .checkpoint import Shape, write_checkpoint
 from .compare import MAX_LOGPROB_DISTANCE, different_tokens, logprob_distance, uncounted_layers
-from .prompts import SHORT_PROMPTS, long_prompt
+from .prompts import PROMPTS
 from .server import COMMON_ARGS, TWO_EP_RANKS, Server, ServerDied
 
-LONG_PROMPT_TOKENS = 1500  # several times the token budget
 NEW_TOKENS = 16
 EP_RANKS = 2
 
@@ -53,7 +52,7 @@ def serve(title: str, args: tuple[str, ...], model: Path, ranks: int, **env: str
 def main() -> int:
     """Run the demo; the exit code says whether everything was equal."""
     shape = Shape()
-    prompts = [*SHORT_PROMPTS, long_prompt(LONG_PROMPT_TOKENS)]
+    prompts = list(PROMPTS)
     with tempfile.TemporaryDirectory(prefix="moe-plugin-demo-") as folder:
         model = write_checkpoint(Path(folder) / "qwen3-moe-random", shape)
         print(

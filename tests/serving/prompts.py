@@ -19,3 +19,7 @@ def long_prompt(tokens: int) -> str:
     """A prompt of exactly ``tokens`` byte tokens, without a short period."""
     words = " ".join(f"{index * 7919 % 10007}" for index in range(tokens))
     return words[:tokens]
+
+
+LONG_PROMPT = long_prompt(1500)  # several times the default budget
+PROMPTS = (*SHORT_PROMPTS, LONG_PROMPT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -25,11 +26,15 @@ START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 300.0
 _TAIL_LINES = 40
 
+SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
+LAUNCH_SERVER = (sys.executable, "-m", "sglang.launch_server")
+
 # fp32 so that two routes to the same sum differ by rounding only.
 COMMON_ARGS = (
     "--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native",
     "--sampling-backend", "pytorch", "--max-total-tokens", "16384", "--context-length", "2048",
     "--disable-radix-cache", "--random-seed", "0",
+    "--sleep-on-idle",  # otherwise each idle rank polls at the cost of a core
 )  # fmt: skip
 TWO_EP_RANKS = (
     "--tp-size", "2", "--attn-dp-size", "2", "--ep-size", "2", "--enable-dp-lm-head",
@@ -61,6 +66,11 @@ def server_env(ranks: int, extra: Mapping[str, str] | None = None) -> dict[str, 
     }
 
 
+def _end_with_parent() -> None:
+    """A killed test run must not leave servers behind (Linux: prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 class ServerDied(RuntimeError):
     """The server ended before it was ready; the message carries its last lines."""
 
@@ -74,7 +84,7 @@ class Server:
         ranks: ranks on this machine.
         env: more environment variables.
         progress: called with each line of the server's log while it starts.
-        module: what ``python -m`` starts.
+        command: how to start it; ``sglang serve`` by default.
     """
 
     def __init__(
@@ -85,24 +95,22 @@ class Server:
         ranks: int = 1,
         env: Mapping[str, str] | None = None,
         progress: Callable[[str], None] = lambda _line: None,
-        module: str = "sglang.launch_server",
+        command: Sequence[str] = SERVE,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.lines: deque[str] = deque(maxlen=4000)
         self._progress = progress
-        command = [
-            sys.executable, "-m", module, "--model-path", str(model),
-            "--host", "127.0.0.1", "--port", str(self.port), *args,
-        ]  # fmt: skip
+        address = ("--host", "127.0.0.1", "--port", str(self.port))
         self.process = subprocess.Popen(
-            command,
+            [*command, "--model-path", str(model), *address, *args],
             env=server_env(ranks, env),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             start_new_session=True,  # one group to end, by its pid
+            preexec_fn=_end_with_parent,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -1,0 +1,51 @@
+"""End to end on CPU with one rank, and what happens without the budgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .serving.checkpoint import Shape
+from .serving.compare import check_equal, uncounted_layers
+from .serving.fixture_plugin import write_plugin
+from .serving.prompts import LONG_PROMPT, PROMPTS
+from .serving.server import COMMON_ARGS, LAUNCH_SERVER, Server
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+NEW_TOKENS = 16
+BUDGET = 256
+ON = (*COMMON_ARGS, "--use-batched-dp-moe", "on")
+
+# The plugin with its budgets left out: same transport, same experts, nothing filled or checked.
+NO_BUDGETS = """
+def register():
+    from moe_plugin.integration import resolution, verification
+    resolution.fills_of = lambda server_args, plan: {}
+    verification.verify = lambda server_args, plan: plan
+"""
+
+
+def test_one_rank_equals_the_stock_host(model: Path, stock: list[dict]) -> None:
+    """The capability asks for neither DP nor EP; and the older way of starting works as well."""
+    with Server(ON, model, command=LAUNCH_SERVER) as server:
+        server.wait_ready()
+        check_equal(server.generate_many(PROMPTS, NEW_TOKENS), stock)
+        (state,) = server.states()
+        assert uncounted_layers([state], Shape().num_hidden_layers) == []
+        assert max(state["max_rows"].values()) <= BUDGET
+
+
+def test_without_budgets_the_same_launch_dies(model: Path, tmp_path: Path) -> None:
+    """A/B: everything equal but the budgets; the long prompt then ends the server at n <= T."""
+    env = write_plugin(tmp_path, "no_budgets", NO_BUDGETS, {"sglang.srt.plugins": "register"})
+    with Server(ON, model, env=env) as server:
+        server.wait_ready()
+        server.generate(PROMPTS[0], 4)  # short prompts are served, as they are today
+        with pytest.raises(OSError):
+            server.generate(LONG_PROMPT, 4)
+        assert server.wait_exit(60) != 0
+        log = "\n".join(server.lines)
+    assert "tokens in one all-to-all dispatch (n <= T): got" in log
+    assert f"allowed <= {BUDGET}" in log
