@@ -1,15 +1,15 @@
 """Entry points of the batched-expert layer: two launches, no host synchronisation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 
 from .experts_torch import SCALE_BLOCK, batched_experts_torch
-from .launch import Device, Launch, Shape, heuristic, pick_launch
+from .launch import Device, Launch, Shape, depth_split, heuristic, pick_launch
 from .masked_gemm import Problem, Spec, launch_hopper, launch_portable, tma_ready
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
@@ -53,25 +53,42 @@ def _act_and_scale_specs(shape: Shape, group: int | None) -> tuple[Any, Any]:
     return Spec((*rows, shape.inter), torch.float8_e4m3fn), scale
 
 
+def _split_buffers(shape: Shape, make: Callable[..., Any]) -> tuple[Any, Any]:
+    """Parts of the second GEMM where its depth is split, and the counters of their arrival."""
+    split = depth_split(shape.experts, shape.hidden)
+    if split == 1:
+        return None, None
+    rows = shape.experts * shape.capacity
+    arrivals = triton.cdiv(rows, 8) * triton.cdiv(shape.hidden, 2 * MIN_GROUP)
+    return make((rows, split, shape.hidden), dtype=torch.float32), make(
+        (arrivals,), dtype=torch.int32
+    )
+
+
 def workspace_bytes(
     experts: int, capacity: int, hidden: int, inter: int, dtype: torch.dtype
 ) -> int:
     """Bytes that `batched_experts` allocates beyond its output: the activation between the two
-    GEMMs, [L, M, I], and for fp8 one float32 scale per row and 64 channels of it. Only live rows
-    are ever touched. GPUs without fp8 keep the activation in bf16 and allocate no scales."""
-    del hidden
+    GEMMs, [L, M, I], for fp8 one float32 scale per row and 64 channels of it, and with one or two
+    experts the float32 parts of the second GEMM. Only live rows are ever touched. GPUs without
+    fp8 keep the activation in bf16; GPUs other than SM90 split no GEMM."""
+    shape = Shape(experts, capacity, hidden, inter, dtype == torch.float8_e4m3fn)
     rows = experts * capacity
-    if dtype == torch.float8_e4m3fn:
-        return rows * inter + 4 * rows * triton.cdiv(inter, MIN_GROUP)
-    return rows * inter * dtype.itemsize
+    total = rows * inter * dtype.itemsize
+    if shape.fp8:
+        total += 4 * rows * triton.cdiv(inter, MIN_GROUP)
+    parts = _split_buffers(shape, lambda size, dtype: torch.Size(size).numel() * dtype.itemsize)
+    return total + sum(part or 0 for part in parts)
 
 
 def _problems(
     x: Any, x_scale: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, masked_m: Any,
-    act: Any, act_scale: Any, out: Any, group: int,
+    act: Any, act_scale: Any, out: Any, group: int, parts: tuple[Any, Any] = (None, None),
 ) -> tuple[Problem, Problem]:  # fmt: skip
-    gate_up = Problem(x, x_scale, w13, w13_scale, masked_m, act, act_scale, True, SCALE_BLOCK)
-    down = Problem(act, act_scale, w2, w2_scale, masked_m, out, None, False, group)
+    gate_up = Problem(
+        x, x_scale, w13, w13_scale, masked_m, act, act_scale, True, SCALE_BLOCK, None, parts[1]
+    )
+    down = Problem(act, act_scale, w2, w2_scale, masked_m, out, None, False, group, *parts)
     return gate_up, down
 
 
@@ -129,13 +146,16 @@ def batched_experts(
             (experts, capacity, hidden), dtype=torch.bfloat16, device=hidden_states.device
         )
     launch = launch or pick_launch(shape, expected_m, device)
-    group = launch.gate_up.channels
+    group, split = launch.gate_up.channels, launch.down.split > 1
     act, act_scale = _act_and_scale(
         shape, group if fp8 and device.has_fp8 else None, hidden_states.device
     )
+    parts = (
+        _split_buffers(shape, partial(torch.empty, device=out.device)) if split else (None, None)
+    )
     problems = _problems(
         hidden_states, hidden_states_scale, w13, w13_scale, w2, w2_scale, masked_m, act, act_scale,
-        out, group,
+        out, group, parts,
     )  # fmt: skip
     if launch.hopper and not all(tma_ready(p) for p in problems):
         launch = heuristic(shape, expected_m, replace(device, capability=(8, 9)))
@@ -186,7 +206,7 @@ def compile_layer(shape: Shape, launch: Launch, device: Device) -> list[Any]:
         Spec((*rows, hidden), dtype), x_scale, Spec((shape.experts, 2 * inter, hidden), dtype),
         w13_scale, Spec((shape.experts, hidden, inter), dtype), w2_scale,
         Spec((shape.experts,), torch.int32), act, act_scale, Spec((*rows, hidden), torch.bfloat16),
-        group,
+        group, _split_buffers(shape, Spec) if launch.down.split > 1 else (None, None),
     )  # fmt: skip
     return _run_layer(*problems, launch, device, compile_only=True)
 

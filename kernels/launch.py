@@ -10,6 +10,8 @@ from functools import cache
 from importlib import resources
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
+RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
+WIDE_RESERVED_BYTES = 20480  # the same where a warp's product is not what it stores
 MAX_STAGES = 24
 ROW_TILES = (8, 16, 32, 64, 128)
 
@@ -44,14 +46,21 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """One launch. `channels` counts the rows of each of a program's two weight tiles."""
+    """One launch. `channels` counts the rows of each of a program's two weight tiles.
+
+    Experts with more than `rows` live rows are cut into tiles of `many` rows. `swap` makes weights
+    the wide operand; `split` programs share the depth of one tile.
+    """
 
     channels: int
     rows: int
+    many: int
     depth: int
     stages: int
     warps: int = 4
     per_sm: int = 1
+    swap: bool = True
+    split: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +72,31 @@ class Launch:
     down: Tiles
 
 
-def ring_stages(channels: int, rows: int, depth: int, fp8: bool, per_sm: int = 1) -> int:
-    """Deepest ring that leaves room for barriers and for the epilogue's transposition."""
+def ring_stages(
+    channels: int, many: int, depth: int, fp8: bool, warps: int = 4, per_sm: int = 1
+) -> int:
+    """Deepest ring that leaves room for what the compiler keeps in shared memory besides."""
     itemsize = 1 if fp8 else 2
-    stage = (2 * channels + rows) * depth * itemsize + (4 * max(rows, 32) if fp8 else 0) + 16
-    # As the compiler reports it: a narrow type is transposed whole, a wider one in slices.
-    epilogue = channels * rows // (1 if fp8 else 4) + 2048
-    return max(2, min(MAX_STAGES, (SM90_SHARED_BYTES // per_sm - 1024 - epilogue) // stage))
+    stage = (2 * channels + many) * depth * itemsize + (4 * max(many, 32) if fp8 else 0) + 16
+    reserved = RESERVED_BYTES if channels >= 16 * warps else WIDE_RESERVED_BYTES
+    budget = SM90_SHARED_BYTES // per_sm - reserved
+    return max(2, min(MAX_STAGES, budget // stage))
 
 
 def hopper_tiles(
-    channels: int, rows: int, depth: int, fp8: bool, warps: int = 4, per_sm: int = 1
+    channels: int,
+    rows: int,
+    many: int,
+    depth: int,
+    fp8: bool,
+    warps: int = 4,
+    per_sm: int = 1,
+    swap: bool = True,
+    split: int = 1,
 ) -> Tiles:
     """Tiles with the deepest ring that fits."""
-    stages = ring_stages(channels, rows, depth, fp8, per_sm)
-    return Tiles(channels, rows, depth, stages, warps, per_sm)
+    stages = ring_stages(channels, many, depth, fp8, warps, per_sm)
+    return Tiles(channels, rows, many, depth, stages, warps, per_sm, swap, split)
 
 
 def row_tile(expected_m: int) -> int:
@@ -85,19 +104,28 @@ def row_tile(expected_m: int) -> int:
     return next((rows for rows in ROW_TILES if rows >= expected_m), ROW_TILES[-1])
 
 
+def depth_split(experts: int, hidden: int) -> int:
+    """Programs that share one tile of the second GEMM: few experts have too few tiles for every
+    multiprocessor. Depends on the shape alone, so that the bits do not depend on the routing."""
+    tiles = experts * -(-hidden // 128)
+    return 4 if tiles <= 33 else 2 if tiles <= 66 else 1
+
+
 def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
-    rows = row_tile(expected_m)
+    rows, fp8 = row_tile(expected_m), shape.fp8
     if not device.has_wgmma:
-        depth = 64 if shape.fp8 else 32
-        tiles = Tiles(64, max(rows, 16), depth, 3)
+        tiles = Tiles(64, max(rows, 16), max(rows, 16), 64 if fp8 else 32, 3)
         return Launch(False, tiles, tiles)
     if expected_m > 64:
-        tiles = hopper_tiles(128, 128, 128 if shape.fp8 else 64, shape.fp8, warps=8)
+        depth = 128 if fp8 else 64
+        tiles = hopper_tiles(128, 128, 128, depth, fp8, warps=8, swap=False)
         return Launch(True, tiles, tiles)
     # 64 channels also make a group of the re-quantisation, hence the depth of the second GEMM.
-    gate_up = hopper_tiles(64, rows, 128, shape.fp8)
-    down = hopper_tiles(64, rows, 64 if shape.fp8 else 128, shape.fp8)
+    per_sm = 2 if fp8 else 1
+    split = depth_split(shape.experts, shape.hidden)
+    gate_up = hopper_tiles(64, rows, 64, 128 if fp8 else 64, fp8, per_sm=per_sm)
+    down = hopper_tiles(64, rows, 64, 64, fp8, per_sm=per_sm, split=split)
     return Launch(True, gate_up, down)
 
 
@@ -109,9 +137,9 @@ def tuned_table(device_name: str) -> dict[str, dict]:
 
 
 def table_key(shape: Shape, expected_m: int) -> str:
-    """Capacity is left out: it changes no tile."""
+    """Capacity is left out: it changes no tile. Up to 8 rows cost the same."""
     dtype = "fp8" if shape.fp8 else "bf16"
-    rows = 1 << max(0, expected_m - 1).bit_length()
+    rows = min(1024, max(8, 1 << max(0, expected_m - 1).bit_length()))
     return f"{shape.experts}x{shape.hidden}x{shape.inter}-{dtype}-{rows}"
 
 

@@ -53,6 +53,8 @@ class Problem:
     out_scale: Any
     fused: bool
     x_group: int
+    partial: Any = None  # float32 parts of a split depth, and
+    counters: Any = None  # int32 arrivals, cleared by the fused launch
 
     @property
     def width(self) -> int:
@@ -103,25 +105,28 @@ def launch_hopper(
     bits = 8 if fp8 else 16
     # Rows of a stage must fill the swizzle: 128 bytes, or 64 where a stage is that narrow.
     layout = NVMMASharedLayout(min(128, tiles.depth * bits // 8), bits)
-    w_desc = TensorDescriptor(
-        p.w, [experts * w_rows, depth], [depth, 1], [tiles.channels, tiles.depth], layout
-    )
-    x_desc = TensorDescriptor(
-        p.x, [experts * capacity, depth], [depth, 1], [tiles.rows, tiles.depth], layout
-    )
+
+    def matrix(tensor: Any, rows: int, block: int) -> Any:
+        return TensorDescriptor(tensor, [rows, depth], [depth, 1], [block, tiles.depth], layout)
+
+    w_desc = matrix(p.w, experts * w_rows, tiles.channels)
+    x_desc = matrix(p.x, experts * capacity, tiles.rows)
+    big_desc = matrix(p.x, experts * capacity, tiles.many)
     s_desc = x_desc
     if fp8:
         flat = NVMMASharedLayout(0, 32, rank=1)
-        s_desc = TensorDescriptor(p.x_scale, [p.x_scale.numel()], [1], [max(tiles.rows, 32)], flat)
+        s_desc = TensorDescriptor(p.x_scale, [p.x_scale.numel()], [1], [max(tiles.many, 32)], flat)
     aligned = not fp8 or (SCALE_BLOCK % tiles.channels == 0 and second % tiles.channels == 0)
     scale_rows, scale_cols = p.w_scale.shape[1:] if fp8 else (0, 0)
-    bound = experts * triton.cdiv(capacity, tiles.rows) * tiles_n
+    to_clear = p.counters.numel() if p.fused and p.counters is not None else 0
     args = (
-        w_desc, x_desc, s_desc, p.w_scale, p.masked_m, p.out, p.out_scale, experts, capacity,
-        tiles_n, w_rows, step, second, triton.cdiv(depth, tiles.depth), scale_rows, scale_cols,
-        p.width, tiles.channels, tiles.rows, tiles.depth, tiles.stages, lane_count(experts),
-        fp8, p.fused, aligned, chained,
+        w_desc, x_desc, big_desc, s_desc, p.w_scale, p.masked_m, p.out, p.out_scale, p.partial,
+        p.counters, to_clear, experts, capacity, tiles_n, w_rows, step, second,
+        triton.cdiv(depth, tiles.depth), scale_rows, scale_cols, p.width, tiles.channels,
+        tiles.rows, tiles.many, tiles.depth, tiles.stages, lane_count(experts), tiles.split, fp8,
+        tiles.swap, p.fused, aligned, chained,
     )  # fmt: skip
+    bound = experts * triton.cdiv(capacity, tiles.rows) * tiles_n * tiles.split
     # Four more warps than multiply hold the one that streams; registers are shared among all.
     registers = min(240, 65536 // (tiles.per_sm * (tiles.warps + 4) * 32) // 8 * 8)
     return _run(

@@ -8,48 +8,77 @@ that it already holds are skipped.
 import json
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from .experts import SCALE_BLOCK, _act_and_scale, _problems, _run_layer, device_of
-from .launch import Launch, Shape, Tiles, encode_launch, hopper_tiles, row_tile, table_key
+from .experts import SCALE_BLOCK, _act_and_scale, _problems, _run_layer, _split_buffers, device_of
+from .launch import (
+    Launch,
+    Shape,
+    Tiles,
+    depth_split,
+    encode_launch,
+    hopper_tiles,
+    row_tile,
+    table_key,
+)
 from .masked_gemm import launch_hopper
 from .precompile import precompile
 
-ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
-FINALISTS = 2
+FINALISTS = 4
 
 
-def candidates(shape: Shape, expected_m: int) -> list[Launch]:
-    """Launches worth measuring for this many rows. For fp8 the first GEMM's channels are also the
-    depth of the second one, whose activation they scale."""
+def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]:
+    """Tiles worth measuring for this many rows, for each of the two GEMMs."""
     fp8 = shape.fp8
     full = 128 if fp8 else 64
     exact = row_tile(expected_m)
-    choices: list[tuple[int, int, int, int, int]] = []  # channels, rows, depth, warps, per_sm
+    # channels, rows, rows of busy experts, depth, warps, per multiprocessor, weights wide
+    shapes: list[tuple[int, int, int, int, int, int, bool]] = []
     if expected_m <= 64:
-        for rows in {exact, max(exact, 16)}:
-            choices += [
-                (64, rows, 128, 4, 1), (64, rows, full, 4, 2), (64, rows, full, 4, 1),
-                (128, rows, full, 4, 1), (128, rows, full, 8, 1), (64, rows, full, 4, 3),
-            ]  # fmt: skip
-    if expected_m >= 48:
-        choices += [
-            (64, 64, full, 4, 1), (64, 64, full, 4, 2), (64, 128, full, 4, 1),
-            (64, 128, full, 8, 1), (128, 64, full, 8, 1), (128, 128, full, 8, 1),
+        shapes += [
+            (64, exact, 64, full, 4, 1, True), (64, exact, 64, full, 4, 2, True),
+            (128, exact, 64, full, 8, 1, True),
         ]  # fmt: skip
-        if not fp8:
-            choices += [(64, 256, 64, 8, 1), (128, 128, 128, 8, 1)]
-    launches = []
-    for channels, rows, depth, warps, per_sm in dict.fromkeys(choices):
-        gate_up = hopper_tiles(channels, rows, depth, fp8, warps, per_sm)
-        down = hopper_tiles(channels, rows, channels if fp8 else depth, fp8, warps, per_sm)
-        launches.append(Launch(True, gate_up, down))
-    return launches
+        shapes += [] if fp8 else [(64, exact, 64, 128, 4, 1, True)]
+    if expected_m >= 16:
+        shapes += [(64, 64, 64, full, 4, 2, False), (128, 64, 64, full, 4, 1, False)]
+    if expected_m >= 64:
+        shapes += [
+            (128, 128, 128, full, 8, 1, False), (64, 128, 128, full, 4, 2, False),
+            (64, 128, 128, full, 8, 1, False),
+        ]  # fmt: skip
+    if expected_m >= 64 and not fp8:
+        shapes += [(64, 64, 128, full, 4, 1, True), (64, 256, 256, full, 8, 1, True)]
+    split = depth_split(shape.experts, shape.hidden)
+    gate_up, down = [], []
+    for channels, rows, many, depth, warps, per_sm, swap in shapes:
+        tile = (channels, rows, many)
+        gate_up.append(hopper_tiles(*tile, depth, fp8, warps, per_sm, swap))
+        # The first GEMM's channels share a scale, so they are the depth of the second one.
+        inner = channels if fp8 else depth
+        for parts in {1, split if swap and expected_m <= 64 else 1}:
+            down.append(hopper_tiles(*tile, inner, fp8, warps, per_sm, swap, parts))
+    return gate_up, down
+
+
+def compatible(shape: Shape, gate_up: Tiles, down: Tiles) -> bool:
+    """Whether the second GEMM steps through the groups that the first one quantised."""
+    return not shape.fp8 or down.depth == gate_up.channels
+
+
+def candidate_launches(shape: Shape, expected_m: int) -> list[Launch]:
+    """Pairs in which every candidate occurs at least once."""
+    firsts, seconds = candidates(shape, expected_m)
+    pairs = [(next(a for a in firsts if compatible(shape, a, b)), b) for b in seconds]
+    pairs += [(a, next(b for b in seconds if compatible(shape, a, b))) for a in firsts]
+    return [Launch(True, a, b) for a, b in dict.fromkeys(pairs)]
 
 
 @dataclass(frozen=True)
@@ -77,8 +106,9 @@ class Buffers:
         """Both GEMMs of one copy, with a workspace of their own."""
         group = launch.gate_up.channels
         act = _act_and_scale(self.shape, group if self.shape.fp8 else None, self.out.device)
+        parts = _split_buffers(self.shape, partial(torch.empty, device=self.out.device))
         layer = self.layers[copy % len(self.layers)]
-        return _problems(*layer, masked_m, *act, self.out, group)
+        return _problems(*layer, masked_m, *act, self.out, group, parts)
 
 
 def _random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
@@ -146,7 +176,7 @@ def tune_cell(
     shape = buffers.shape
     counts = torch.full((shape.experts,), rows, dtype=torch.int32, device=buffers.out.device)
     timings: dict[str, dict[Tiles, float]] = {"gate_up": {}, "down": {}}
-    for launch in candidates(shape, rows):
+    for launch in candidate_launches(shape, rows):
         if launch in skip:
             continue
         for which, seen in timings.items():
@@ -158,15 +188,13 @@ def tune_cell(
                         {"rows": rows, "which": which, "us": 1e6 * seen[tiles],
                          **{k: getattr(tiles, k) for k in tiles.__slots__}}
                     )  # fmt: skip
-    best = {w: sorted(seen, key=seen.__getitem__)[:FINALISTS] for w, seen in timings.items()}
-    pairs = [
-        Launch(True, a, b)
-        for a in best["gate_up"]
-        for b in sorted(timings["down"], key=timings["down"].__getitem__)
-        if not shape.fp8 or b.depth == a.channels
-    ]
+    first, second = timings["gate_up"], timings["down"]
+    pairs = sorted(
+        (Launch(True, a, b) for a in first for b in second if compatible(shape, a, b)),
+        key=lambda pair: first[pair.gate_up] + second[pair.down],
+    )
     finals: dict[Launch, float] = {}
-    for pair in pairs[: 2 * FINALISTS]:
+    for pair in pairs[:FINALISTS]:
         finals[pair] = measure(buffers, counts, pair)
         if record is not None:
             record.append({"rows": rows, "which": "layer", "us": 1e6 * finals[pair],
@@ -191,7 +219,9 @@ def tune(
     table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
     cells = [(shape, m) for shape in shapes for m in row_counts if m <= shape.capacity]
     missing = [c for c in cells if table_key(*c) not in table["launches"]]
-    jobs = [(shape, launch) for shape, rows in missing for launch in candidates(shape, rows)]
+    jobs = [
+        (shape, launch) for shape, rows in missing for launch in candidate_launches(shape, rows)
+    ]
     failed = precompile(jobs, device, workers) if jobs else {}
     buffers = None
     for done, (shape, rows) in enumerate(cells):

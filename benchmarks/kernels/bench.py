@@ -21,9 +21,9 @@ from deepgemm import layer_call
 from kernel_cases import ROUTINGS, check, make_layer
 
 from moe_plugin.kernels.experts import batched_experts, device_of
-from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch
+from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch, table_key
 from moe_plugin.kernels.precompile import precompile
-from moe_plugin.kernels.tune import Buffers, candidates, graph_seconds, tune_cell
+from moe_plugin.kernels.tune import Buffers, candidate_launches, graph_seconds, tune_cell
 
 
 class Watchdog:
@@ -64,13 +64,13 @@ def run_checks(watchdog: Watchdog) -> bool:
         (128, 256, 384, (0, 1, 128, 33)),  # fewer tiles than programs
         (64, 1152, 176, (5, 0, 64, 17, 1)),  # ragged channels, scale blocks that straddle tiles
         (512, 2048, 1024, (64, 0, 300, 512, 7, 1, 129, 40)),  # many tiles per program
+        (256, 1024, 2048, (77,)),  # depth split
     )
     for capacity, hidden, inter, counts in small:
         for fp8 in (False, True):
             layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda")
-            shape = model_shape(0, fp8, 1)
-            launches = {c: r for r in (8, 64, 512) for c in candidates(shape, r)}
             ours = Shape(len(counts), capacity, hidden, inter, fp8)
+            launches = dict.fromkeys(c for r in (8, 64, 512) for c in candidate_launches(ours, r))
             precompile([(ours, launch) for launch in launches], device, os.cpu_count() or 4)
             for launch in launches:
                 label = f"{hidden}x{inter} fp8={fp8} {launch.gate_up} | {launch.down}"
@@ -95,10 +95,11 @@ def run_checks(watchdog: Watchdog) -> bool:
 def run_sweep(out: Path, models: list[int], rows: list[int], watchdog: Watchdog) -> None:
     """Per-GEMM and per-layer timings of every candidate."""
     result: dict[str, Any] = {"environment": environment(), "cells": []}
+    launches: dict[str, Any] = {}
     begin = time.time()
     shapes = [(model_shape(i, fp8, m), m) for i in models for fp8 in (False, True) for m in rows]
     device = device_of(torch.empty(0, device="cuda"))
-    jobs = [(shape, launch) for shape, m in shapes for launch in candidates(shape, m)]
+    jobs = [(shape, launch) for shape, m in shapes for launch in candidate_launches(shape, m)]
     failed = precompile(jobs, device, os.cpu_count() or 4)
     print(f"{len(jobs)} candidates compiled in {time.time() - begin:.0f} s", flush=True)
     print("\n".join(sorted(set(failed.values())))[:1000], flush=True)
@@ -127,6 +128,9 @@ def run_sweep(out: Path, models: list[int], rows: list[int], watchdog: Watchdog)
                       f"TFLOP/s  {best.gate_up} {best.down} ({time.time() - begin:.1f}s)",
                       flush=True)  # fmt: skip
                 (out / "kernels-sweep.json").write_text(json.dumps(result))
+                launches[table_key(shape, m)] = encode_launch(best)
+                table = {"launches": launches, **environment()}
+                (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def run_bars(

@@ -1,0 +1,228 @@
+"""Device-side parts of the SM90 kernels that move data: schedule, shared-memory ring, producer."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.aggregate
+class Job:
+    """Sizes of one launch. Weight tile `n` of an expert starts at row `n * step`, its second half
+    `second` rows later; each of `split` programs takes a share of the `steps_k` steps."""
+
+    experts: gl.tensor
+    capacity: gl.tensor
+    tiles_n: gl.tensor
+    w_rows: gl.tensor
+    step: gl.tensor
+    second: gl.tensor
+    steps_k: gl.tensor
+    scale_rows: gl.tensor
+    scale_cols: gl.tensor
+    width: gl.tensor
+    BI: gl.constexpr
+    BT: gl.constexpr
+    BB: gl.constexpr
+    BK: gl.constexpr
+    LP: gl.constexpr
+    SPLIT: gl.constexpr
+
+    @gluon.jit
+    def share(self, part):
+        per_part = (self.steps_k + self.SPLIT - 1) // self.SPLIT
+        first = part * per_part
+        return first, gl.minimum(self.steps_k, first + per_part)
+
+
+@gluon.aggregate
+class Schedule:
+    """Live tiles in expert order. Within an expert the row tiles of one weight tile are adjacent,
+    so that a second row tile finds its weights in L2. Experts with more than BT rows are cut into
+    tiles of BB rows."""
+
+    counts: gl.tensor
+    ends: gl.tensor
+    lanes: gl.tensor
+    total: gl.tensor
+    BT: gl.constexpr
+    BB: gl.constexpr
+    SPLIT: gl.constexpr
+
+    @gluon.jit
+    def create(counts_ptr, job, WARPS: gl.constexpr):
+        layout: gl.constexpr = gl.BlockedLayout([job.LP // 32], [32], [WARPS], [0])
+        lanes = gl.arange(0, job.LP, layout)
+        counts = gl.load(counts_ptr + lanes, mask=lanes < job.experts, other=0)
+        heights = gl.where(counts > job.BT, job.BB, job.BT)
+        tiles = (counts + heights - 1) // heights * (job.tiles_n * job.SPLIT)
+        ends = gl.associative_scan(tiles, 0, _add)
+        return Schedule(counts, ends, lanes, gl.sum(tiles, 0), job.BT, job.BB, job.SPLIT)
+
+    @gluon.jit
+    def locate(self, tile):
+        """(expert, weight tile, share of the depth, first row, live rows)"""
+        passed = self.ends <= tile
+        expert = gl.sum(passed.to(gl.int32), 0)
+        first = gl.max(gl.where(passed, self.ends, 0), 0)
+        rows = gl.sum(gl.where(self.lanes == expert, self.counts, 0), 0)
+        height = gl.where(rows > self.BT, self.BB, self.BT)
+        row_tiles = (rows + height - 1) // height
+        local = tile - first
+        across = local // row_tiles
+        row = (local - across * row_tiles) * height
+        return expert, across // self.SPLIT, across % self.SPLIT, row, rows
+
+
+@gluon.aggregate
+class Ring:
+    """Stages of (two weight tiles, activation tile, activation scales) and their barriers."""
+
+    w0: gl.shared_memory_descriptor
+    w1: gl.shared_memory_descriptor
+    x: gl.shared_memory_descriptor
+    s: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+    FP8: gl.constexpr
+
+    @gluon.jit
+    def create(w_desc, x_desc, s_desc, STAGES: gl.constexpr, FP8: gl.constexpr):
+        w_shape: gl.constexpr = [STAGES] + w_desc.block_type.shape  # noqa: RUF005
+        x_shape: gl.constexpr = [STAGES] + x_desc.block_type.shape  # noqa: RUF005
+        w0 = gl.allocate_shared_memory(w_desc.dtype, w_shape, w_desc.layout)
+        w1 = gl.allocate_shared_memory(w_desc.dtype, w_shape, w_desc.layout)
+        x = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(empty.index(i), count=1)
+        if FP8:
+            s_shape: gl.constexpr = [STAGES] + s_desc.block_type.shape  # noqa: RUF005
+            s = gl.allocate_shared_memory(s_desc.dtype, s_shape, s_desc.layout)
+        else:
+            s = x
+        return Ring(w0, w1, x, s, full, empty, STAGES, FP8)
+
+    @gluon.jit
+    def advance(self, stage, phase):
+        stage += 1
+        wrap = stage == self.STAGES
+        return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+
+    @gluon.jit
+    def before(self, stage):
+        return gl.where(stage == 0, self.STAGES - 1, stage - 1)
+
+    @gluon.jit
+    def rows(self, stage, BT: gl.constexpr):
+        """The stage's activation tile, seen as one of BT rows."""
+        FIT: gl.constexpr = self.x.shape[1] // BT
+        shape: gl.constexpr = [self.STAGES * FIT, BT, self.x.shape[2]]
+        return self.x._reinterpret(self.x.dtype, shape, self.x.layout).index(stage * FIT)
+
+    @gluon.jit
+    def fetch_weights(self, w_desc, x_desc, s_desc, stage, row0, row1, col):
+        bar = self.full.index(stage)
+        if self.FP8:
+            mbarrier.expect(
+                bar,
+                2 * w_desc.block_type.nbytes + x_desc.block_type.nbytes + s_desc.block_type.nbytes,
+            )
+        else:
+            mbarrier.expect(bar, 2 * w_desc.block_type.nbytes + x_desc.block_type.nbytes)
+        tma.async_load(w_desc, [row0, col], bar, self.w0.index(stage))
+        tma.async_load(w_desc, [row1, col], bar, self.w1.index(stage))
+
+    @gluon.jit
+    def fetch_rows(self, x_desc, s_desc, stage, row, col, scale_at):
+        bar = self.full.index(stage)
+        tma.async_load(x_desc, [row, col], bar, self.rows(stage, x_desc.block_type.shape[0]))
+        if self.FP8:
+            tma.async_load(s_desc, [scale_at], bar, self.s.index(stage))
+
+
+@gluon.jit
+def gdc_wait():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def gdc_launch():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase, early):
+    """Fetch one tile's stages; the weights of the first `early` of them are already under way."""
+    expert, n, part, row, _rows = schedule.locate(tile)
+    row0 = expert * job.w_rows + n * job.step
+    x_row = expert * job.capacity + row
+    scale_at = expert * job.steps_k * job.capacity + row
+    first, last = job.share(part)
+    for k in range(first, last):
+        if k >= first + early:
+            mbarrier.wait(ring.empty.index(stage), phase)
+            ring.fetch_weights(w_desc, x_desc, s_desc, stage, row0, row0 + job.second, k * job.BK)
+        ring.fetch_rows(x_desc, s_desc, stage, x_row, k * job.BK, scale_at + k * job.capacity)
+        stage, phase = ring.advance(stage, phase)
+    return stage, phase
+
+
+@gluon.jit
+def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
+    """Fetch the first tile's weights, as many stages as the ring has; returns how many."""
+    expert, n, part, _row, _rows = schedule.locate(tile)
+    row0 = expert * job.w_rows + n * job.step
+    first, last = job.share(part)
+    early = gl.minimum(last - first, ring.STAGES)
+    for k in range(early):
+        ring.fetch_weights(w_desc, x_desc, s_desc, k, row0, row0 + job.second, (first + k) * job.BK)
+    return early
+
+
+@gluon.jit
+def produce(ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED: gl.constexpr):
+    """Stream every tile of this program, without a pause between tiles."""
+    schedule = Schedule.create(counts_ptr, job, 1)
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    early = gl.to_tensor(0)
+    tile = gl.program_id(0)
+    if CHAINED:
+        # The previous launch still computes the activations; the weights do not depend on it.
+        if tile < schedule.total:
+            _e, _n, _part, _row, rows = schedule.locate(tile)
+            if rows > job.BT:
+                early = _stream_early(ring, job, w_desc, big_desc, s_desc, tile, schedule)
+            else:
+                early = _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule)
+        gdc_wait()
+    while tile < schedule.total:
+        if job.BB > job.BT:
+            _e, _n, _part, _row, rows = schedule.locate(tile)
+            if rows > job.BT:
+                stage, phase = _stream_tile(
+                    ring, job, w_desc, big_desc, s_desc, tile, schedule, stage, phase, early
+                )
+            else:
+                stage, phase = _stream_tile(
+                    ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase, early
+                )
+        else:
+            stage, phase = _stream_tile(
+                ring, job, w_desc, big_desc, s_desc, tile, schedule, stage, phase, early
+            )
+        early = gl.to_tensor(0)
+        tile += gl.num_programs(0)
