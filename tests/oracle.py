@@ -142,3 +142,37 @@ def rows_of(server_args: Any, lengths: list[int]) -> dict[str, int]:
     if config.prefill.backend != "disabled":
         rows["prefill_graph"] = -(-max(config.prefill.bs) // scatter)
     return rows
+
+
+def layout_of(server_args: Any) -> dict[str, Any]:
+    """What the host really builds: layer class, and the layout of extend and decode batches."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+    from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+    from sglang.srt.layers.moe.utils import (
+        DeepEPMode,
+        get_moe_a2a_backend,
+        initialize_moe_config,
+    )
+    from sglang.srt.runtime_context import publish
+
+    publish(server_args, role="scheduler")
+    initialize_moe_config()
+    view = resolved_view(server_args)
+    mode = DeepEPMode(view.deepep_mode)
+    deepep = get_moe_a2a_backend().is_deepep()
+    batched = {
+        "extend": deepep and mode.resolve(True).is_low_latency(),
+        "decode": deepep and mode.resolve(False).is_low_latency(),
+    }
+    return {"layer": get_moe_impl_class(None).__name__, "deepep": deepep, "batched": batched}
+
+
+def capability_of(server_args: Any) -> dict[str, Any]:
+    """The plugin's answer for the same resolved launch."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    from moe_plugin.integration.resolution import capability_for
+
+    view = resolved_view(server_args)
+    answer = capability_for(server_args, view, view.moe_a2a_backend, view.deepep_mode)
+    return {"ok": answer.ok, "modes": sorted(mode.value for mode in answer.modes)}

@@ -63,6 +63,11 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
             from oracle import rows_of
 
             answer["rows"] = rows_of(server_args, case["requests"])
+        if case.get("layout"):
+            from oracle import capability_of, layout_of
+
+            answer["layout"] = layout_of(server_args)
+            answer["capability"] = capability_of(server_args)
     except BaseException as error:  # SystemExit of argparse too
         answer.update(ok=False, error=str(error), type=type(error).__name__)
         errors = getattr(error, "rejections", ())
@@ -74,13 +79,15 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
             answer["error"] = log.getvalue()
     finally:
         answer["log"] = log.getvalue()[-4000:] if case.get("log") else ""
-        resolution._withdraw_capacity()
-        os.environ.clear()
-        os.environ.update(saved)
+        if not case.get("keep"):
+            resolution._withdraw_capacity()
+            os.environ.clear()
+            os.environ.update(_PRISTINE)
     return answer
 
 
 _installed = False
+_PRISTINE = dict(os.environ)
 
 
 def install() -> None:
