@@ -1,0 +1,115 @@
+"""DeepEP's limits as data: exact bytes, every bound with its source, both transports."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_plugin.capability import get_backend
+from moe_plugin.deepep_limits import (
+    DEEPEP_LIMITS,
+    TORCH_LIMITS,
+    device_bytes,
+    limits_of,
+    low_latency_rdma_bytes,
+)
+from moe_plugin.limits import Limits
+from moe_plugin.memory import activation_bytes, received_bytes, workspace_bytes
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bytes_equal_one_seen_hint(ranks: int) -> None:
+    """``Buffer.get_low_latency_rdma_size_hint(128, 2048, ranks, 8)`` on an H100."""
+    assert low_latency_rdma_bytes(128, 2048, ranks, 8) == 17_039_744
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "tokens", "gib"),
+    [
+        (256, 7168, 128, 1.78),
+        (256, 7168, 1024, 14.22),
+        (288, 7168, 256, 4.00),
+        (384, 7168, 1024, 21.33),  # sglang#29942 died with this figure
+        (448, 5120, 2048, 35.55),  # vllm#57894 likewise
+        (128, 2048, 256, 0.51),
+    ],
+)
+def test_bytes_equal_reported_figures(experts: int, hidden: int, tokens: int, gib: float) -> None:
+    """Figures from two user reports and from the published table."""
+    assert low_latency_rdma_bytes(tokens, hidden, 8, experts) / GIB == pytest.approx(gib, abs=0.005)
+
+
+def test_device_bytes_are_whole_granules() -> None:
+    """NVSHMEM's heap grows by 512 MiB."""
+    assert device_bytes(1) == 512 << 20
+    assert device_bytes(512 << 20) == 512 << 20
+    assert device_bytes((512 << 20) + 1) == GIB
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ok"), [(1, True), (6, True), (7, True), (8, True), (12, False), (16, True)]
+)
+def test_rank_counts(ranks: int, ok: bool) -> None:
+    """Fewer than 8, or a multiple of 8."""
+    assert DEEPEP_LIMITS.ranks_ok(ranks) is ok
+    assert TORCH_LIMITS.ranks_ok(ranks)
+
+
+def test_every_deepep_limit_names_its_source() -> None:
+    """So that a doubt can be looked up."""
+    for name in ("max_tokens", "hidden_sizes", "max_top_k", "max_buffer_bytes", "qp_depth",
+                 "ranks", "row_multiple", "dtypes"):  # fmt: skip
+        assert DEEPEP_LIMITS.source(name), name
+
+
+def test_qp_depth_covers_the_default_depth_up_to_511() -> None:
+    """``>= 2 (T + 1)``."""
+    assert DEEPEP_LIMITS.qp_depth is not None
+    assert DEEPEP_LIMITS.qp_depth(511) == DEEPEP_LIMITS.default_qp_depth == 1024
+    assert DEEPEP_LIMITS.qp_depth(512) == 1026
+
+
+@pytest.mark.parametrize("experts", [8, 384, 448, 896, 4096])
+def test_largest_tokens_is_the_last_that_fits(experts: int) -> None:
+    """Bisection against the definition."""
+    hidden = 7168
+    most = DEEPEP_LIMITS.largest_tokens(hidden, 8, experts, 8)
+    bound = DEEPEP_LIMITS.max_buffer_bytes
+    assert bound is not None
+    assert most % 8 == 0
+    assert low_latency_rdma_bytes(most, hidden, 8, experts) < bound
+    if most < 1024:
+        assert low_latency_rdma_bytes(most + 8, hidden, 8, experts) >= bound
+
+
+def test_torch_transport_replaces_deepeps_limits_only() -> None:
+    """A third party's backend keeps its own, whatever the transport is called."""
+    deepep = get_backend("deepep")
+    assert limits_of(deepep, "torch") is TORCH_LIMITS
+    assert limits_of(deepep, "deepep") is DEEPEP_LIMITS
+    assert TORCH_LIMITS.hidden_sizes is None
+    assert TORCH_LIMITS.max_tokens == 1024
+    assert Limits().largest_tokens(64, 1, 8, 8) > 1024
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_activation_bytes_equal_the_kernels_own(fp8: bool) -> None:
+    """The planner may not import torch: it carries the arithmetic, the kernels the truth."""
+    torch = pytest.importorskip("torch")
+    from moe_plugin.kernels.experts import workspace_bytes as kernel_bytes
+
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    for experts, capacity, hidden, inter in [(8, 2048, 7168, 2048), (16, 64, 2048, 768)]:
+        ours = activation_bytes(experts * capacity, inter, "bfloat16", fp8=fp8)
+        assert ours == kernel_bytes(experts, capacity, hidden, inter, dtype)
+
+
+def test_workspace_is_rows_times_their_widths() -> None:
+    """bf16: 2H + I per row, 2 bytes each; the host's runner also stores gate and up."""
+    rows = 256 * 128
+    assert workspace_bytes(128, 256, 2048, 768, "bfloat16") == rows * (2 * 2048 + 768) * 2
+    assert workspace_bytes(128, 256, 2048, 768, "float32") == rows * (2 * 2048 + 768) * 4
+    host = workspace_bytes(128, 256, 2048, 768, "bfloat16", host=True)
+    assert host == rows * (2 * 2048 + 3 * 768) * 2
+    assert received_bytes(10, 256, "bfloat16", fp8=True) == 10 * (256 + 8)
