@@ -132,10 +132,10 @@ def environment_int(name: str | None) -> int | None:
         return None
 
 
-def has_deep_gemm() -> bool:
-    """Whether the host's DeepGEMM could be imported and is not switched off."""
-    off = os.environ.get("SGLANG_ENABLE_JIT_DEEPGEMM", "").strip().lower()
-    return find_spec("deep_gemm") is not None and off not in ("0", "false", "no", "n")
+def deep_gemm_switched_off() -> bool:
+    """Whether the user keeps the host from its DeepGEMM."""
+    text = os.environ.get("SGLANG_ENABLE_JIT_DEEPGEMM", "").strip().lower()
+    return text in ("0", "false", "no", "n")
 
 
 def compute_capability(cfg: Any) -> tuple[int, int] | None:
@@ -202,7 +202,8 @@ def launch_facts(
         cuda_graph_max_bs_prefill=explicit_graph_max(server_args, user, "prefill"),
         cuda_graph_max_bs_decode=explicit_graph_max(server_args, user, "decode"),
         moe_runner_backend=cfg.moe_runner_backend,
-        has_deep_gemm=has_deep_gemm(),
+        has_deep_gemm=find_spec("deep_gemm") is not None,
+        deep_gemm_switched_off=deep_gemm_switched_off(),
         compute_capability=compute_capability(cfg),
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),

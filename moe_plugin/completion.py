@@ -79,6 +79,8 @@ def applied(
             values[_TEXTS[name]] = value or "auto"
         elif name in _SWITCHES:
             values[_SWITCHES[name]] = value is not None
+        elif name == "SGLANG_ENABLE_JIT_DEEPGEMM":
+            values["deep_gemm_switched_off"] = value in ("0", "false")
         elif name == limits.capacity_variable:
             values["capacity"] = None if value is None else int(value)
         elif name == "--dtype" and value:

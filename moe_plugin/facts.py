@@ -80,7 +80,8 @@ class LaunchFacts:
         cuda_graph_max_bs_prefill: tokens per DP group.
         cuda_graph_max_bs_decode: requests per DP group.
         moe_runner_backend: ``auto`` or the user's choice.
-        has_deep_gemm: DeepGEMM can be imported.
+        has_deep_gemm: DeepGEMM is installed.
+        deep_gemm_switched_off: ``SGLANG_ENABLE_JIT_DEEPGEMM=0``.
         compute_capability: (major, minor) of the device; None on a CPU.
         single_batch_overlap: ``--enable-single-batch-overlap``.
         lora: LoRA adapters are served.
@@ -117,6 +118,7 @@ class LaunchFacts:
     cuda_graph_max_bs_decode: int | None = None
     moe_runner_backend: str = "auto"
     has_deep_gemm: bool = True
+    deep_gemm_switched_off: bool = False
     compute_capability: tuple[int, int] | None = (9, 0)
     single_batch_overlap: bool = False
     lora: bool = False

@@ -81,7 +81,9 @@ def _deep_gemm_problem(launch: LaunchFacts) -> str:
     capability = launch.compute_capability
     if capability is not None and capability < (9, 0):
         return f"DeepGEMM needs compute capability 9.0, this device has {_dotted(capability)}"
-    return "" if launch.has_deep_gemm else "DeepGEMM is not importable or switched off"
+    if launch.deep_gemm_switched_off:
+        return "SGLANG_ENABLE_JIT_DEEPGEMM switches DeepGEMM off"
+    return "" if launch.has_deep_gemm else "DeepGEMM is not installed"
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -109,12 +111,12 @@ def _runner(
         if weights in DEEP_GEMM_FORMATS and problem:
             if normal and ours:
                 return "host", [_auto_mode(model, f"normal dispatch needs DeepGEMM: {problem}")]
-            return "host", [_without_deep_gemm(model, problem)]
+            return "host", [_without_deep_gemm(model, launch, problem)]
         return "host", []
     if weights not in HOST_RUNNERS.get(asked, frozenset()):
         return "host", [_wrong_runner(model, asked)]
     if asked == "deep_gemm" and problem:
-        return "host", [_without_deep_gemm(model, problem)]
+        return "host", [_without_deep_gemm(model, launch, problem)]
     return "host", []
 
 
@@ -135,9 +137,15 @@ def _no_experts(model: ModelFacts) -> Rejection:
     return _leave("experts for the batched layout", got, allowed)
 
 
-def _without_deep_gemm(model: ModelFacts, problem: str) -> Rejection:
+def _without_deep_gemm(model: ModelFacts, launch: LaunchFacts, problem: str) -> Rejection:
     got = f"{model.weight_format} weights on the host's experts; {problem}"
-    return _leave("experts for the batched layout", got, "DeepGEMM on SM90 or later")
+    allowed = "DeepGEMM on SM90 or later"
+    if launch.deep_gemm_switched_off:
+        variable = "SGLANG_ENABLE_JIT_DEEPGEMM"
+        fix = f"unset {variable}"
+        limit = "experts for the batched layout"
+        return Rejection(limit, got, allowed, fix, ((variable, None),), "unsupported")
+    return _leave("experts for the batched layout", got, allowed)
 
 
 def _wrong_runner(model: ModelFacts, asked: str) -> Rejection:

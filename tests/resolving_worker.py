@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 FIELDS = (
@@ -33,12 +34,15 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.server_args import prepare_server_args
 
-    from moe_plugin.integration import resolution
+    from moe_plugin.integration import resolution, support
 
     saved = dict(os.environ)
     os.environ.update(case.get("env", {}))
     answer: dict[str, Any] = {"id": case.get("id")}
     log = io.StringIO()
+    if "without" in case:  # an installation that lacks a module
+        support._checks_machine = True
+        support.find_spec = lambda name: None if name == case["without"] else find_spec(name)
     try:
         with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
             server_args = prepare_server_args(case["argv"])
@@ -78,6 +82,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
         if isinstance(error, SystemExit):
             answer["error"] = log.getvalue()
     finally:
+        support.find_spec = find_spec
         answer["log"] = log.getvalue()[-4000:] if case.get("log") else ""
         if not case.get("keep"):
             resolution._withdraw_capacity()
