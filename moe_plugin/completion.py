@@ -43,7 +43,7 @@ def complete(
     replan: Replan,
 ) -> tuple[Rejection, ...]:
     """``errors``, with what their fixes bring to light added, and fixes brought up to date."""
-    found = list(errors)
+    found = _reconciled(list(errors))
     for _ in range(ROUNDS):
         changes = [change for error in found for change in error.changes]
         if not found or set(LEAVE) <= set(changes):
@@ -54,7 +54,31 @@ def complete(
             break
         for error in more:
             _merge(found, error)
+        found = _reconciled(found)
     return tuple(found)
+
+
+def _reconciled(found: list[Rejection]) -> list[Rejection]:
+    """One value per flag: where two limits bind the same one, the value that satisfies both.
+
+    Budgets only ever have to shrink; tokens per rank and redundant experts only to grow.
+    """
+    grows = ("--batched-dp-moe-max-tokens", "--ep-num-redundant-experts")
+    best: dict[str, int] = {}
+    for name, value in (change for error in found for change in error.changes):
+        if name in _INTEGERS and value is not None:
+            keep = max if name in grows else min
+            best[name] = keep(best.get(name, int(value)), int(value))
+
+    def settle(error: Rejection) -> Rejection:
+        fix, changes = error.fix, []
+        for name, value in error.changes:
+            settled = str(best[name]) if name in best and value is not None else value
+            fix = fix.replace(f"{name} {value}", f"{name} {settled}")
+            changes.append((name, settled))
+        return replace(error, fix=fix, changes=tuple(changes))
+
+    return [settle(error) for error in found]
 
 
 def _merge(found: list[Rejection], error: Rejection) -> None:
