@@ -6,15 +6,20 @@ The dispatcher, two-batch overlap, EPLB statistics and graph capture stay SGLang
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from ..config import BatchedMoEConfig
 from ..errors import UnsupportedError, explain
 from ..plan import Plan
-from ..runner import BatchedMoERunner, ExpertWeights, make_moe_runner
+from ..runner import BatchedMoERunner, ExpertWeights, make_moe_runner, warm_up
 from ..stats import STATS
 from . import buffer
+
+logger = logging.getLogger(__name__)
 
 _RUNNER = "_moe_plugin_runner"
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
@@ -23,9 +28,20 @@ _DEEP_GEMM_MESSAGE = "requires deep_gemm"
 def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND hook on ``DeepEPMoE.__init__``: open the host's gate and attach our runner."""
     plan = buffer.current_plan()
-    if plan is None or plan.runner != "moe_plugin":
+    if plan is None:
         return original(layer, *args, **kwargs)
     buffer.prepare_host(plan)
+    if plan.runner == "moe_plugin":
+        _attach_runner(original, layer, plan, args, kwargs)
+    else:
+        original(layer, *args, **kwargs)
+    _create_buffer(layer)
+    return None
+
+
+def _attach_runner(
+    original: Callable[..., None], layer: Any, plan: Plan, args: Any, kwargs: Any
+) -> None:
     try:
         original(layer, *args, **kwargs)
     except AssertionError as error:
@@ -35,13 +51,14 @@ def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwa
             raise
     # The host's modern path: dispatch, run_moe_core, combine; without its deprecated branches.
     layer.deprecate_flag = True
-    setattr(layer, _RUNNER, _make_runner(layer, plan))
+    runner = _make_runner(layer, plan)
+    setattr(layer, _RUNNER, runner)
+    if layer.w13_weight.is_cuda:
+        _warm_up(runner.config, layer.w13_weight.dtype)
     if layer.quant_config is None:
         # Unset, the host would quantise activations to FP8 for bf16 weights as well. An explicit
         # --deepep-dispatcher-output-dtype still wins over this.
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
-    _create_buffer(layer)
-    return None
 
 
 def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_output: Any) -> Any:
@@ -99,6 +116,14 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
         activation=moe.activation,
     )
     return make_moe_runner(config, buffer.device_type())
+
+
+@cache
+def _warm_up(config: BatchedMoEConfig, dtype: Any) -> None:
+    started = time.monotonic()
+    kernels = warm_up(config, dtype)
+    seconds = time.monotonic() - started
+    logger.info("moe_plugin: %d expert kernels ready after %.1f s", kernels, seconds)
 
 
 def _create_buffer(layer: Any) -> None:

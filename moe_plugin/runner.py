@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from .config import BatchedMoEConfig
@@ -134,6 +135,29 @@ class BatchedMoERunner:
         )
         hook()
         return combined
+
+
+def expected_rows(config: BatchedMoEConfig) -> range:
+    """Every mean of live rows per expert that a batch within T can have: what to compile for."""
+    return range(1, -(-config.capacity * config.top_k // config.num_experts) + 1)
+
+
+@cache
+def warm_up(config: BatchedMoEConfig, dtype: torch.dtype) -> int:
+    """Compile and load the GPU kernels of a layer shape, once per process; returns how many.
+
+    Nothing is compiled while requests are served or a graph is captured. ``dtype``: of weights.
+    """
+    from .kernels.experts import warmup
+
+    return warmup(
+        config.num_local_experts,
+        config.capacity,
+        config.hidden_size,
+        config.intermediate_size,
+        dtype,
+        expected_rows(config),
+    )
 
 
 def make_moe_runner(config: BatchedMoEConfig, device_type: str) -> BatchedMoERunner:

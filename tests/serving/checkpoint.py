@@ -41,6 +41,7 @@ def write_checkpoint(
     seed: int = 0,
     drop_experts: tuple[int, ...] = (),
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Path:
     """Write config, weights and tokenizer below ``path``; returns it.
 
@@ -50,6 +51,7 @@ def write_checkpoint(
         seed: everything else about the weights.
         drop_experts: experts whose output is zeroed in every layer, for sensitivity tests.
         dtype: of the stored weights.
+        device: where random numbers are drawn; large shapes take minutes on a CPU.
     """
     shape = shape or Shape()
     path.mkdir(parents=True, exist_ok=True)
@@ -73,20 +75,20 @@ def write_checkpoint(
     }
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
-    save_file(_weights(shape, seed, drop_experts, dtype), path / "model.safetensors")
+    save_file(_weights(shape, seed, drop_experts, dtype, device), path / "model.safetensors")
     _tokenizer(shape).save_pretrained(path)
     return path
 
 
 def _weights(
-    shape: Shape, seed: int, drop_experts: tuple[int, ...], dtype: torch.dtype
+    shape: Shape, seed: int, drop_experts: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     hidden, inter = shape.hidden_size, shape.moe_intermediate_size
 
     def random(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
-        values = torch.randn(rows, columns, generator=generator) * gain / columns**0.5
-        return values.to(dtype).contiguous()
+        values = torch.randn(rows, columns, generator=generator, device=device)
+        return (values * gain / columns**0.5).to(dtype).cpu()
 
     def ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=dtype)

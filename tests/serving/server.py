@@ -51,19 +51,11 @@ def free_port() -> int:
             return port
 
 
-def server_env(ranks: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of a CPU server with ``ranks`` ranks on this machine."""
+def cpu_env(ranks: int) -> dict[str, str]:
+    """What a CPU server with ``ranks`` ranks needs on this machine."""
     cores = sorted(os.sched_getaffinity(0))
     bind = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
-    return {
-        **os.environ,
-        "SGLANG_PLATFORM": PLATFORM,
-        "SGLANG_CPU_OMP_THREADS_BIND": bind,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONSAFEPATH": "1",  # our `kernels/` must not hide Hugging Face's from the checkout
-        "PYTHONUNBUFFERED": "1",
-        **(extra or {}),
-    }
+    return {"SGLANG_PLATFORM": PLATFORM, "SGLANG_CPU_OMP_THREADS_BIND": bind}
 
 
 def _end_with_parent() -> None:
@@ -81,7 +73,7 @@ class Server:
     Args:
         args: ``sglang.launch_server`` flags, without model, host and port.
         model: checkpoint directory.
-        ranks: ranks on this machine.
+        ranks: ranks on this machine's CPU; 0 for a server on GPUs.
         env: more environment variables.
         progress: called with each line of the server's log while it starts.
         command: how to start it; ``sglang serve`` by default.
@@ -104,7 +96,14 @@ class Server:
         address = ("--host", "127.0.0.1", "--port", str(self.port))
         self.process = subprocess.Popen(
             [*command, "--model-path", str(model), *address, *args],
-            env=server_env(ranks, env),
+            env={
+                **os.environ,
+                **(cpu_env(ranks) if ranks else {}),
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONSAFEPATH": "1",  # our `kernels/` must not hide Hugging Face's package
+                "PYTHONUNBUFFERED": "1",
+                **(env or {}),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,1 @@
+"""Tests on a real GPU with real DeepEP; skipped elsewhere, with the reason."""
