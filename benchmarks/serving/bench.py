@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
 from load import run_round
 from serving.checkpoint import Shape, write_checkpoint
 from serving.prompts import long_prompt
