@@ -14,9 +14,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ..capability import Mode
+from ..capability import Mode, get_backend
+from ..deepep_limits import NVSHMEM_GRANULE, limits_of
 from ..memory import gib
-from ..plan import Plan, Rejection, refusal
+from ..plan import Change, Plan, Rejection, refusal
+from ..support import LEAVE, LEAVE_TEXT
 
 FLOOR_MIB = 10 * 1024
 """Least reserve of the host on devices above 60 GiB, before the DeepEP guess."""
@@ -66,7 +68,7 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
     # Rounded down: the host rounds to three digits, which is 80 MiB on an 80 GiB device.
     fraction = math.floor((1 - (kept + ours / 2**20) / total) * 1000) / 1000
     if fraction < LEAST_FRACTION:
-        raise refusal([_too_small(plan, ours, total)])
+        raise refusal([_too_small(plan, ours, kept, total)], plan)
     declare_resolution(server_args, "moe_plugin", mem_fraction_static=fraction)
     return replace(plan, reserved_bytes=ours)
 
@@ -95,13 +97,21 @@ def _without_guess(kept: float, total: float, plan: Plan, server_args: Any, cfg:
     return kept
 
 
-def _too_small(plan: Plan, ours: int, total: float) -> Rejection:
-    tokens = max(8, plan.max_dispatch_tokens_per_rank // 2 // 8 * 8)
+def _too_small(plan: Plan, ours: int, kept: float, total: float) -> Rejection:
+    """Refuse, with the largest T whose bytes would leave the least fraction."""
+    room = (total * (1 - LEAST_FRACTION) - kept) * 2**20
+    # Buffer and workspace grow with T, but the buffer in granules: one of them stays unused.
+    tokens = int(plan.max_dispatch_tokens_per_rank * (room - NVSHMEM_GRANULE) / ours) // 8 * 8
+    got = (
+        f"{gib(ours)} for buffer and workspace at {plan.max_dispatch_tokens_per_rank} tokens per "
+        f"rank, {kept / 1024:.1f} GiB for everything else that runs"
+    )
+    allowed = f"at most {total / 1024:.0f} GiB with weights and KV cache"
+    if tokens < 8:
+        return Rejection("device memory", got, allowed, LEAVE_TEXT, LEAVE, "unsupported")
+    changes: tuple[Change, ...] = (("--batched-dp-moe-max-tokens", str(tokens)),)
+    variable = limits_of(get_backend(plan.capability.backend), plan.transport).capacity_variable
+    changes += ((variable, None),) if variable else ()
     return Rejection(
-        "device memory",
-        got=f"{gib(ours)} for buffer and workspace at {plan.max_dispatch_tokens_per_rank} tokens "
-        "per rank",
-        allowed=f"what {total / 1024:.0f} GiB leave beside weights and KV cache",
-        fix=f"--batched-dp-moe-max-tokens {tokens}",
-        changes=(("--batched-dp-moe-max-tokens", str(tokens)),),
+        "device memory", got, allowed, f"--batched-dp-moe-max-tokens {tokens}", changes
     )

@@ -84,8 +84,17 @@ def _check(host: Host, launch: dict[str, Any]) -> None:
         assert answer["type"] in ("ValueError", "NotImplementedError"), answer["error"]
         return
     event("refused")
-    changes = [change for error in answer["errors"] for change in error["changes"]]
-    fixed = host.ask(apply(launch, changes))
+    # The host sizes memory after planning, so what does not fit the device is a refusal of its own,
+    # and its smaller T may meet explicit values again. Everything else is fixed in one go.
+    fixed = answer
+    memory = any(error["limit"] == "device memory" for error in answer["errors"])
+    for _ in range(5):
+        changes = [change for error in fixed["errors"] for change in error["changes"]]
+        launch = apply(launch, changes)
+        fixed = host.ask(launch)
+        memory |= any(error["limit"] == "device memory" for error in fixed.get("errors", ()))
+        if fixed["ok"] or not memory:
+            break
     assert fixed["ok"], f"{answer['error']}\nafter the fix: {fixed['error']}"
 
 
