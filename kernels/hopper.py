@@ -178,7 +178,7 @@ def _activate(
 ):  # fmt: skip
     """SwiGLU and, for fp8, one scale per row and BI channels; channels past the width are zero."""
     act = acc0 / (1.0 + gl.exp(-acc0)) * acc1
-    col = n * job.step
+    col = n * job.STEP
     if FP8:
         channels = col + gl.arange(0, job.BI, gl.SliceLayout(1 - W_AXIS, MMA))
         act = gl.where(gl.expand_dims(channels < job.width, 1 - W_AXIS), act, 0.0)
@@ -198,7 +198,7 @@ def _deposit(
 ):  # fmt: skip
     """Write both tiles; where the depth is split, the last part to arrive adds them up."""
     first = expert.to(gl.int64) * job.capacity + row
-    col = n * job.step
+    col = n * job.STEP
     base = out + first * job.width
     if job.SPLIT == 1:
         _write(acc0, base, job, row, rows, col, W_AXIS)
@@ -232,7 +232,7 @@ def _finish_tile(
     if ring.FP8:
         base = w_scale + expert.to(gl.int64) * job.scale_rows * job.scale_cols
         acc0, acc1, stage, phase = _multiply_fp8(
-            ring, job, stage, phase, first, last, base, n * job.step, BT, SWAP, ALIGNED, MMA, SHAPE
+            ring, job, stage, phase, first, last, base, n * job.STEP, BT, SWAP, ALIGNED, MMA, SHAPE
         )
     else:
         acc0, acc1, stage, phase = _multiply_bf16(
@@ -283,14 +283,13 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "experts", "tiles_n", "w_rows", "step", "second", "steps_k", "scale_rows", "scale_cols",
-        "to_clear",
+        "experts", "tiles_n", "w_rows", "steps_k", "scale_rows", "scale_cols", "to_clear"
     ]
 )  # fmt: skip
 def experts_kernel(
     w_desc, x_desc, big_desc, s_desc, w_scale, counts_ptr, out, out_scale, partial, counters,
-    to_clear, experts, capacity, tiles_n, w_rows, step, second, steps_k, scale_rows, scale_cols,
-    width,
+    to_clear, experts, capacity, tiles_n, w_rows, steps_k, scale_rows,
+    scale_cols, width,
     BI: gl.constexpr, BT: gl.constexpr, BB: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     LP: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr, SWAP: gl.constexpr,
     FUSED: gl.constexpr, ALIGNED: gl.constexpr, CHAINED: gl.constexpr,
@@ -299,10 +298,16 @@ def experts_kernel(
     if FUSED:
         gdc_launch()
     ring = Ring.create(w_desc, big_desc, s_desc, STAGES, FP8)
-    job = Job(
-        experts, capacity, tiles_n, w_rows, step, second, steps_k, scale_rows, scale_cols, width,
-        BI, BT, BB, BK, LP, SPLIT,
-    )  # fmt: skip
+    if FUSED:  # the up rows follow all gate rows
+        job = Job(
+            experts, capacity, tiles_n, w_rows, width, steps_k, scale_rows, scale_cols, width,
+            BI, BI, BT, BB, BK, LP, SPLIT,
+        )  # fmt: skip
+    else:
+        job = Job(
+            experts, capacity, tiles_n, w_rows, gl.to_tensor(BI), steps_k, scale_rows, scale_cols,
+            width, 2 * BI, BI, BT, BB, BK, LP, SPLIT,
+        )  # fmt: skip
     gl.warp_specialize(
         [
             (

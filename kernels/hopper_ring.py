@@ -12,19 +12,20 @@ def _add(a, b):
 
 @gluon.aggregate
 class Job:
-    """Sizes of one launch. Weight tile `n` of an expert starts at row `n * step`, its second half
-    `second` rows later; each of `split` programs takes a share of the `steps_k` steps."""
+    """Sizes of one launch. Weight tile `n` of an expert starts at row `n * STEP`, its second half
+    `second` rows later; each of SPLIT programs takes a share of the `steps_k` steps. What stores
+    need to be 16 bytes wide is a constant or specialised: capacity, width and STEP."""
 
     experts: gl.tensor
     capacity: gl.tensor
     tiles_n: gl.tensor
     w_rows: gl.tensor
-    step: gl.tensor
     second: gl.tensor
     steps_k: gl.tensor
     scale_rows: gl.tensor
     scale_cols: gl.tensor
     width: gl.tensor
+    STEP: gl.constexpr
     BI: gl.constexpr
     BT: gl.constexpr
     BB: gl.constexpr
@@ -167,7 +168,7 @@ def gdc_launch():
 def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase, early):
     """Fetch one tile's stages; the weights of the first `early` of them are already under way."""
     expert, n, part, row, _rows = schedule.locate(tile)
-    row0 = expert * job.w_rows + n * job.step
+    row0 = expert * job.w_rows + n * job.STEP
     x_row = expert * job.capacity + row
     scale_at = expert * job.steps_k * job.capacity + row
     first, last = job.share(part)
@@ -184,7 +185,7 @@ def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase
 def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
     """Fetch the first tile's weights, as many stages as the ring has; returns how many."""
     expert, n, part, _row, _rows = schedule.locate(tile)
-    row0 = expert * job.w_rows + n * job.step
+    row0 = expert * job.w_rows + n * job.STEP
     first, last = job.share(part)
     early = gl.minimum(last - first, ring.STAGES)
     for k in range(early):

@@ -101,7 +101,7 @@ def launch_hopper(
     experts, capacity, depth = p.x.shape
     w_rows = p.w.shape[1]
     fp8 = p.x_scale is not None
-    step, second, tiles_n = p.geometry(tiles.channels)
+    _step, second, tiles_n = p.geometry(tiles.channels)
     bits = 8 if fp8 else 16
     # Rows of a stage must fill the swizzle: 128 bytes, or 64 where a stage is that narrow.
     layout = NVMMASharedLayout(min(128, tiles.depth * bits // 8), bits)
@@ -121,7 +121,7 @@ def launch_hopper(
     to_clear = p.counters.numel() if p.fused and p.counters is not None else 0
     args = (
         w_desc, x_desc, big_desc, s_desc, p.w_scale, p.masked_m, p.out, p.out_scale, p.partial,
-        p.counters, to_clear, experts, capacity, tiles_n, w_rows, step, second,
+        p.counters, to_clear, experts, capacity, tiles_n, w_rows,
         triton.cdiv(depth, tiles.depth), scale_rows, scale_cols, p.width, tiles.channels,
         tiles.rows, tiles.many, tiles.depth, tiles.stages, lane_count(experts), tiles.split, fp8,
         tiles.swap, p.fused, aligned, chained,
