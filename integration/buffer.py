@@ -7,13 +7,17 @@ once, and KV-cache sizing measures what is left.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from ..metadata import DPMetadata
 from ..plan import Plan
+from ..stats import STATS
 from ..transports.guard import GuardedTransport
 from . import resolution
+
+logger = logging.getLogger(__name__)
 
 
 def device_type() -> str:
@@ -72,11 +76,14 @@ def _create(
         return TorchTransport(group)
     if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
         return original(cls, *args, plan.max_dispatch_tokens_per_rank, num_experts)
+    import torch
     from sglang.srt.layers.moe.token_dispatcher.deepep import _is_mnnvl_fabric_supported
 
     from ..transports.deepep_ll import create_deepep_buffer
 
-    return create_deepep_buffer(
+    torch.cuda.synchronize()
+    free_before, _ = torch.cuda.mem_get_info()
+    created = create_deepep_buffer(
         group,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,
         hidden_size=hidden_size,
@@ -85,6 +92,15 @@ def _create(
         allow_mnnvl=_is_mnnvl_fabric_supported(),
         explicitly_destroy=False,
     )
+    STATS.buffer_device_bytes = free_before - torch.cuda.mem_get_info()[0]
+    logger.info(
+        "moe_plugin: DeepEP buffer for %d tokens per rank, %d MiB asked, %d MiB taken, %d planned",
+        plan.max_dispatch_tokens_per_rank,
+        plan.rdma_buffer_bytes >> 20,
+        STATS.buffer_device_bytes >> 20,
+        plan.rdma_device_bytes >> 20,
+    )
+    return created
 
 
 def current_plan() -> Plan | None:

@@ -17,12 +17,14 @@ class Stats:
         layer_forwards: layer id -> forwards through our experts.
         max_rows: forward mode -> largest number of rows this rank dispatched.
         max_rows_any_rank: the same over all ranks, where the host says.
+        buffer_device_bytes: device memory that creating the buffer really took; None without one.
     """
 
     def __init__(self) -> None:
         self.layer_forwards: Counter[int] = Counter()
         self.max_rows: dict[str, int] = {}
         self.max_rows_any_rank: dict[str, int] = {}
+        self.buffer_device_bytes: int | None = None
 
     def count_layer(self, layer_id: int) -> None:
         """One forward of one MoE layer ran in our runner."""
@@ -39,6 +41,7 @@ class Stats:
             "layer_forwards": {str(k): v for k, v in sorted(self.layer_forwards.items())},
             "max_rows": dict(self.max_rows),
             "max_rows_any_rank": dict(self.max_rows_any_rank),
+            "buffer_device_bytes": self.buffer_device_bytes,
         }
 
 

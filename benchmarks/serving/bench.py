@@ -10,7 +10,6 @@ Prints a short table last; the JSON in DIR names device, versions and date.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import random
@@ -99,6 +98,7 @@ def stage_start(model: Path) -> dict[str, Any]:
             return {"died": str(error)[-6000:]}
         report["ready_s"] = time.monotonic() - began
         report["phases"] = phases(server)
+        report["states"] = server.states()
         rng = random.Random(0)
         prompts = [long_prompt(rng.choice((1, 7, 63, 256, 257, 1000, 4000))) for _ in range(64)]
         answers = server.generate_many(prompts, 32, concurrency=64)
@@ -109,13 +109,11 @@ def stage_start(model: Path) -> dict[str, Any]:
         report["disconnect"] = _disconnect(server)
         server.post("/flush_cache", {})
         report["again"] = len(server.generate(prompts[0], 8)["tokens"]) == 8
-        (state,) = server.states()
-        plan = state.pop("plan")
-        report["state"] = state
-        report["plan"] = {k: v for k, v in plan.items() if not isinstance(v, (list, dict))}
+        report["states"] = server.states()
         report["compiled_while_serving"] = [
             line for line in server.lines if "compil" in line.lower() and "Capture" not in line
         ][-5:]
+        report["log"] = list(server.lines)
     return report
 
 
@@ -135,8 +133,7 @@ def _disconnect(server: Server) -> str:
         running = pool.submit(server.generate, "abort me " * 20, 2000)
         time.sleep(1)
         request = {"rid": "", "abort_all": True}
-        with contextlib.suppress(OSError, ValueError):  # its answer is not always JSON
-            server.post("/abort_request", request)
+        server.post("/abort_request", request)
         reason = running.result()["meta"]["finish_reason"]
     return str(reason)
 
@@ -149,6 +146,8 @@ def stage_pair(model: Path, seconds: float, rounds: int, points: list[int]) -> d
         for name, (server, began) in servers.items():
             server.wait_ready(450)
             report["ready_s"][name] = time.monotonic() - began
+        report["phases"] = {name: phases(server) for name, (server, _) in servers.items()}
+        report["states"] = servers["c ours"][0].states()
         report["logprob_distance"] = _distances({n: s for n, (s, _) in servers.items()})
         for point in points:
             for server, _ in servers.values():
@@ -160,6 +159,7 @@ def stage_pair(model: Path, seconds: float, rounds: int, points: list[int]) -> d
     except ServerDied as error:
         report["died"] = str(error)[-6000:]
     finally:
+        report["log"] = [line for server, _ in servers.values() for line in server.lines]
         for server, _ in servers.values():
             server.stop()
     return report
@@ -225,8 +225,10 @@ def main() -> int:
         report = stage_start(folder)
     else:
         report = stage_pair(folder, options.seconds, options.rounds, options.points)
-    report = {"environment": environment(), **report}
     options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / f"serving-{options.stage}.log"
+    log.write_text("\n".join(report.pop("log", [])))
+    report = {"environment": environment(), **report}
     path = options.out / f"serving-{options.stage}.json"
     path.write_text(json.dumps(report, indent=1))
     summary = {k: v for k, v in report.items() if k != "rounds"}

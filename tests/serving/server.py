@@ -160,14 +160,15 @@ class Server:
             return json.loads(reply.read())
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """POST JSON, return the parsed answer."""
+        """POST JSON, return the parsed answer, or its text where it is not JSON."""
         request = urllib.request.Request(
             self.url + path,
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
-            return json.loads(reply.read())
+            text = reply.read().decode()
+        return json.loads(text) if text[:1] in "{[" else text
 
     def generate(self, prompt: str, max_new_tokens: int = 16, **fields: Any) -> dict[str, Any]:
         """Greedy completion with the log-probability of every output token.
