@@ -96,7 +96,7 @@ def transport_of(cfg: Any) -> str:
     return "torch" if cfg.device == "cpu" else "deepep"
 
 
-def explicit_graph_max(server_args: Any, cfg: Any, phase: str) -> int | None:
+def explicit_graph_max(server_args: Any, phase: str) -> int | None:
     """Largest capture size that the user named for a phase, by flag, list or JSON."""
     config = server_args.cuda_graph_config
     config = config.to_dict() if hasattr(config, "to_dict") else config or {}
@@ -105,7 +105,7 @@ def explicit_graph_max(server_args: Any, cfg: Any, phase: str) -> int | None:
     sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
     if sizes:
         return int(max(sizes))
-    largest = named.get("max_bs") or getattr(cfg, f"cuda_graph_max_bs_{phase}", None)
+    largest = named.get("max_bs") or getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
     return int(largest) if largest else None
 
 
@@ -157,7 +157,7 @@ def launch_facts(
     backend: str | None = None,
     mode: str | None = None,
     capacity: int | None = None,
-    user: Any = None,
+    late: bool = False,
 ) -> LaunchFacts:
     """Facts of the launch as far as resolution has come.
 
@@ -167,9 +167,8 @@ def launch_facts(
         backend: all-to-all backend to plan for; the view's by default.
         mode: deepep mode to plan for; the view's by default.
         capacity: the capacity variable as the *user* set it.
-        user: an object with the budgets that the user set (raw record by default).
+        late: the host has resolved everything: the view's chunk is one group's.
     """
-    user = server_args if user is None else user
     request = requested(server_args)
     draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None)
     return LaunchFacts(
@@ -197,10 +196,11 @@ def launch_facts(
         max_tokens_source=request.max_tokens_source,
         capacity=capacity,
         qp_depth=environment_int("NVSHMEM_QP_DEPTH"),
-        chunked_prefill_size=user.chunked_prefill_size,
-        max_running_requests=user.max_running_requests,
-        cuda_graph_max_bs_prefill=explicit_graph_max(server_args, user, "prefill"),
-        cuda_graph_max_bs_decode=explicit_graph_max(server_args, user, "decode"),
+        chunked_prefill_size=server_args.chunked_prefill_size,
+        group_chunk=cfg.chunked_prefill_size if late else None,
+        max_running_requests=server_args.max_running_requests,
+        cuda_graph_max_bs_prefill=explicit_graph_max(server_args, "prefill"),
+        cuda_graph_max_bs_decode=explicit_graph_max(server_args, "decode"),
         moe_runner_backend=cfg.moe_runner_backend,
         has_deep_gemm=find_spec("deep_gemm") is not None,
         deep_gemm_switched_off=deep_gemm_switched_off(),

@@ -178,7 +178,9 @@ def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capab
     return use_batched_dp_moe(launch.capability_facts(model))
 
 
-def plan_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Plan | None:
+def plan_for(
+    server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool = False
+) -> Plan | None:
     """Plan for a backend and mode with what the user set; None for an unregistered backend."""
     from ..budgets import make_plan
     from .facts import launch_facts, model_facts, transport_of
@@ -188,8 +190,9 @@ def plan_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Plan | None
     if not capability.ok:
         return Plan(capability=capability)
     limits = limits_of(get_backend(capability.backend), transport_of(cfg))
+    capacity = user_capacity(limits)
     launch = launch_facts(
-        server_args, cfg, backend=backend, mode=mode, capacity=user_capacity(limits)
+        server_args, cfg, backend=backend, mode=mode, capacity=capacity, late=late
     )
     plan = make_plan(model_facts(server_args), launch, limits, capability)
     return check_host(plan, server_args, cfg)
@@ -206,18 +209,12 @@ def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
     if plan.bounds_prefill:
         if server_args.chunked_prefill_size is None:
             fills["chunked_prefill_size"] = plan.chunked_prefill_size
-        if (
-            plan.cuda_graph_max_bs_prefill
-            and explicit_graph_max(server_args, server_args, "prefill") is None
-        ):
+        if plan.cuda_graph_max_bs_prefill and explicit_graph_max(server_args, "prefill") is None:
             fills["cuda_graph_max_bs_prefill"] = plan.cuda_graph_max_bs_prefill
     if plan.bounds_decode and plan.max_running_requests:
         if server_args.max_running_requests is None:
             fills["max_running_requests"] = plan.max_running_requests
-        if (
-            plan.cuda_graph_max_bs_decode
-            and explicit_graph_max(server_args, server_args, "decode") is None
-        ):
+        if plan.cuda_graph_max_bs_decode and explicit_graph_max(server_args, "decode") is None:
             fills["cuda_graph_max_bs_decode"] = plan.cuda_graph_max_bs_decode
     return {name: value for name, value in fills.items() if hasattr(cfg, name)}
 

@@ -42,7 +42,7 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     from .resolution import plan_for
 
     cfg = resolving_view(server_args)
-    plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode)
+    plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
     capability = plan.capability if plan else Capability(False, "")
     before = planned.capability if planned else Capability(False, "")
     if capability.ok and capability.modes != before.modes:
@@ -76,7 +76,7 @@ def _refill(server_args: Any, plan: Plan, cfg: Any) -> None:
             lower["max_running_requests"] = plan.max_running_requests
         config = cfg.cuda_graph_config
         most = plan.cuda_graph_max_bs_decode
-        ours = explicit_graph_max(server_args, server_args, "decode") is None
+        ours = explicit_graph_max(server_args, "decode") is None
         if most and ours and config is not None and (config.decode.max_bs or 0) > most:
             sizes = sorted({*(size for size in config.decode.bs or () if size <= most), most})
             from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase

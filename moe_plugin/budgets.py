@@ -159,9 +159,10 @@ def _fill(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most:
     if plan.bounds_decode and launch.disaggregation_mode != "prefill":
         fits = decode_requests(launch, tokens)
         running = launch.max_running_requests or fits * groups
-        if launch.mixed_chunk and launch.max_running_requests is None and chunk > 0:
+        here = chunk_per_group(chunk, groups) or launch.group_chunk or 0
+        if launch.mixed_chunk and launch.max_running_requests is None and here > 0:
             # Half of each chunk stays free for prefill: at running >= chunk it would be none.
-            running = min(running, max(1, chunk_per_group(chunk, groups) // 2) * groups)
+            running = min(running, max(1, here // 2) * groups)
         if launch.decode_graphs:
             pool = ceil_to(requests_per_group(running, groups), launch.graph_multiple)
             default = decode_requests(launch, min(tokens, limits.default_max_tokens))

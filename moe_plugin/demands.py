@@ -146,6 +146,8 @@ def check_needs(
             )
         )
     errors += _check_capture(launch, capability, tokens)
+    if Mode.EXTEND not in capability.modes and launch.group_chunk:
+        errors += _check_mixed(launch, launch.group_chunk)
     if Mode.EXTEND not in capability.modes or launch.disaggregation_mode == "decode":
         return errors
     return errors + _check_chunk(model, launch, tokens)
@@ -232,22 +234,29 @@ def _check_chunk(model: ModelFacts, launch: LaunchFacts, tokens: int) -> list[Re
                     changes=(("--max-prefill-tokens", str(fits)),),
                 )
             )
-    running = launch.max_running_requests
-    if launch.mixed_chunk and running is not None and launch.disaggregation_mode != "prefill":
-        per_group = requests_per_group(running, groups)
-        if per_group >= chunk:
-            roomy = max(1, min(chunk, most) // 2) * groups
-            changes = [("--max-running-requests", str(roomy))]
-            if chunk < 2:
-                changes.append(fixed)
-            errors.append(
-                Rejection(
-                    "running requests with mixed chunks",
-                    got=f"{per_group} running requests per DP group, which leave "
-                    f"{chunk - per_group} of {chunk} chunk tokens to prefill",
-                    allowed=f"< {chunk} per DP group",
-                    fix=" ".join(f"{flag} {value}" for flag, value in changes),
-                    changes=tuple(changes),
-                )
-            )
-    return errors
+    return errors + _check_mixed(launch, chunk, fixed if chunk < 2 else None)
+
+
+def _check_mixed(
+    launch: LaunchFacts, chunk: int, raise_chunk: tuple[str, str] | None = None
+) -> list[Rejection]:
+    """Mixed decode rows are taken out of the chunk: running requests must leave some of it."""
+    running, groups = launch.max_running_requests, launch.attn_dp_size
+    if not launch.mixed_chunk or running is None or launch.disaggregation_mode != "null":
+        return []
+    per_group = requests_per_group(running, groups)
+    if per_group < chunk:
+        return []
+    changes = [("--max-running-requests", str(max(1, chunk // 2) * groups))]
+    if raise_chunk is not None:
+        changes.append(raise_chunk)
+    return [
+        Rejection(
+            "running requests with mixed chunks",
+            got=f"{per_group} running requests per DP group, which leave "
+            f"{chunk - per_group} of {chunk} chunk tokens to prefill",
+            allowed=f"< {chunk} per DP group",
+            fix=" ".join(f"{flag} {value}" for flag, value in changes),
+            changes=tuple(changes),
+        )
+    ]

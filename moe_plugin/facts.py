@@ -76,6 +76,7 @@ class LaunchFacts:
         capacity: the host's capacity variable, tokens per rank.
         qp_depth: ``NVSHMEM_QP_DEPTH``.
         chunked_prefill_size: as typed, before the host divides by attention DP; <= 0 is off.
+        group_chunk: chunk of one DP group as the host resolved it; None until it has.
         max_running_requests: as typed, over all DP groups.
         cuda_graph_max_bs_prefill: tokens per DP group.
         cuda_graph_max_bs_decode: requests per DP group.
@@ -113,6 +114,7 @@ class LaunchFacts:
     capacity: int | None = None
     qp_depth: int | None = None
     chunked_prefill_size: int | None = None
+    group_chunk: int | None = None
     max_running_requests: int | None = None
     cuda_graph_max_bs_prefill: int | None = None
     cuda_graph_max_bs_decode: int | None = None

@@ -133,8 +133,8 @@ def rows_of(server_args: Any, lengths: list[int]) -> dict[str, int]:
         )
         captured, _ = get_batch_sizes_to_capture(runner, width)
         rows["decode_graph"] = -(-max(captured) * width // scatter)
-    # A prefill-only instance never decodes, so nothing rides along with its chunks.
-    running = 0 if view.disaggregation_mode == "prefill" else pool
+    # Instances with a role run only one of the two, so nothing rides along with chunks.
+    running = pool if view.disaggregation_mode == "null" else 0
     tokens = prefill_tokens(view, lengths, min(running, len(lengths)))
     rows["prefill"] = -(-tokens // scatter)
     rows["mixed"] = -(-prefill_tokens(view, lengths, running) // scatter)

@@ -186,3 +186,18 @@ def test_doctor_tells_by_its_exit_code() -> None:
     done = run("doctor", "--quick", MOE_PLUGIN_DISABLE="1")
     assert done.returncode == 2
     assert "MOE_PLUGIN_DISABLE is set" in done.stdout
+
+
+@pytest.mark.gpu
+def test_live_plan_equals_the_named_devices(models: dict[str, str]) -> None:
+    """On a device of the table, resolution with nothing overridden gives the same plan."""
+    torch = pytest.importorskip("torch")
+    from moe_plugin.integration.target import TARGETS
+
+    names = {target.name: key for key, target in TARGETS.items()}
+    found = torch.cuda.get_device_name(0)
+    if found not in names:
+        pytest.skip(f"{found} is not one of {sorted(names)}")
+    launch = ("--model-path", models["deepseek-v3"], "--use-batched-dp-moe", "on")
+    live, named = (plan_json("--target", key, *launch) for key in ("local", names[found]))
+    assert live == named

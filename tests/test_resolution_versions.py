@@ -61,7 +61,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``--config`` file in the spelling that every version takes."""
     path = tmp_path_factory.mktemp("config") / "serve.yaml"
-    path.write_text("tp-size: 8\ndp-size: 8\nenable-dp-attention: true\nuse-batched-dp-moe: true\n")
+    path.write_text("tp-size: 8\nuse-batched-dp-moe: true\n")
     return path
 
 
