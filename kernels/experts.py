@@ -1,7 +1,6 @@
 """Entry points of the batched-expert layer: two launches, no host synchronisation."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 import triton
 
 from .experts_torch import SCALE_BLOCK, batched_experts_torch
-from .launch import Device, Launch, Shape, depth_split, heuristic, pick_launch
+from .launch import Device, Launch, Shape, depth_split, pick_launch, portable_launch
 from .masked_gemm import Problem, Spec, launch_hopper, launch_portable, tma_ready
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
@@ -158,7 +157,7 @@ def batched_experts(
         out, group, parts,
     )  # fmt: skip
     if launch.hopper and not all(tma_ready(p) for p in problems):
-        launch = heuristic(shape, expected_m, replace(device, capability=(8, 9)))
+        launch = portable_launch(shape, expected_m)
         return batched_experts(
             hidden_states, hidden_states_scale, w13, w13_scale, w2, w2_scale, masked_m, expected_m,
             out=out, launch=launch,

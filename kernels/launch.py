@@ -11,9 +11,15 @@ from importlib import resources
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
-WIDE_RESERVED_BYTES = 20480  # the same where a warp's product is not what it stores
 MAX_STAGES = 24
 ROW_TILES = (8, 16, 32, 64, 128)
+# Up to here weights are the wide operand. On an H200, tiles of 64 rows are faster from 16 rows on
+# in fp8 (scales per row, not per column) and from 32 on in bf16.
+FEW_ROWS_FP8 = 8
+FEW_ROWS_BF16 = 16
+# Time of one tile (channels, rows, per multiprocessor) with rows wide, per slot, relative to the
+# largest: DeepSeek-V3, 512 rows, first GEMM, H200.
+RELATIVE_COST = {(128, 128, 1): 1.0, (128, 64, 1): 0.65, (64, 64, 2): 0.6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +79,20 @@ class Launch:
 
 
 def ring_stages(
-    channels: int, many: int, depth: int, fp8: bool, warps: int = 4, per_sm: int = 1
+    channels: int,
+    many: int,
+    depth: int,
+    fp8: bool,
+    warps: int = 4,
+    per_sm: int = 1,
+    swap: bool = True,
 ) -> int:
     """Deepest ring that leaves room for what the compiler keeps in shared memory besides."""
     itemsize = 1 if fp8 else 2
     stage = (2 * channels + many) * depth * itemsize + (4 * max(many, 32) if fp8 else 0) + 16
-    reserved = RESERVED_BYTES if channels >= 16 * warps else WIDE_RESERVED_BYTES
+    # Weights wide, a warp stores what it computed; otherwise a bf16 tile changes hands.
+    in_place = swap and channels >= 16 * warps
+    reserved = RESERVED_BYTES if in_place else 2 * channels * many + 512
     budget = SM90_SHARED_BYTES // per_sm - reserved
     return max(2, min(MAX_STAGES, budget // stage))
 
@@ -95,7 +109,7 @@ def hopper_tiles(
     split: int = 1,
 ) -> Tiles:
     """Tiles with the deepest ring that fits."""
-    stages = ring_stages(channels, many, depth, fp8, warps, per_sm)
+    stages = ring_stages(channels, many, depth, fp8, warps, per_sm, swap)
     return Tiles(channels, rows, many, depth, stages, warps, per_sm, swap, split)
 
 
@@ -111,21 +125,48 @@ def depth_split(experts: int, hidden: int) -> int:
     return 4 if tiles <= 33 else 2 if tiles <= 66 else 1
 
 
+def rows_wide(
+    experts: int, width: int, expected_m: int, depth: int, fused: bool, fp8: bool, sms: int
+) -> Tiles:
+    """Tiles with rows as the wide operand: those of RELATIVE_COST that finish first."""
+
+    def cost(key: tuple[int, int, int]) -> float:
+        channels, rows, per_sm = key
+        across = -(-width // (channels if fused else 2 * channels))
+        tiles = experts * -(-expected_m // rows) * across
+        return -(-tiles // (sms * per_sm)) * RELATIVE_COST[key]
+
+    # The first GEMM's channels are a group of the re-quantisation and must divide the depth.
+    channels, rows, per_sm = min(RELATIVE_COST, key=cost)
+    warps = 8 if rows == 128 else 4
+    return hopper_tiles(channels, rows, rows, depth, fp8, warps, per_sm, swap=False)
+
+
+def portable_launch(shape: Shape, expected_m: int) -> Launch:
+    """Launches of the pointer-based kernels."""
+    rows = max(16, row_tile(expected_m))
+    tiles = Tiles(64, rows, rows, 64 if shape.fp8 else 32, 3)
+    return Launch(False, tiles, tiles)
+
+
 def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
-    rows, fp8 = row_tile(expected_m), shape.fp8
     if not device.has_wgmma:
-        tiles = Tiles(64, max(rows, 16), max(rows, 16), 64 if fp8 else 32, 3)
-        return Launch(False, tiles, tiles)
-    if expected_m > 64:
-        depth = 128 if fp8 else 64
-        tiles = hopper_tiles(128, 128, 128, depth, fp8, warps=8, swap=False)
-        return Launch(True, tiles, tiles)
-    # 64 channels also make a group of the re-quantisation, hence the depth of the second GEMM.
+        return portable_launch(shape, expected_m)
+    rows, fp8, experts = row_tile(expected_m), shape.fp8, shape.experts
+    split = depth_split(experts, shape.hidden)
+    full = 128 if fp8 else 64
+    few = expected_m <= (FEW_ROWS_FP8 if fp8 else FEW_ROWS_BF16)
     per_sm = 2 if fp8 else 1
-    split = depth_split(shape.experts, shape.hidden)
-    gate_up = hopper_tiles(64, rows, 64, 128 if fp8 else 64, fp8, per_sm=per_sm)
-    down = hopper_tiles(64, rows, 64, 64, fp8, per_sm=per_sm, split=split)
+    if few:
+        gate_up = hopper_tiles(64, rows, 64, 128, fp8, per_sm=per_sm)
+    else:
+        gate_up = rows_wide(experts, shape.inter, expected_m, full, True, fp8, device.sms)
+    depth = gate_up.channels if fp8 else gate_up.depth
+    if few or (split > 1 and expected_m <= 64):
+        down = hopper_tiles(64, min(rows, 64), 64, depth, fp8, per_sm=per_sm, split=split)
+    else:
+        down = rows_wide(experts, shape.hidden, expected_m, depth, False, fp8, device.sms)
     return Launch(True, gate_up, down)
 
 

@@ -54,6 +54,20 @@ def _dot(a, b, DECODE_A: tl.constexpr, DECODE_B: tl.constexpr, UPCAST: tl.conste
 
 
 @triton.jit
+def _cast(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:
+        # The interpreter truncates to bf16 and loses the carry of e4m3: round to nearest first.
+        DROP: tl.constexpr = 16 if dtype == tl.bfloat16 else 20
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + (1 << (DROP - 1)) - 1 + ((bits >> DROP) & 1)) >> DROP << DROP
+        fine = x
+        x = nearest.to(tl.float32, bitcast=True)
+        if dtype == tl.float8e4nv:  # below its smallest normal, multiples of 2**-9
+            x = tl.where(tl.abs(fine) < 0.015625, (fine + 24576.0) - 24576.0, x)
+    return x.to(dtype)
+
+
+@triton.jit
 def masked_gemm_kernel(
     x, s_x, w, s_w, counts_ptr, out, s_out, experts, capacity, tiles_n, step, second, depth, width,
     stride_xe, stride_xm, stride_we, stride_wn, stride_se, stride_sm, stride_sk, w_rows,
@@ -110,9 +124,9 @@ def masked_gemm_kernel(
                 scale = tl.maximum(tl.max(tl.abs(act), 0), MIN_AMAX) / FP8_MAX
                 act = act * (1.0 / scale)[None, :]
                 tl.store(s_out + (e64 * tiles_n + n) * capacity + at, scale, mask=live)
-            tl.store(o_at + cols[:, None], act.to(out.dtype.element_ty), mask=mask)
+            tl.store(o_at + cols[:, None], _cast(act, out.dtype.element_ty, UPCAST), mask=mask)
         else:
-            tl.store(o_at + cols[:, None], acc0.to(out.dtype.element_ty), mask=mask)
+            tl.store(o_at + cols[:, None], _cast(acc0, out.dtype.element_ty, UPCAST), mask=mask)
             cols += second
             mask = (cols < width)[:, None] & live[None, :]
-            tl.store(o_at + cols[:, None], acc1.to(out.dtype.element_ty), mask=mask)
+            tl.store(o_at + cols[:, None], _cast(acc1, out.dtype.element_ty, UPCAST), mask=mask)
