@@ -23,6 +23,9 @@ from .support import LEAVE, LEAVE_TEXT, choose_runner
 
 __all__ = ["Budget", "Plan", "Rejection", "make_plan"]
 
+HOST_REQUESTS = 4096
+"""Most running requests per scheduler that the host chooses by itself: each costs a row of its
+request table, 4 bytes per token of context."""
 HOST_DECODE_GRAPH = 512
 """Largest decode graph that the host captures by itself. A larger T does not ask for more: its
 memory reserve grows by up to 4.5 MiB per request and DP group, and larger batches run eagerly."""
@@ -158,7 +161,7 @@ def _fill(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most:
             graph_prefill = launch.cuda_graph_max_bs_prefill or max(GRAPH_MULTIPLE, fits)
     if plan.bounds_decode and launch.disaggregation_mode != "prefill":
         fits = decode_requests(launch, tokens)
-        running = launch.max_running_requests or fits * groups
+        running = launch.max_running_requests or min(fits, HOST_REQUESTS) * groups
         here = chunk_per_group(chunk, groups) or launch.group_chunk or 0
         if launch.mixed_chunk and launch.max_running_requests is None and here > 0:
             # Half of each chunk stays free for prefill: at running >= chunk it would be none.
