@@ -9,7 +9,7 @@ from typing import Any
 from ..envs import TRANSPORT
 from ..facts import LaunchFacts, ModelFacts
 from .flags import requested
-from .speculation import draft_has_routed_moe, draft_width
+from .speculation import draft_has_routed_moe, draft_shape, draft_width
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _TOP_K = (
@@ -132,10 +132,12 @@ def environment_int(name: str | None) -> int | None:
         return None
 
 
-def deep_gemm_switched_off() -> bool:
-    """Whether the user keeps the host from its DeepGEMM."""
-    text = os.environ.get("SGLANG_ENABLE_JIT_DEEPGEMM", "").strip().lower()
-    return text in ("0", "false", "no", "n")
+def environment_bool(name: str) -> bool | None:
+    """A switch as the host reads it; None when unset or unreadable."""
+    text = os.environ.get(name, "").strip().lower()
+    if text in ("1", "true", "yes", "y"):
+        return True
+    return False if text in ("0", "false", "no", "n") else None
 
 
 def compute_capability(cfg: Any) -> tuple[int, int] | None:
@@ -203,9 +205,12 @@ def launch_facts(
         cuda_graph_max_bs_decode=explicit_graph_max(server_args, "decode"),
         moe_runner_backend=cfg.moe_runner_backend,
         has_deep_gemm=find_spec("deep_gemm") is not None,
-        deep_gemm_switched_off=deep_gemm_switched_off(),
+        deep_gemm_switched_off=environment_bool("SGLANG_ENABLE_JIT_DEEPGEMM") is False,
         compute_capability=compute_capability(cfg),
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
+        diffusion=bool(getattr(cfg, "dllm_algorithm", None)),
+        pipeline_warmup=environment_bool("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP") is True,
+        draft_shape=draft_shape(server_args, cfg, backend or cfg.moe_a2a_backend),
     )

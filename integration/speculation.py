@@ -119,6 +119,23 @@ def draft_has_routed_moe(server_args: Any, cfg: Any) -> bool:
     return routed_experts(getattr(config, "text_config", config)) > 1
 
 
+def draft_shape(server_args: Any, cfg: Any, backend: str) -> tuple[int, int] | None:
+    """(hidden size, routed experts) of a separate draft on the same all-to-all; None without."""
+    own = getattr(cfg, "speculative_moe_a2a_backend", None) or backend
+    path = cfg.speculative_draft_model_path
+    if not cfg.speculative_algorithm or not path or path == cfg.model_path or own != backend:
+        return None
+    from .facts import routed_experts
+
+    try:
+        config = _draft_config(server_args, cfg)
+    except Exception:  # not readable here: the host will say so with its own message
+        return None
+    text = getattr(config, "text_config", config)
+    experts = routed_experts(text)
+    return (int(getattr(text, "hidden_size", 0)), experts) if experts > 1 else None
+
+
 def _draft_config(server_args: Any, cfg: Any) -> Any:
     from sglang.srt.utils.hf_transformers_utils import get_config
 

@@ -107,6 +107,10 @@ def applied(
             values["deep_gemm_switched_off"] = value in ("0", "false")
         elif name == limits.capacity_variable:
             values["capacity"] = None if value is None else int(value)
+        elif name == "--speculative-moe-a2a-backend":
+            values |= {"draft_a2a_backend": value, "draft_shape": None}
+        elif name == "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP":
+            values["pipeline_warmup"] = value is not None
         elif name == "--dtype" and value:
             model = replace(model, dtype=value)
     return model, replace(launch, **values)

@@ -87,6 +87,10 @@ class LaunchFacts:
         single_batch_overlap: ``--enable-single-batch-overlap``.
         lora: LoRA adapters are served.
         waterfill: ``--enable-waterfill``.
+        diffusion: a diffusion LLM decodes blocks (``--dllm-algorithm``).
+        pipeline_warmup: ``SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP`` is on.
+        draft_shape: (hidden size, routed experts) of a draft model on the same all-to-all; None
+            without one, or when it repeats the target's layers.
     """
 
     a2a_backend: str = "deepep"
@@ -125,6 +129,9 @@ class LaunchFacts:
     single_batch_overlap: bool = False
     lora: bool = False
     waterfill: bool = False
+    diffusion: bool = False
+    pipeline_warmup: bool = False
+    draft_shape: tuple[int, int] | None = None
 
     @property
     def attn_tp_size(self) -> int:

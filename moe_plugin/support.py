@@ -211,6 +211,7 @@ def _features(model: ModelFacts, launch: LaunchFacts, runner: Runner) -> list[Re
                 kind="unsupported",
             )
         )
+    errors += _forwards(model, launch)
     if launch.waterfill and runner == "moe_plugin":
         errors.append(
             Rejection(
@@ -219,6 +220,40 @@ def _features(model: ModelFacts, launch: LaunchFacts, runner: Runner) -> list[Re
                 allowed="routed experts only",
                 fix="remove --enable-waterfill",
                 changes=(("--enable-waterfill", None),),
+                kind="unsupported",
+            )
+        )
+    return errors
+
+
+def _forwards(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
+    """Forwards of the host whose rows no budget bounds, and buffers that two models share."""
+    errors = []
+    if launch.diffusion:
+        got = "--dllm-algorithm, whose blocks are batched outside the chunk"
+        errors.append(_leave("rows per rank and forward", got, "autoregressive decoding"))
+    if launch.pipeline_warmup and launch.pp_size > 1:
+        variable = "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP"
+        errors.append(
+            Rejection(
+                "rows per rank and forward",
+                got=f"{variable} runs warm-up batches of up to 64 rows per multiprocessor",
+                allowed="forwards within the budgets",
+                fix=f"unset {variable}",
+                changes=((variable, None),),
+                kind="unsupported",
+            )
+        )
+    shape = (model.hidden_size, model.num_experts)
+    if launch.draft_shape is not None and launch.draft_shape != shape:
+        errors.append(
+            Rejection(
+                "one buffer for target and draft",
+                got=f"a draft with hidden size and experts {launch.draft_shape}, a target with "
+                f"{shape}: the first one sizes the buffer of both",
+                allowed="equal shapes, or a draft without all-to-all",
+                fix="--speculative-moe-a2a-backend none",
+                changes=(("--speculative-moe-a2a-backend", "none"),),
                 kind="unsupported",
             )
         )

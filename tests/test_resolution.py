@@ -205,6 +205,16 @@ def test_speculation_divides_decode_budgets(launch: Launch, models: dict[str, st
     assert answer["resolved"]["max_running_requests"] == 512
 
 
+def test_a_draft_of_another_shape_is_refused(launch: Launch, models: dict[str, str]) -> None:
+    """Target and draft share one buffer, which the first one sizes."""
+    eagle = (*TP8, *LL, "--speculative-algorithm", "EAGLE", "--speculative-draft-model-path")
+    answer = launch(*eagle, models["qwen3-235b"])
+    assert "--speculative-moe-a2a-backend none" in answer["error"]
+    answer = launch(*eagle, models["qwen3-235b"], "--speculative-moe-a2a-backend", "none")
+    assert answer["ok"], answer["error"]
+    assert launch(*eagle, models["qwen3-dense"])["ok"]
+
+
 def test_disaggregated_roles_bound_what_they_run(launch: Launch) -> None:
     """A prefill instance has no decode rows, a decode instance no prefill rows to refuse."""
     prefill = launch(*TP8, *LL, "--disaggregation-mode", "prefill")["plan"]
