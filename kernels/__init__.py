@@ -2,6 +2,13 @@
 
     experts_torch.py      the layer in plain torch: the definition of what the kernels compute
     experts.py            `batched_experts`, `workspace_bytes`, `warmup`: what a server calls
+    launch.py             which tiles for which shape: pure, needs neither torch nor a GPU
+    masked_gemm.py        launchers, `masked_grouped_gemm`
+    hopper.py             warp-specialised kernel for SM90; hopper_ring.py feeds it
+    portable.py           the same in plain Triton: SM80 and later, and the CPU interpreter
+    unfused.py            the layer in three launches, `masked_silu_quant`
+    precompile.py         compile for a GPU that is not there, or in several processes
+    tune.py, tuned/       measure launches; the tables that were measured
 
 Modules here import torch, triton and each other, nothing else of this project, and importing one
 needs no GPU. Every launcher has a `_torch` twin of the same signature.

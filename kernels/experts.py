@@ -1,7 +1,7 @@
 """Entry points of the batched-expert layer: two launches, no host synchronisation."""
 
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,26 +9,19 @@ import triton
 
 from .experts_torch import SCALE_BLOCK, batched_experts_torch
 from .launch import Device, Launch, Shape, depth_split, pick_launch, portable_launch
-from .masked_gemm import Problem, Spec, launch_hopper, launch_portable, tma_ready
+from .masked_gemm import (
+    Problem,
+    Spec,
+    device_of,
+    launch_hopper,
+    launch_portable,
+    probe,
+    tma_ready,
+)
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
 
 MIN_GROUP = 64  # the narrowest re-quantisation group that a launch may choose
-INTERPRETER = Device("interpreter", (8, 9), 4)
-
-
-@cache
-def _device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    return Device(properties.name, capability, properties.multi_processor_count)
-
-
-def device_of(tensor: torch.Tensor) -> Device:
-    """What the launch choice needs to know of a tensor's device."""
-    if triton.knobs.runtime.interpret:
-        return INTERPRETER
-    return _device(tensor.device.index)
 
 
 def _act_and_scale(shape: Shape, group: int | None, device: torch.device) -> tuple[Any, Any]:
@@ -224,7 +217,7 @@ def warmup(
     Needs no tensors of the layer's size. Kernels come from Triton's cache where it has them.
     """
     index = torch.cuda.current_device() if device is None else torch.device(device).index or 0
-    info = _device(index)
+    info = probe(index)
     shape = Shape(experts, capacity, hidden, inter, dtype == torch.float8_e4m3fn)
     compiled = set()
     with torch.cuda.device(index):

@@ -1,14 +1,34 @@
 """Launchers of the masked GEMMs: gate and up with SwiGLU (fused), and the plain grouped GEMM."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 
 from . import portable
-from .experts_torch import SCALE_BLOCK
-from .launch import Device, Tiles
+from .experts_torch import (
+    SCALE_BLOCK,
+    dequantise_blocks_torch,
+    dequantise_groups_torch,
+)
+from .launch import Device, Shape, Tiles, hopper_tiles, portable_launch, row_tile
+
+INTERPRETER = Device("interpreter", (8, 9), 4)
+
+
+@cache
+def probe(index: int) -> Device:
+    """What the launch choice needs to know of one GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    return Device(properties.name, capability, properties.multi_processor_count)
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """`probe` of the tensor's GPU, or a stand-in under Triton's interpreter."""
+    return INTERPRETER if triton.knobs.runtime.interpret else probe(tensor.device.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,3 +177,51 @@ def launch_portable(p: Problem, tiles: Tiles, device: Device, *, compile_only: b
     bound = experts * triton.cdiv(capacity, tiles.rows) * tiles_n
     grid = min(bound, device.sms * tiles.per_sm)
     return _run(portable.masked_gemm_kernel, grid, args, compile_only, num_warps=tiles.warps)
+
+
+def masked_grouped_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [L, M, K] times w [L, N, K] transposed, to bf16 [L, M, N]; rows and scales as in
+    `batched_experts`. The plain half of the unfused layer."""
+    experts, capacity, depth = x.shape
+    fp8, width, device = x_scale is not None, w.shape[1], device_of(x)
+    if out is None:
+        out = torch.empty((experts, capacity, width), dtype=torch.bfloat16, device=x.device)
+    problem = Problem(x, x_scale, w, w_scale, masked_m, out, None, False, SCALE_BLOCK)
+    if device.has_wgmma and tma_ready(problem):
+        rows = min(64, row_tile(expected_m))
+        tiles = hopper_tiles(64, rows, 64, 128 if fp8 else 64, fp8)
+        launch_hopper(problem, tiles, device, chained=False)
+    else:
+        shape = Shape(experts, capacity, depth, width, fp8)
+        launch_portable(problem, portable_launch(shape, expected_m).down, device)
+    return out
+
+
+def masked_grouped_gemm_torch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`masked_grouped_gemm` in plain torch, accumulating in float32."""
+    del expected_m
+    if x_scale is not None:
+        x, w = dequantise_groups_torch(x, x_scale), dequantise_blocks_torch(w, w_scale)
+    live = (torch.arange(x.shape[1], device=x.device) < masked_m[:, None])[..., None]
+    y = (torch.where(live, x.float(), 0.0) @ w.float().transpose(1, 2)).bfloat16()
+    if out is None:
+        return y
+    return out.copy_(torch.where(live, y, out))

@@ -54,7 +54,7 @@ def _dot(a, b, DECODE_A: tl.constexpr, DECODE_B: tl.constexpr, UPCAST: tl.conste
 
 
 @triton.jit
-def _cast(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+def cast(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         # The interpreter truncates to bf16 and loses the carry of e4m3: round to nearest first.
         DROP: tl.constexpr = 16 if dtype == tl.bfloat16 else 20
@@ -124,9 +124,9 @@ def masked_gemm_kernel(
                 scale = tl.maximum(tl.max(tl.abs(act), 0), MIN_AMAX) / FP8_MAX
                 act = act * (1.0 / scale)[None, :]
                 tl.store(s_out + (e64 * tiles_n + n) * capacity + at, scale, mask=live)
-            tl.store(o_at + cols[:, None], _cast(act, out.dtype.element_ty, UPCAST), mask=mask)
+            tl.store(o_at + cols[:, None], cast(act, out.dtype.element_ty, UPCAST), mask=mask)
         else:
-            tl.store(o_at + cols[:, None], _cast(acc0, out.dtype.element_ty, UPCAST), mask=mask)
+            tl.store(o_at + cols[:, None], cast(acc0, out.dtype.element_ty, UPCAST), mask=mask)
             cols += second
             mask = (cols < width)[:, None] & live[None, :]
-            tl.store(o_at + cols[:, None], _cast(acc1, out.dtype.element_ty, UPCAST), mask=mask)
+            tl.store(o_at + cols[:, None], cast(acc1, out.dtype.element_ty, UPCAST), mask=mask)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from .experts import SCALE_BLOCK, _act_and_scale, _problems, _run_layer, _split_buffers, device_of
+from .experts import SCALE_BLOCK, _act_and_scale, _problems, _run_layer, _split_buffers
 from .launch import (
     Launch,
     Shape,
@@ -26,7 +26,7 @@ from .launch import (
     row_tile,
     table_key,
 )
-from .masked_gemm import launch_hopper
+from .masked_gemm import device_of, launch_hopper
 from .precompile import precompile
 
 ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)

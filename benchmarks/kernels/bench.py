@@ -20,8 +20,9 @@ from ceilings import measure_ceilings
 from deepgemm import layer_call
 from kernel_cases import ROUTINGS, check, make_layer
 
-from moe_plugin.kernels.experts import batched_experts, device_of
+from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch, table_key
+from moe_plugin.kernels.masked_gemm import device_of
 from moe_plugin.kernels.precompile import precompile
 from moe_plugin.kernels.tune import Buffers, candidate_launches, graph_seconds, tune_cell
 
