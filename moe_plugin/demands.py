@@ -146,7 +146,7 @@ def check_needs(
             )
         )
     errors += _check_capture(launch, capability, tokens)
-    if Mode.EXTEND not in capability.modes and launch.group_chunk:
+    if Mode.EXTEND not in capability.modes and (launch.group_chunk or 0) > 0:
         errors += _check_mixed(launch, launch.group_chunk)
     if Mode.EXTEND not in capability.modes or launch.disaggregation_mode == "decode":
         return errors

@@ -57,6 +57,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
             decode={"backend": config.decode.backend, "bs": config.decode.bs},
             prefill={"backend": config.prefill.backend, "bs": config.prefill.bs},
             plan=plan.as_dict() if plan else None,
+            declared=[source for source, _ in server_args._resolved_overrides],
             environment={
                 name: value for name, value in os.environ.items() if saved.get(name) != value
             },

@@ -62,6 +62,15 @@ def test_on_selects_deepep_and_fills_every_budget(launch: Launch) -> None:
     assert answer["plan"]["chunked_prefill_size"] == 2048
 
 
+def test_budgets_are_declared_before_the_host_parses_its_graph_flags(launch: Launch) -> None:
+    """Later, DeepEP's rounding of prefill buckets would be skipped; memory comes after sizing."""
+    declared = launch(*TP8, "--use-batched-dp-moe", "on")["declared"]
+    first, parsed = declared.index("moe_plugin"), declared.index("_parse_cuda_graph_config")
+    assert first < parsed
+    sized = declared.index("_handle_gpu_memory_settings")
+    assert "moe_plugin" in declared[sized:]
+
+
 def test_auto_acts_only_when_the_resolved_configuration_is_batched(launch: Launch) -> None:
     """Default: untouched without DeepEP, planned with it."""
     assert launch(*TP8)["plan"] is None
