@@ -16,8 +16,9 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,12 +68,19 @@ PHASES = (
 def environment() -> dict[str, str]:
     """What a figure depends on."""
     packages = ("sglang", "torch", "triton", "sgl-deep-ep", "sgl-deep-gemm")
-    found = {name: version(name) for name in packages}
+    found = {name: _version(name) for name in packages}
     return {
         "device": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),
         **found,
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # an unpacked tree without metadata
+        return "unknown"
 
 
 def start(name: str, model: Path, *more: str) -> tuple[Server, float]:
@@ -138,7 +146,9 @@ def _disconnect(server: Server) -> str:
     return str(reason)
 
 
-def stage_pair(model: Path, seconds: float, rounds: int, points: list[int]) -> dict[str, Any]:
+def stage_pair(
+    model: Path, seconds: float, rounds: int, points: list[int], save: Callable[[dict], None]
+) -> dict[str, Any]:
     """All variants resident together: correctness first, then alternating rounds."""
     report: dict[str, Any] = {"ready_s": {}, "rounds": []}
     servers = {name: start(name, model, "--mem-fraction-static", "0.24") for name in VARIANTS}
@@ -156,6 +166,7 @@ def stage_pair(model: Path, seconds: float, rounds: int, points: list[int]) -> d
                 for name, (server, _) in servers.items():
                     measured = run_round(server.url, point, seconds, seed=index).summary()
                     report["rounds"].append({"variant": name, "round": index, **measured})
+            save(report)  # a run that is cut short keeps what it measured
     except ServerDied as error:
         report["died"] = str(error)[-6000:]
     finally:
@@ -221,16 +232,19 @@ def main() -> int:
     if not (folder / "tokenizer.json").exists():
         write_checkpoint(folder, QWEN3_30B, dtype=torch.bfloat16, device="cuda")
         torch.cuda.empty_cache()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"serving-{options.stage}.json"
+
+    def save(report: dict[str, Any]) -> None:
+        rest = {key: value for key, value in report.items() if key != "log"}
+        path.write_text(json.dumps({"environment": environment(), **rest}, indent=1))
+
     if options.stage == "start":
         report = stage_start(folder)
     else:
-        report = stage_pair(folder, options.seconds, options.rounds, options.points)
-    options.out.mkdir(parents=True, exist_ok=True)
-    log = options.out / f"serving-{options.stage}.log"
-    log.write_text("\n".join(report.pop("log", [])))
-    report = {"environment": environment(), **report}
-    path = options.out / f"serving-{options.stage}.json"
-    path.write_text(json.dumps(report, indent=1))
+        report = stage_pair(folder, options.seconds, options.rounds, options.points, save)
+    save(report)
+    path.with_suffix(".log").write_text("\n".join(report.pop("log", [])))
     summary = {k: v for k, v in report.items() if k != "rounds"}
     print(json.dumps(summary, indent=1)[-7000:])
     print(table(report))
