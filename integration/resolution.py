@@ -19,6 +19,7 @@ from typing import Any
 
 from ..capability import Capability, backend_names, get_backend, use_batched_dp_moe
 from ..deepep_limits import limits_of
+from ..limits import Limits
 from ..plan import Plan, Rejection, refusal
 from .flags import requested
 
@@ -195,7 +196,7 @@ def plan_for(
         server_args, cfg, backend=backend, mode=mode, capacity=capacity, late=late
     )
     plan = make_plan(model_facts(server_args), launch, limits, capability)
-    return check_host(plan, server_args, cfg)
+    return check_host(plan, cfg)
 
 
 def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
@@ -219,12 +220,24 @@ def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
     return {name: value for name, value in fills.items() if hasattr(cfg, name)}
 
 
-def user_capacity(limits: Any) -> int | None:
-    """The capacity variable as the *user* set it: not what this process exported itself."""
-    from .facts import environment_int
+def user_capacity(limits: Limits) -> int | None:
+    """The capacity variable as the *user* set it: not what this process exported itself.
 
+    Raises:
+        ConfigError: it is no integer. The host would warn and go on with 128.
+    """
     name = limits.capacity_variable
-    return None if name in _ours else environment_int(name)
+    text = os.environ.get(name or "", "").strip()
+    if not name or not text or name in _ours:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        fix = f"{name}={limits.default_max_tokens}"
+        got = f"{name}={text!r}, for which the host would take 128"
+        changes = ((name, str(limits.default_max_tokens)),)
+        error = Rejection("tokens per rank", got, "an integer", fix, changes, "config")
+        raise refusal([error]) from None
 
 
 def _withdraw_capacity() -> None:

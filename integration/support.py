@@ -1,4 +1,4 @@
-"""What only the running host and machine can tell: is DeepEP there, is the backend explicit."""
+"""What only this installation can tell: is DeepEP there, and can it run on this device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..plan import Plan, Rejection
 _checks_machine = True
 
 
-def check_host(plan: Plan, server_args: Any, cfg: Any) -> Plan:
+def check_host(plan: Plan, cfg: Any) -> Plan:
     """``plan`` with refusals that follow from this installation and from late flips."""
     errors = []
     if _checks_machine and _lacks_deep_ep(plan):
@@ -25,7 +25,17 @@ def check_host(plan: Plan, server_args: Any, cfg: Any) -> Plan:
                 kind="unsupported",
             )
         )
-    del server_args, cfg
+    if plan.transport == "deepep" and cfg.device == "cpu" and plan.capability.backend == "deepep":
+        errors.append(
+            Rejection(
+                "transport",
+                got="MOE_PLUGIN_TRANSPORT=deepep with --device cpu",
+                allowed="torch on a CPU: DeepEP is CUDA only",
+                fix="unset MOE_PLUGIN_TRANSPORT",
+                changes=(("MOE_PLUGIN_TRANSPORT", None),),
+                kind="config",
+            )
+        )
     return replace(plan, errors=plan.errors + tuple(errors)) if errors else plan
 
 

@@ -146,8 +146,9 @@ def check_needs(
             )
         )
     errors += _check_capture(launch, capability, tokens)
-    if Mode.EXTEND not in capability.modes and (launch.group_chunk or 0) > 0:
-        errors += _check_mixed(launch, launch.group_chunk)
+    elsewhere = launch.group_chunk or 0
+    if Mode.EXTEND not in capability.modes and elsewhere > 0:  # <= 0: chunking, and mixing, is off
+        errors += _check_mixed(launch, elsewhere)
     if Mode.EXTEND not in capability.modes or launch.disaggregation_mode == "decode":
         return errors
     return errors + _check_chunk(model, launch, tokens)

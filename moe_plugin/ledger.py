@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .facts import LaunchFacts
+from .facts import GRAPH_MULTIPLE, LaunchFacts
 from .limits import Limits
 from .memory import gib
 from .plan import Budget, Plan, Source
@@ -19,6 +19,11 @@ def ledger(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most
     if plan.bounds_decode and launch.disaggregation_mode != "prefill":
         budgets += _decode(plan, launch)
     notes = list(plan.notes)
+    graph = launch.cuda_graph_max_bs_prefill
+    if plan.bounds_prefill and launch.prefill_graphs and graph and graph % GRAPH_MULTIPLE:
+        notes.append(
+            f"--cuda-graph-max-bs-prefill {graph}: the host captures multiples of 8 with DeepEP"
+        )
     if limits.qp_depth:
         needed = limits.qp_depth(plan.max_dispatch_tokens_per_rank)
         depth = launch.qp_depth

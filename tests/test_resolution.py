@@ -136,6 +136,20 @@ def test_flag_wins_over_variable_only_when_they_agree(launch: Launch) -> None:
     assert f"unset {CAPACITY}" in answer["error"]
 
 
+def test_a_capacity_that_is_no_number_is_refused(launch: Launch) -> None:
+    """The host would warn and take 128."""
+    answer = launch(*TP8, *LL, env={CAPACITY: "many"})
+    assert f"{CAPACITY}=256" in answer["error"]
+    assert "128" in answer["error"]
+
+
+def test_deepep_transport_on_a_cpu_is_refused(launch: Launch) -> None:
+    """Asked for by variable; auto takes torch there."""
+    on = ("--device", "cpu", "--use-batched-dp-moe", "on")
+    answer = launch(*on, env={"MOE_PLUGIN_TRANSPORT": "deepep"})
+    assert "unset MOE_PLUGIN_TRANSPORT" in answer["error"]
+
+
 def test_a_second_resolution_does_not_mistake_our_variable_for_the_users(
     worker: Worker, models: dict[str, str]
 ) -> None:
