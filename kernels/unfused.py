@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .experts_torch import SCALE_BLOCK, quantise_groups_torch
-from .masked_gemm import device_of, lane_count, masked_grouped_gemm
+from .masked_gemm import device_of, lane_count, masked_grouped_gemm, masked_grouped_gemm_torch
 from .portable import FP8_MAX, MIN_AMAX, cast, load_counts, locate
 
 ROWS = 16  # rows of one program's tile
@@ -87,3 +87,23 @@ def batched_experts_unfused(
     )
     act, scale = masked_silu_quant(both, masked_m, hidden_states_scale is not None)
     return masked_grouped_gemm(act, scale, w2, w2_scale, masked_m, expected_m, out=out)
+
+
+def batched_experts_unfused_torch(
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`batched_experts_unfused` in plain torch."""
+    both = masked_grouped_gemm_torch(
+        hidden_states, hidden_states_scale, w13, w13_scale, masked_m, expected_m
+    )
+    act, scale = masked_silu_quant_torch(both, masked_m, hidden_states_scale is not None)
+    return masked_grouped_gemm_torch(act, scale, w2, w2_scale, masked_m, expected_m, out=out)

@@ -3,6 +3,7 @@
 Shared by the tests and the benchmarks: a number is only printed for inputs checked here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -144,8 +145,14 @@ def exact(layer: Layer, experts: list[int] | None = None) -> dict[int, torch.Ten
     return result
 
 
-def check(name: str, out: torch.Tensor, layer: Layer, experts: list[int] | None = None) -> None:
-    """Raise unless `out` errs no more than the plain-torch layer does, up to the stated factors,
+def check(
+    name: str,
+    out: torch.Tensor,
+    layer: Layer,
+    experts: list[int] | None = None,
+    twin: Callable[..., torch.Tensor] = batched_experts_torch,
+) -> None:
+    """Raise unless `out` errs no more than the plain-torch `twin` does, up to the stated factors,
     and NaN is still everywhere past the counts."""
     expected = exact(layer, experts)
     for e, want in expected.items():
@@ -156,8 +163,8 @@ def check(name: str, out: torch.Tensor, layer: Layer, experts: list[int] | None 
         one = [t if t is None else t[e : e + 1] for t in layer.args()]
         one[0] = one[0][:, :m]
         one[1] = one[1] if one[1] is None else one[1][:, :m]
-        twin = batched_experts_torch(*one, m)[0]
-        got, ref = (out[e, :m].double() - want), (twin.double() - want)
+        same = twin(*one, m)[0]
+        got, ref = (out[e, :m].double() - want), (same.double() - want)
         assert got.isfinite().all(), f"{name}: expert {e} of {m} rows is not finite"
         rms, rms_ref = got.norm() / want.norm(), ref.norm() / want.norm()
         assert rms <= RMS_FACTOR * rms_ref, f"{name}: expert {e} rms {rms:.2e}, torch {rms_ref:.2e}"

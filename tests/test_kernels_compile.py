@@ -1,0 +1,94 @@
+"""Compiled, not run: every architecture has a working path, and on SM90 the intended one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Compiling for a GPU that is absent replaces Triton's driver: a process of its own each time.
+CODE = """
+import json, re, subprocess, sys
+from pathlib import Path
+import triton
+from moe_plugin.kernels.launch import Device, Shape, heuristic
+from moe_plugin.kernels.precompile import compile_offline
+from moe_plugin.kernels.tune import candidate_launches
+
+major, minor, shapes, rows, tuner = json.loads(sys.argv[1])
+device = Device("offline", (major, minor), 132)
+ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+found = {}
+for shape in (Shape(*s) for s in shapes):
+    for m in rows:
+        for launch in candidate_launches(shape, m) if tuner else [heuristic(shape, m, device)]:
+            pair = compile_offline(shape, launch, device)
+            for kernel, tiles in zip(pair, (launch.gate_up, launch.down), strict=True):
+                found[kernel.hash] = {
+                    "fp8": shape.fp8, "tiles": str(tiles), "per_sm": tiles.per_sm,
+                    "shared": kernel.metadata.shared, "ptx": kernel.asm["ptx"],
+                }
+for entry in found.values():
+    ptx = entry.pop("ptx")
+    entry["wgmma"] = "wgmma.mma_async" in ptx
+    entry["tcgen05"] = "tcgen05.mma" in ptx
+    entry["tma"] = "cp.async.bulk.tensor" in ptx
+    if (major, minor) == (9, 0):
+        args = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", "/dev/null", "-"]
+        Path("k.ptx").write_text(ptx)
+        args[-1] = "k.ptx"
+        log = subprocess.run(args, capture_output=True, text=True, check=True).stderr
+        entry["serialised"] = "serialized" in log
+        entry["spilled"] = max(int(n) for n in re.findall(r"(\\d+) bytes spill stores", log))
+print(json.dumps(list(found.values())))
+"""
+DEEPSEEK, MIXTRAL = (32, 2048, 7168, 2048), (1, 2048, 4096, 14336)
+RAGGED = (5, 64, 1152, 176)
+SM90_BYTES_PER_BLOCK, SM90_BYTES_PER_MULTIPROCESSOR = 232448, 233472
+RESERVED_PER_BLOCK = 1024
+# Outside the loop over the depth; a spill inside it costs far more than this.
+SPILL_BYTES = 256
+
+
+def compile_for(
+    capability: tuple[int, int], shapes: list, rows: list[int], tuner: bool, cwd: str
+) -> list[dict]:
+    """What the compiler reports of each distinct kernel."""
+    request = json.dumps([*capability, shapes, rows, tuner])
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", CODE, request], capture_output=True, text=True, env=env, cwd=cwd
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)], ids=["sm80", "sm89", "sm100"])
+def test_portable_kernels_compile(capability: tuple[int, int], tmp_path: object) -> None:
+    shapes = [(*s, fp8) for s in (DEEPSEEK, RAGGED) for fp8 in (False, True)]
+    kernels = compile_for(capability, shapes, [8, 64], False, str(tmp_path))
+    assert {k["fp8"] for k in kernels} == {False, True}
+    if capability == (10, 0):
+        assert all(k["tcgen05"] for k in kernels)
+
+
+def check_sm90(kernels: list[dict]) -> None:
+    for k in kernels:
+        room = SM90_BYTES_PER_MULTIPROCESSOR // k["per_sm"] - RESERVED_PER_BLOCK
+        assert k["shared"] <= min(room, SM90_BYTES_PER_BLOCK), k
+        assert k["wgmma"], k
+        assert k["tma"], k
+        assert not k["serialised"], k
+        assert k["spilled"] <= SPILL_BYTES, k
+
+
+def test_hopper_kernels_fit_and_stay_asynchronous(tmp_path: object) -> None:
+    shapes = [(*s, fp8) for s in (DEEPSEEK, MIXTRAL, RAGGED) for fp8 in (False, True)]
+    check_sm90(compile_for((9, 0), shapes, [8, 64, 512], False, str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_every_candidate_of_the_tuner_fits(tmp_path: object) -> None:
+    shapes = [(*s, fp8) for s in (DEEPSEEK, MIXTRAL) for fp8 in (False, True)]
+    check_sm90(compile_for((9, 0), shapes, [8, 16, 64, 512], True, str(tmp_path)))
