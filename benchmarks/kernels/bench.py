@@ -163,13 +163,17 @@ def run_bars(
                         "peak_fraction": flops / cell["us"] / 1e6
                         / limits["dense_fp8_TFLOPs" if fp8 else "dense_bf16_TFLOPs"],
                     }  # fmt: skip
+                    cell["over_floor"] = 1 / max(cell["stream_fraction"], cell["peak_fraction"])
                     result["cells"].append(cell)
                     base = cell.get("deepgemm_us")
                     ratio = base / cell["us"] if base else 0
-                    print(f"{cell['model']:16} {'fp8' if fp8 else 'bf16'} {routing:8} m={m:4} "
-                          f"{cell['us']:8.1f} us  {100 * cell['stream_fraction']:5.1f}% stream "
-                          f"{100 * cell['peak_fraction']:5.1f}% peak  "
-                          f"x{ratio:.2f} DeepGEMM", flush=True)  # fmt: skip
+                    print(
+                        f"{cell['model']:16} {'fp8' if fp8 else 'bf16'} {routing:8} m={m:4} "
+                        f"{cell['us']:8.1f} us  {100 * cell['stream_fraction']:5.1f}% stream "
+                        f"{100 * cell['peak_fraction']:5.1f}% peak  x{ratio:.2f} DeepGEMM  "
+                        f"{cell['over_floor']:.2f} x floor",
+                        flush=True,
+                    )
                     (out / "kernels-bars.json").write_text(json.dumps(result, indent=1))
 
 
