@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ..capability import Capability, backend_names, get_backend, use_batched_dp_moe
+from ..capability import Capability, CapabilityFacts, backend_names, get_backend, use_batched_dp_moe
 from ..deepep_limits import limits_of
 from ..limits import Limits
 from ..plan import Plan, Rejection, refusal
@@ -84,8 +84,20 @@ def _after_everything(server_args: Any, previous: Step) -> None:
 
     plan = verify(server_args, plan_of(server_args))
     setattr(server_args, _PLAN, plan)
-    if plan is not None:
-        _export_capacity(plan)
+    if plan is None:
+        return
+    _export_capacity(plan)
+    logger.info(
+        "batched data-parallel MoE: %d tokens per rank, %s transport, %s experts, %s bytes of "
+        "buffer and %s of workspace per rank",
+        plan.max_dispatch_tokens_per_rank,
+        plan.transport,
+        plan.runner,
+        plan.rdma_device_bytes,
+        plan.workspace_bytes,
+    )
+    for note in plan.notes:
+        logger.warning("batched data-parallel MoE: %s", note)
 
 
 def _plan_and_fill(server_args: Any) -> Plan | None:
@@ -174,6 +186,10 @@ def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capab
     """The capability's answer for a backend and mode, on this model and launch."""
     from .facts import launch_facts, model_facts
 
+    draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None) or backend
+    if not {backend, draft_backend} & set(backend_names()):
+        # No model is worth a look: its config may not even be readable here.
+        return use_batched_dp_moe(CapabilityFacts(a2a_backend=backend))
     model = model_facts(server_args)
     launch = launch_facts(server_args, cfg, backend=backend, mode=mode)
     return use_batched_dp_moe(launch.capability_facts(model))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +43,14 @@ TARGETS = {
     "b200": Target("NVIDIA B200", (10, 0), 183359, 148),
 }
 DEFAULT_TARGET = "h100"
+_LAZY = (
+    "sglang.srt.speculative.adaptive_spec_params",
+    "sglang.srt.speculative.dflash_utils",
+    "sglang.srt.speculative.dspark_components.dspark_config",
+    "sglang.srt.layers.attention.dsa.utils",
+    "sglang.srt.layers.cp.bcg",
+)
+"""Modules that some resolution steps import only when asked for."""
 LOCAL = "local"
 """This machine's own device: nothing is overridden."""
 _simulated = False
@@ -126,6 +135,9 @@ def _import_host(model_path: str) -> None:
         # What is wrong with the model or its arguments shows in the resolution that follows.
         with contextlib.suppress(Exception):
             ServerArgs(model_path=model_path, device="cpu").resolve_once()
+        for name in _LAZY:
+            with contextlib.suppress(Exception):  # not on every version
+                import_module(name)
     finally:
         logging.disable(previous)
         os.environ.clear()

@@ -228,6 +228,32 @@ def test_speculation_divides_decode_budgets(launch: Launch, models: dict[str, st
     assert answer["resolved"]["max_running_requests"] == 512
 
 
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [
+        (("EAGLE", "--speculative-num-steps", "5", "--speculative-eagle-topk", "1",
+          "--speculative-num-draft-tokens", "3"), 6),  # the host overwrites 3 by steps + 1
+        (("EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "4",
+          "--speculative-num-draft-tokens", "12"), 12),
+        (("EAGLE", "--speculative-adaptive"), 8),  # the widest of its candidates
+        (("STANDALONE",), 4),
+        (("DFLASH", "--speculative-dflash-block-size", "8"), 8),
+        (("DFLASH",), 16),
+        (("DSPARK", "--speculative-dspark-block-size", "5"), 6),
+        (("DSPARK",), 8),
+    ],
+)  # fmt: skip
+def test_draft_width_is_known_before_the_host_resolves_it(
+    launch: Launch, models: dict[str, str], flags: tuple[str, ...], width: int
+) -> None:
+    """Budgets are declared long before ``handle_speculative_decoding`` fills its own defaults."""
+    draft = ("--speculative-draft-model-path", models["qwen3"])
+    answer = launch("--tp-size", "8", *LL, "--speculative-algorithm", *flags, *draft)
+    assert answer["ok"], answer["error"]
+    assert answer["resolved"]["max_running_requests"] == 256 * 8 // width // 8 * 8
+    assert answer["decode"]["max_bs"] * width <= 256 * 8
+
+
 def test_a_draft_of_another_shape_is_refused(launch: Launch, models: dict[str, str]) -> None:
     """Target and draft share one buffer, which the first one sizes."""
     eagle = (*TP8, *LL, "--speculative-algorithm", "EAGLE", "--speculative-draft-model-path")
