@@ -24,7 +24,7 @@ __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_byte
 MIN_GROUP = 64  # the narrowest re-quantisation group that a launch may choose
 
 
-def _act_and_scale(shape: Shape, group: int | None, device: torch.device) -> tuple[Any, Any]:
+def act_and_scale(shape: Shape, group: int | None, device: torch.device) -> tuple[Any, Any]:
     """The activation between the GEMMs and, when re-quantised, its column-major scales."""
     rows = (shape.experts, shape.capacity)
     if group is None:
@@ -37,7 +37,7 @@ def _act_and_scale(shape: Shape, group: int | None, device: torch.device) -> tup
     return act, used.transpose(1, 2)
 
 
-def _act_and_scale_specs(shape: Shape, group: int | None) -> tuple[Any, Any]:
+def act_and_scale_specs(shape: Shape, group: int | None) -> tuple[Any, Any]:
     rows = (shape.experts, shape.capacity)
     if group is None:
         return Spec((*rows, shape.inter), torch.bfloat16), None
@@ -45,7 +45,7 @@ def _act_and_scale_specs(shape: Shape, group: int | None) -> tuple[Any, Any]:
     return Spec((*rows, shape.inter), torch.float8_e4m3fn), scale
 
 
-def _split_buffers(shape: Shape, make: Callable[..., Any]) -> tuple[Any, Any]:
+def split_buffers(shape: Shape, make: Callable[..., Any]) -> tuple[Any, Any]:
     """Parts of the second GEMM where its depth is split, and the counters of their arrival."""
     split = depth_split(shape.experts, shape.hidden)
     if split == 1:
@@ -69,11 +69,11 @@ def workspace_bytes(
     total = rows * inter * dtype.itemsize
     if shape.fp8:
         total += 4 * rows * triton.cdiv(inter, MIN_GROUP)
-    parts = _split_buffers(shape, lambda size, dtype: torch.Size(size).numel() * dtype.itemsize)
+    parts = split_buffers(shape, lambda size, dtype: torch.Size(size).numel() * dtype.itemsize)
     return total + sum(part or 0 for part in parts)
 
 
-def _problems(
+def layer_problems(
     x: Any, x_scale: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, masked_m: Any,
     act: Any, act_scale: Any, out: Any, group: int, parts: tuple[Any, Any] = (None, None),
 ) -> tuple[Problem, Problem]:  # fmt: skip
@@ -84,7 +84,7 @@ def _problems(
     return gate_up, down
 
 
-def _run_layer(
+def run_layer(
     gate_up: Problem, down: Problem, launch: Launch, device: Device, compile_only: bool = False
 ) -> list[Any]:
     if launch.hopper:
@@ -139,13 +139,11 @@ def batched_experts(
         )
     launch = launch or pick_launch(shape, expected_m, device)
     group, split = launch.gate_up.channels, launch.down.split > 1
-    act, act_scale = _act_and_scale(
+    act, act_scale = act_and_scale(
         shape, group if fp8 and device.has_fp8 else None, hidden_states.device
     )
-    parts = (
-        _split_buffers(shape, partial(torch.empty, device=out.device)) if split else (None, None)
-    )
-    problems = _problems(
+    parts = split_buffers(shape, partial(torch.empty, device=out.device)) if split else (None, None)
+    problems = layer_problems(
         hidden_states, hidden_states_scale, w13, w13_scale, w2, w2_scale, masked_m, act, act_scale,
         out, group, parts,
     )  # fmt: skip
@@ -155,7 +153,7 @@ def batched_experts(
             hidden_states, hidden_states_scale, w13, w13_scale, w2, w2_scale, masked_m, expected_m,
             out=out, launch=launch,
         )  # fmt: skip
-    _run_layer(*problems, launch, device)
+    run_layer(*problems, launch, device)
     return out
 
 
@@ -193,14 +191,14 @@ def compile_layer(shape: Shape, launch: Launch, device: Device) -> list[Any]:
         w2_scale = Spec((shape.experts, across, inner), torch.float32)
     group = launch.gate_up.channels
     quantise = shape.fp8 and device.has_fp8
-    act, act_scale = _act_and_scale_specs(shape, group if quantise else None)
-    problems = _problems(
+    act, act_scale = act_and_scale_specs(shape, group if quantise else None)
+    problems = layer_problems(
         Spec((*rows, hidden), dtype), x_scale, Spec((shape.experts, 2 * inter, hidden), dtype),
         w13_scale, Spec((shape.experts, hidden, inter), dtype), w2_scale,
         Spec((shape.experts,), torch.int32), act, act_scale, Spec((*rows, hidden), torch.bfloat16),
-        group, _split_buffers(shape, Spec) if launch.down.split > 1 else (None, None),
+        group, split_buffers(shape, Spec) if launch.down.split > 1 else (None, None),
     )  # fmt: skip
-    return _run_layer(*problems, launch, device, compile_only=True)
+    return run_layer(*problems, launch, device, compile_only=True)
 
 
 def warmup(

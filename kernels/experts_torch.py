@@ -68,7 +68,7 @@ def batched_experts_torch(
     for e in range(experts):
         live = (torch.arange(rows, device=masked_m.device) < masked_m[e]).unsqueeze(-1)
         x, gate_up, down = hidden_states[e, :rows], w13[e], w2[e]
-        if fp8:
+        if hidden_states_scale is not None and w13_scale is not None and w2_scale is not None:
             x = dequantise_groups_torch(x, hidden_states_scale[e, :rows])
             gate_up = dequantise_blocks_torch(gate_up, w13_scale[e])
             down = dequantise_blocks_torch(down, w2_scale[e])

@@ -7,6 +7,9 @@ the wide operand (SWAP), so that 8 rows cost 8. Many rows: rows are, so that a t
 scales instead of one per column.
 """
 
+# mypy: ignore-errors
+# Device code: the types are the compiler's, not Python's.
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

@@ -43,6 +43,7 @@ class Spec:
         return 0
 
     def stride(self, dim: int | None = None) -> Any:
+        strides: tuple[int, ...]
         if self.columns:
             strides = (self.shape[1] * self.shape[2], 1, self.shape[1])
         else:
@@ -218,7 +219,7 @@ def masked_grouped_gemm_torch(
 ) -> torch.Tensor:
     """`masked_grouped_gemm` in plain torch, accumulating in float32."""
     del expected_m
-    if x_scale is not None:
+    if x_scale is not None and w_scale is not None:
         x, w = dequantise_groups_torch(x, x_scale), dequantise_blocks_torch(w, w_scale)
     live = (torch.arange(x.shape[1], device=x.device) < masked_m[:, None])[..., None]
     y = (torch.where(live, x.float(), 0.0) @ w.float().transpose(1, 2)).bfloat16()

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import triton
 
-from .experts import SCALE_BLOCK, _act_and_scale, _problems, _run_layer, _split_buffers
+from .experts import act_and_scale, layer_problems, run_layer, split_buffers
+from .experts_torch import SCALE_BLOCK
 from .launch import (
     Launch,
     Shape,
@@ -101,20 +102,21 @@ class Buffers:
             (shape.experts, shape.capacity, shape.hidden), dtype=torch.bfloat16, device=device
         )
         copies = max(1, -(-CACHE_BYTES // per_layer))
-        return Buffers(
-            shape, tuple(_random_layer(shape, dtype, device) for _ in range(copies)), out
-        )
+        return Buffers(shape, tuple(random_layer(shape, dtype, device) for _ in range(copies)), out)
 
     def problems(self, copy: int, masked_m: torch.Tensor, launch: Launch) -> tuple[Any, Any]:
         """Both GEMMs of one copy, with a workspace of their own."""
         group = launch.gate_up.channels
-        act = _act_and_scale(self.shape, group if self.shape.fp8 else None, self.out.device)
-        parts = _split_buffers(self.shape, partial(torch.empty, device=self.out.device))
+        act, scale = act_and_scale(self.shape, group if self.shape.fp8 else None, self.out.device)
+        parts = split_buffers(self.shape, partial(torch.empty, device=self.out.device))
         layer = self.layers[copy % len(self.layers)]
-        return _problems(*layer, masked_m, *act, self.out, group, parts)
+        x, x_scale, w13, w13_scale, w2, w2_scale = layer
+        return layer_problems(
+            x, x_scale, w13, w13_scale, w2, w2_scale, masked_m, act, scale, self.out, group, parts
+        )
 
 
-def _random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
+def random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
     def dense(*size: int) -> torch.Tensor:
         result = torch.empty(size, dtype=dtype, device=device)
         for part in result:  # one expert at a time keeps the float32 copy small
@@ -161,14 +163,15 @@ def measure(
 ) -> float:
     """Seconds of one GEMM ("gate_up", "down") or of the layer under one launch."""
     device = device_of(buffers.out)
-    work = []
+    work: list[Callable[[], Any]] = []
     for copy in range(calls):
         gate_up, down = buffers.problems(copy, masked_m, launch)
-        work.append({
-            "gate_up": lambda p=gate_up: launch_hopper(p, launch.gate_up, device, chained=False),
-            "down": lambda p=down: launch_hopper(p, launch.down, device, chained=True),
-            "layer": lambda a=gate_up, b=down: _run_layer(a, b, launch, device),
-        }[which])  # fmt: skip
+        if which == "gate_up":
+            work.append(partial(launch_hopper, gate_up, launch.gate_up, device, chained=False))
+        elif which == "down":
+            work.append(partial(launch_hopper, down, launch.down, device, chained=True))
+        else:
+            work.append(partial(run_layer, gate_up, down, launch, device))
     return graph_seconds(work)
 
 

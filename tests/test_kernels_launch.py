@@ -10,9 +10,9 @@ import torch
 from moe_plugin.kernels import launch as launches
 from moe_plugin.kernels import tune
 from moe_plugin.kernels.experts import (
-    _act_and_scale,
-    _act_and_scale_specs,
-    _split_buffers,
+    act_and_scale,
+    act_and_scale_specs,
+    split_buffers,
     workspace_bytes,
 )
 from moe_plugin.kernels.launch import (
@@ -110,8 +110,8 @@ def test_shipped_tables_decode() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_workspace_bytes_are_what_is_allocated(experts: int, dtype: torch.dtype) -> None:
     shape = Shape(experts, 16, 4096, 176, dtype == torch.float8_e4m3fn)
-    act, scale = _act_and_scale(shape, 64 if shape.fp8 else None, torch.device("cpu"))
-    parts = _split_buffers(shape, torch.empty)
+    act, scale = act_and_scale(shape, 64 if shape.fp8 else None, torch.device("cpu"))
+    parts = split_buffers(shape, torch.empty)
     held = [t for t in (act, scale, *parts) if t is not None]
     total = sum(t.untyped_storage().nbytes() for t in held)
     assert workspace_bytes(experts, 16, 4096, 176, dtype) == total
@@ -120,8 +120,8 @@ def test_workspace_bytes_are_what_is_allocated(experts: int, dtype: torch.dtype)
 @pytest.mark.parametrize("group", [None, 64, 128])
 def test_compile_only_stand_ins_match_the_tensors(group: int | None) -> None:
     shape = Shape(2, 16, 256, 176, group is not None)
-    real = _act_and_scale(shape, group, torch.device("cpu"))
-    for tensor, spec in zip(real, _act_and_scale_specs(shape, group), strict=True):
+    real = act_and_scale(shape, group, torch.device("cpu"))
+    for tensor, spec in zip(real, act_and_scale_specs(shape, group), strict=True):
         if tensor is None:
             assert spec is None
             continue

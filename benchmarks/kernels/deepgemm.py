@@ -40,7 +40,7 @@ def main() -> None:
     """Compile the baseline's kernels for one model, so that several can do so at once."""
     from cases import model_shape
 
-    from moe_plugin.kernels.tune import _random_layer
+    from moe_plugin.kernels.tune import random_layer
 
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=int)
@@ -50,7 +50,7 @@ def main() -> None:
     begin = time.time()
     shape = model_shape(args.model, args.dtype == "fp8", min(args.rows))
     dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
-    layer = _random_layer(shape, dtype, "cuda")
+    layer = random_layer(shape, dtype, "cuda")
     masked_m = torch.zeros(shape.experts, dtype=torch.int32, device="cuda")
     for rows in args.rows:
         layer_call(layer, masked_m, rows)
