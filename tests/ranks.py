@@ -77,4 +77,6 @@ def _rank(
         queue.put((rank, True, function(dist.group.WORLD, *args)))
         dist.destroy_process_group()
     except Exception:
+        # At once as well: its peers may now wait for it until the test runs out of time.
+        traceback.print_exc()
         queue.put((rank, False, traceback.format_exc()))

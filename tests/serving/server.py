@@ -168,7 +168,7 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
             text = reply.read().decode()
-        return json.loads(text) if text[:1] in "{[" else text
+        return json.loads(text) if text[:1] in ("{", "[") else text
 
     def generate(self, prompt: str, max_new_tokens: int = 16, **fields: Any) -> dict[str, Any]:
         """Greedy completion with the log-probability of every output token.
