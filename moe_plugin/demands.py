@@ -148,7 +148,8 @@ def check_needs(
     errors += _check_capture(launch, capability, tokens)
     elsewhere = launch.group_chunk or 0
     if Mode.EXTEND not in capability.modes and elsewhere > 0:  # <= 0: chunking, and mixing, is off
-        errors += _check_mixed(launch, elsewhere)
+        roomy = ("--chunked-prefill-size", str(tokens * launch.attn_dp_size))
+        errors += _check_mixed(launch, elsewhere, roomy if elsewhere < 2 else None)
     if Mode.EXTEND not in capability.modes or launch.disaggregation_mode == "decode":
         return errors
     return errors + _check_chunk(model, launch, tokens)
@@ -248,9 +249,10 @@ def _check_mixed(
     per_group = requests_per_group(running, groups)
     if per_group < chunk:
         return []
-    changes = [("--max-running-requests", str(max(1, chunk // 2) * groups))]
-    if raise_chunk is not None:
-        changes.append(raise_chunk)
+    room = chunk if raise_chunk is None else int(raise_chunk[1]) // groups
+    changes = [] if raise_chunk is None else [raise_chunk]
+    if per_group >= room:
+        changes.append(("--max-running-requests", str(max(1, room // 2) * groups)))
     return [
         Rejection(
             "running requests with mixed chunks",

@@ -66,16 +66,25 @@ def _budgets(draw: st.DrawFn, flags: dict[str, str | None], tp: int) -> None:
 
 
 def _speculation(draw: st.DrawFn, flags: dict[str, str | None], dp: int) -> None:
-    kind = draw(st.sampled_from(["", "", "", "EAGLE", "EAGLE", "NEXTN", "NGRAM"]))
-    # The host refuses n-gram speculation with attention DP, and on pages with this backend.
+    kinds = ["", "", "", "", "EAGLE", "EAGLE", "NEXTN", "NGRAM", "DFLASH", "DSPARK"]
+    kind = draw(st.sampled_from(kinds))
+    # The host refuses n-gram speculation with attention DP and on pages with this backend, and
+    # DSpark with attention DP and DeepEP.
     if not kind or (kind == "NGRAM" and (dp > 1 or flags.get("--page-size", "1") != "1")):
+        return
+    if kind == "DSPARK" and dp > 1:
         return
     flags["--speculative-algorithm"] = kind
     if kind == "NGRAM":
         _maybe(draw, flags, "--speculative-num-draft-tokens", st.integers(4, 32), 2)
         return
     flags["--speculative-draft-model-path"] = "{model}"
-    if draw(st.booleans()):
+    if kind in ("DFLASH", "DSPARK"):
+        block = f"--speculative-{kind.lower()}-block-size"
+        _maybe(draw, flags, block, st.integers(2, 16), 2)
+        if dp > 1:
+            flags["--enable-dp-lm-head"] = ""  # or the host refuses
+    elif draw(st.booleans()):
         steps = draw(st.integers(1, 6))
         flags["--speculative-num-steps"] = str(steps)
         flags["--speculative-eagle-topk"] = "1"
@@ -92,7 +101,8 @@ def _rest(draw: st.DrawFn, flags: dict[str, str | None]) -> None:
     ):
         if draw(st.integers(1, odds)) == odds:
             flags[flag] = ""
-    if draw(st.integers(1, 8)) == 8:
+    blocks = flags.get("--speculative-algorithm") in ("DFLASH", "DSPARK")
+    if not blocks and draw(st.integers(1, 8)) == 8:  # the host refuses them in pipelines
         flags["--pp-size"] = "2"
         if draw(st.booleans()):
             flags["--enable-dynamic-chunking"] = ""
