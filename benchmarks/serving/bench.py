@@ -151,7 +151,7 @@ def stage_pair(
 ) -> dict[str, Any]:
     """All variants resident together: correctness first, then alternating rounds."""
     report: dict[str, Any] = {"ready_s": {}, "rounds": []}
-    servers = {name: start(name, model, "--mem-fraction-static", "0.24") for name in VARIANTS}
+    servers = {name: start(name, model, "--mem-fraction-static", "0.3") for name in VARIANTS}
     try:
         for name, (server, began) in servers.items():
             server.wait_ready(450)
