@@ -149,6 +149,7 @@ def portable_launch(shape: Shape, expected_m: int) -> Launch:
     return Launch(False, tiles, tiles)
 
 
+@cache
 def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
     if not device.has_wgmma:

@@ -28,7 +28,13 @@ def probe(index: int) -> Device:
 
 def device_of(tensor: torch.Tensor) -> Device:
     """`probe` of the tensor's GPU, or a stand-in under Triton's interpreter."""
-    return INTERPRETER if triton.knobs.runtime.interpret else probe(tensor.device.index)
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    if not tensor.is_cuda:
+        raise ValueError(
+            f"tensors are on {tensor.device}: the kernels need a GPU, or use the _torch twin"
+        )
+    return probe(tensor.device.index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,13 @@ def test_routings_share_a_total_up_to_the_capacity(routing: str) -> None:
     assert max(counts) <= 2048
 
 
+def test_kernels_on_cpu_tensors_name_the_way_out() -> None:
+    from moe_plugin.kernels.masked_gemm import device_of
+
+    with pytest.raises(ValueError, match="_torch twin"):
+        device_of(torch.empty(0))
+
+
 def test_zipf_caps_the_hot_expert() -> None:
     counts = zipf_counts(4, 64, 100)
     assert counts[0] == 100
