@@ -12,6 +12,12 @@ HIDDEN_SIZES = frozenset({2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192})
 NVSHMEM_GRANULE = 512 << 20
 """DeepEP sets ``NVSHMEM_CUMEM_GRANULARITY=2**29``: the heap grows in steps of 512 MiB."""
 
+NVSHMEM_FIXED_BYTES = 4240 << 20
+"""What creating a buffer takes beyond its granules: NVSHMEM's own heap, queues and modules.
+
+Measured once, one rank on one H200, T = 256, 128 experts, hidden 2048: 5264 MiB taken, of which
+1024 MiB are the buffer's granules (benchmarks/results/2026-11-23-h200-serving-start.json)."""
+
 
 def low_latency_rdma_bytes(max_tokens: int, hidden: int, ranks: int, experts: int) -> int:
     """RDMA bytes per rank; equals ``Buffer.get_low_latency_rdma_size_hint``.
@@ -44,8 +50,8 @@ def low_latency_qp_depth(max_tokens: int) -> int:
 
 
 def device_bytes(rdma_bytes: int) -> int:
-    """Bytes of device memory that a buffer of ``rdma_bytes`` takes: whole heap granules."""
-    return -(-rdma_bytes // NVSHMEM_GRANULE) * NVSHMEM_GRANULE
+    """Bytes of device memory that a buffer takes: whole heap granules and the fixed cost."""
+    return -(-rdma_bytes // NVSHMEM_GRANULE) * NVSHMEM_GRANULE + NVSHMEM_FIXED_BYTES
 
 
 DEEPEP_LIMITS = Limits(
@@ -71,6 +77,7 @@ DEEPEP_LIMITS = Limits(
         ("min_experts", "at least two expert groups (internode_ll.cu)"),
         ("max_buffer_bytes", "num_rdma_bytes / 16 < 2**31 - 1 (buffer.hpp)"),
         ("buffer_bytes", "Buffer.get_low_latency_rdma_size_hint"),
+        ("device_bytes", "512 MiB granules (legacy.py), fixed cost measured on one H200"),
         ("dtypes", "x.scalar_type() == kBFloat16 (buffer.hpp)"),
         ("ranks", "num_ranks < 8 or num_ranks % 8 == 0 (buffer.hpp constructor)"),
         ("row_multiple", "(ranks * T) % 4 == 0, TMA (buffer.hpp)"),
