@@ -162,7 +162,7 @@ def _fill(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most:
     if plan.bounds_decode and launch.disaggregation_mode != "prefill":
         fits = decode_requests(launch, tokens)
         running = launch.max_running_requests or min(fits, HOST_REQUESTS) * groups
-        here = chunk_per_group(chunk, groups) or max(0, launch.group_chunk or 0)
+        here = chunk_per_group(chunk, groups) or launch.known_chunk
         if launch.mixed_chunk and launch.max_running_requests is None and here > 0:
             # Half of each chunk stays free for prefill: at running >= chunk it would be none.
             running = min(running, max(1, here // 2) * groups)

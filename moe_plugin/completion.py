@@ -99,6 +99,8 @@ def applied(
     for name, value in changes:
         if name in _INTEGERS:
             values[_INTEGERS[name]] = None if value is None else int(value)
+            if name == "--chunked-prefill-size":
+                values["group_chunk"] = None  # what the host made of the old one
         elif name in _TEXTS:
             values[_TEXTS[name]] = value or "auto"
         elif name in _SWITCHES:

@@ -146,7 +146,7 @@ def check_needs(
             )
         )
     errors += _check_capture(launch, capability, tokens)
-    elsewhere = launch.group_chunk or 0
+    elsewhere = launch.known_chunk
     if Mode.EXTEND not in capability.modes and elsewhere > 0:  # <= 0: chunking, and mixing, is off
         roomy = ("--chunked-prefill-size", str(tokens * launch.attn_dp_size))
         errors += _check_mixed(launch, elsewhere, roomy if elsewhere < 2 else None)

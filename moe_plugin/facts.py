@@ -76,7 +76,8 @@ class LaunchFacts:
         capacity: the host's capacity variable, tokens per rank.
         qp_depth: ``NVSHMEM_QP_DEPTH``.
         chunked_prefill_size: as typed, before the host divides by attention DP; <= 0 is off.
-        group_chunk: chunk of one DP group as the host resolved it; None until it has.
+        group_chunk: chunk of one DP group as the host resolved it; None until it has, and then
+            only what was typed is known (:attr:`known_chunk`).
         max_running_requests: as typed, over all DP groups.
         cuda_graph_max_bs_prefill: tokens per DP group.
         cuda_graph_max_bs_decode: requests per DP group.
@@ -137,6 +138,13 @@ class LaunchFacts:
     def attn_tp_size(self) -> int:
         """Ranks that one DP group's rows are scattered over before a dispatch."""
         return max(1, self.tp_size // self.attn_dp_size // self.attn_cp_size)
+
+    @property
+    def known_chunk(self) -> int:
+        """Chunk of one DP group, as resolved or as typed; 0 when unknown or off."""
+        if self.group_chunk is not None:
+            return max(0, self.group_chunk)
+        return max(0, (self.chunked_prefill_size or 0) // self.attn_dp_size)
 
     @property
     def graph_multiple(self) -> int:
