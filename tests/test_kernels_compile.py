@@ -49,6 +49,7 @@ SM90_BYTES_PER_BLOCK, SM90_BYTES_PER_MULTIPROCESSOR = 232448, 233472
 RESERVED_PER_BLOCK = 1024
 # Outside the loop over the depth; a spill inside it costs far more than this.
 SPILL_BYTES = 256
+CANDIDATE_SPILL_BYTES = 1024  # the tuner measures what these cost
 
 
 def compile_for(
@@ -73,22 +74,23 @@ def test_portable_kernels_compile(capability: tuple[int, int], tmp_path: object)
         assert all(k["tcgen05"] for k in kernels)
 
 
-def check_sm90(kernels: list[dict]) -> None:
+def check_sm90(kernels: list[dict], spill_bytes: int) -> None:
     for k in kernels:
         room = SM90_BYTES_PER_MULTIPROCESSOR // k["per_sm"] - RESERVED_PER_BLOCK
         assert k["shared"] <= min(room, SM90_BYTES_PER_BLOCK), k
         assert k["wgmma"], k
         assert k["tma"], k
         assert not k["serialised"], k
-        assert k["spilled"] <= SPILL_BYTES, k
+        assert k["spilled"] <= spill_bytes, k
 
 
 def test_hopper_kernels_fit_and_stay_asynchronous(tmp_path: object) -> None:
     shapes = [(*s, fp8) for s in (DEEPSEEK, MIXTRAL, RAGGED) for fp8 in (False, True)]
-    check_sm90(compile_for((9, 0), shapes, [8, 64, 512], False, str(tmp_path)))
+    check_sm90(compile_for((9, 0), shapes, [8, 64, 512], False, str(tmp_path)), SPILL_BYTES)
 
 
 @pytest.mark.slow
 def test_every_candidate_of_the_tuner_fits(tmp_path: object) -> None:
     shapes = [(*s, fp8) for s in (DEEPSEEK, MIXTRAL) for fp8 in (False, True)]
-    check_sm90(compile_for((9, 0), shapes, [8, 16, 64, 512], True, str(tmp_path)))
+    kernels = compile_for((9, 0), shapes, [8, 16, 64, 512], True, str(tmp_path))
+    check_sm90(kernels, CANDIDATE_SPILL_BYTES)
