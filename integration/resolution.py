@@ -109,12 +109,10 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
     cfg = resolving_view(server_args)
     backend, mode, chosen = select_backend(server_args, cfg)
     plan = plan_for(server_args, cfg, backend, mode)
-    if plan is None or not plan.capability.ok:
+    if not plan.capability.ok:
         if requested(server_args).switch == "on":
-            reason = plan.capability.reason if plan else f"{backend} is not batched"
-            raise refusal(
-                [_not_batched(server_args, reason, model_facts(server_args).architecture)]
-            )
+            architecture = model_facts(server_args).architecture
+            raise refusal([_not_batched(plan.capability.reason, architecture)], plan)
         return None
     if plan.errors:
         raise refusal(plan.errors, plan)
@@ -170,8 +168,7 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
     return backend, mode, chosen
 
 
-def _not_batched(server_args: Any, reason: str, architecture: str) -> Rejection:
-    del server_args
+def _not_batched(reason: str, architecture: str) -> Rejection:
     return Rejection(
         "batched data-parallel MoE",
         got=f"--use-batched-dp-moe on, but {reason} ({architecture})",
@@ -195,10 +192,16 @@ def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capab
     return use_batched_dp_moe(launch.capability_facts(model))
 
 
-def plan_for(
-    server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool = False
-) -> Plan | None:
-    """Plan for a backend and mode with what the user set; None for an unregistered backend."""
+def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool = False) -> Plan:
+    """Plan for a backend and mode with what the user set.
+
+    Args:
+        server_args: the raw record: what the user set.
+        cfg: the host's live view of it.
+        backend: the all-to-all backend to plan for.
+        mode: the deepep mode to plan for.
+        late: everything is resolved, so that the view's chunk is one DP group's.
+    """
     from ..budgets import make_plan
     from .facts import launch_facts, model_facts, transport_of
     from .support import check_host

@@ -21,7 +21,7 @@ class Final:
     running: int | None
 
 
-def final_values(server_args: Any, cfg: Any) -> Final:
+def final_values(cfg: Any) -> Final:
     """Read the resolved budgets. 0 stands for graphs that are not captured."""
     config = cfg.cuda_graph_config
     sizes = {"prefill": 0, "decode": 0}
@@ -29,7 +29,6 @@ def final_values(server_args: Any, cfg: Any) -> Final:
         found = getattr(config, phase, None)
         if cfg.device != "cpu" and found is not None and found.backend != "disabled":
             sizes[phase] = max([*(found.bs or ()), found.max_bs or 0])
-    del server_args
     return Final(
         cfg.chunked_prefill_size, sizes["prefill"], sizes["decode"], cfg.max_running_requests
     )
@@ -43,7 +42,7 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
 
     cfg = resolving_view(server_args)
     plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
-    capability = plan.capability if plan else Capability(False, "")
+    capability = plan.capability
     before = planned.capability if planned else Capability(False, "")
     if capability.ok and capability.modes != before.modes:
         raise refusal([_flipped(cfg, capability)])
@@ -51,7 +50,6 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
         if planned is not None and requested(server_args).switch == "on":
             raise refusal([_left(cfg, capability)])
         return None
-    assert plan is not None
     _refill(server_args, plan, cfg)
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
@@ -123,7 +121,7 @@ def check_final(plan: Plan, server_args: Any, cfg: Any) -> list[Rejection]:
     from .speculation import draft_width
 
     tokens, scatter = plan.max_dispatch_tokens_per_rank, plan.attn_tp_size
-    final = final_values(server_args, cfg)
+    final = final_values(cfg)
     errors = []
 
     def check(flag: str, got: str, rows: int, fits: int) -> None:
