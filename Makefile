@@ -8,7 +8,7 @@ PINS := constraints.txt
 STAMP := $(VENV)/.installed-$(shell sha256sum $(PINS) | cut -c1-16)
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/python -P -m pytest
 
-.PHONY: help demo test test-fast test-slow lint types wheel pins install clean
+.PHONY: help demo test test-fast test-slow test-gpu bench-kernels bench-gpu lint types wheel pins install clean
 
 help:
 	@echo "make demo       serve a small MoE model on CPU through the plugin and check it against the host"
@@ -52,6 +52,18 @@ types: install
 	    --disable-pip-version-check --target $(VENV)/types . 2>&1 | { grep -i error || true; }
 	cd tests && MYPYPATH=$(abspath $(VENV))/types $(BIN)/python -P -m mypy \
 	    --config-file ../pyproject.toml -p moe_plugin
+
+# On a GPU; results as JSON below benchmarks/results.
+bench-kernels: install
+	cd benchmarks/kernels && $(BIN)/python bench.py check --out ../results
+	cd benchmarks/kernels && $(BIN)/python bench.py bars --out ../results
+
+bench-gpu: install
+	$(BIN)/python -P benchmarks/serving/bench.py start --out benchmarks/results
+	$(BIN)/python -P benchmarks/serving/bench.py pair --out benchmarks/results
+
+test-gpu: install
+	$(PYTEST) -m gpu
 
 wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

@@ -7,7 +7,7 @@ knows the shape; elsewhere a heuristic decides.
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
@@ -171,10 +171,15 @@ def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     return Launch(True, gate_up, down)
 
 
+def table_path(device_name: str) -> Path:
+    """Where the measured table of a device lives in the installed package."""
+    return Path(__file__).with_name("tuned") / (device_name.replace(" ", "_") + ".json")
+
+
 @cache
 def tuned_table(device_name: str) -> dict[str, dict]:
     """Measured launches of one device, keyed by `table_key`; empty where none were measured."""
-    path = resources.files(__package__) / "tuned" / (device_name.replace(" ", "_") + ".json")
+    path = table_path(device_name)
     return json.loads(path.read_text())["launches"] if path.is_file() else {}
 
 

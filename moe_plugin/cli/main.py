@@ -23,7 +23,7 @@ _COMMANDS = {
         "moe_plugin.integration.doctor",
         "host, device and libraries: what is active, and why not",
     ),
-    "tune": ("moe_plugin.kernels.tune", "measure kernel launches on this GPU and store the best"),
+    "tune": ("moe_plugin.cli.tune", "measure kernel launches on this GPU and store the best"),
 }
 
 
