@@ -12,14 +12,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _MARK = "RESULT:"
+_EMIT = f"import json\ndef emit(value): print({_MARK!r} + json.dumps(value))\n"
 
 
 def run_host(
-    code: str, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    code: str | Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, from a directory without a `kernels` folder."""
+    """Run Python code, or a file, in a process of its own, away from our `kernels` folder."""
     return subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-P", *([str(code)] if isinstance(code, Path) else ["-c", code])],
         cwd=cwd or ROOT / "tests",
         env={**os.environ, "SGLANG_PLATFORM": "moe_plugin_cpu", **(env or {})},
         capture_output=True,
@@ -30,8 +31,17 @@ def run_host(
 
 def host_result(code: str, **options: Any) -> Any:
     """What ``code`` passed to ``emit(value)``, by JSON; a failing process fails the test."""
-    emit = f"import json\ndef emit(value): print({_MARK!r} + json.dumps(value))\n"
-    done = run_host(emit + code, **options)
+    return _result(run_host(_EMIT + code, **options))
+
+
+def host_script_result(code: str, folder: Path, **options: Any) -> Any:
+    """The same from a file: the host's child processes import their parent's main module."""
+    script = folder / "script.py"
+    script.write_text(_EMIT + code)
+    return _result(run_host(script, **options))
+
+
+def _result(done: subprocess.CompletedProcess[str]) -> Any:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     assert lines, f"no result:\n{done.stdout}{done.stderr}"

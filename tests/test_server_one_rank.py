@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from .hosts import host_script_result
 from .serving.checkpoint import Shape
 from .serving.compare import check_equal, uncounted_layers
 from .serving.fixture_plugin import write_plugin
@@ -49,3 +50,28 @@ def test_without_budgets_the_same_launch_dies(model: Path, tmp_path: Path) -> No
         log = "\n".join(server.lines)
     assert "tokens in one all-to-all dispatch (n <= T): got" in log
     assert f"allowed <= {BUDGET}" in log
+
+
+ENGINE = """
+if __name__ == "__main__":
+    import sglang
+    engine = sglang.Engine(
+        model_path={model!r}, device="cpu", dtype="float32", attention_backend="torch_native",
+        sampling_backend="pytorch", max_total_tokens=8192, context_length=2048,
+        disable_radix_cache=True, random_seed=0, log_level="warning",
+    )
+    sampling = {{"temperature": 0, "max_new_tokens": {tokens}, "ignore_eos": True}}
+    answer = engine.generate({prompt!r}, sampling, return_logprob=True)
+    (state,) = [s["moe_plugin"] for s in engine.get_server_info()["internal_states"]]
+    engine.shutdown()
+    emit([[p[1] for p in answer["meta_info"]["output_token_logprobs"]], state["layer_forwards"]])
+"""
+
+
+def test_engine_equals_the_stock_host(model: Path, stock: list[dict], tmp_path: Path) -> None:
+    """`sglang.Engine` has no command line: one variable switches the plugin on."""
+    code = ENGINE.format(model=str(model), prompt=PROMPTS[0], tokens=NEW_TOKENS)
+    env = {"MOE_PLUGIN_USE_BATCHED_DP_MOE": "on", "HF_HUB_OFFLINE": "1"}
+    tokens, forwards = host_script_result(code, tmp_path, env=env)
+    assert tokens == stock[0]["tokens"]
+    assert min(forwards.values()) >= NEW_TOKENS

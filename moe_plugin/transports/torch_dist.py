@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 from ..errors import BudgetError, UnsupportedError, explain
 
+# torch 2.14 renamed it and warns about the old name; SGLang 0.5.20 still pins torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Handle(NamedTuple):
     """What combine needs to know of its dispatch.
@@ -195,7 +198,7 @@ class TorchTransport:
         padded = rows.new_full((capacity, rows.shape[1]), fill)
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty((self.group_size * capacity, rows.shape[1]))
-        dist.all_gather_into_tensor(_bytes(gathered), _bytes(padded), group=self.group)
+        _all_gather(_bytes(gathered), _bytes(padded), group=self.group)
         return gathered
 
     def _all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
