@@ -67,6 +67,24 @@ RESOLUTION_HOOK = HostSymbol(
     "fill budgets before CUDA-graph parsing, validate after the last step",
     "never: public plugin API",
 )
+MODEL_CONFIG = HostSymbol(
+    "arg_groups.overrides.model_config_of",
+    ("server_args",),
+    "read the model's config.json as the host understands it",
+    "never: public resolution API",
+)
+DRAFT_WIDTH = HostSymbol(
+    "arg_groups.overrides.max_speculative_num_draft_tokens",
+    ("server_args",),
+    "rows per request of a verify batch",
+    "the host checks its own DeepEP v1 budget",
+)
+DEVICE_MEMORY = HostSymbol(
+    "utils.common.get_device_memory_capacity",
+    ("device",),
+    "swap the host's flat DeepEP reserve for the planned bytes",
+    "the host reserves from a start-up plan",
+)
 SCHEDULER_INIT = HostSymbol(
     "managers.scheduler.Scheduler.__init__",
     ("self", "server_args", "port_args"),
@@ -137,6 +155,9 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     DECLARE,
     RESOLVING_VIEW,
     RESOLUTION_HOOK,
+    MODEL_CONFIG,
+    DRAFT_WIDTH,
+    DEVICE_MEMORY,
     SCHEDULER_INIT,
     INTERNAL_STATE,
     MOE_INIT,

@@ -4,8 +4,8 @@
 everything after: 2 GiB for DeepEP with decode graphs, 1 GiB more with breakable prefill graphs,
 whatever the capacity. *After capture*: it measures what is free then, and keeps back a small slack.
 
-What exists when free memory is measured must not be reserved again: our buffer is created while
-the model is built, so it is reserved only for a runner of the host's, which creates it lazily.
+What exists when free memory is measured must not be reserved again: the buffer is created while
+the model is built, whosever experts run, so it is not part of either reserve.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..capability import Mode, get_backend
-from ..deepep_limits import NVSHMEM_GRANULE, limits_of
+from ..deepep_limits import NVSHMEM_FIXED_BYTES, NVSHMEM_GRANULE, limits_of
 from ..memory import gib
 from ..plan import Change, Plan, Rejection, refusal
 from ..support import LEAVE, LEAVE_TEXT
@@ -39,8 +39,7 @@ def reserved_bytes(plan: Plan, *, after_capture: bool, decode_graphs: bool) -> i
     captured = 1 if plan.bounds_decode and decode_graphs else 0
     if after_capture:
         return eager * plan.workspace_bytes
-    lazy = 0 if plan.buffer_at_model_build else plan.rdma_device_bytes
-    return (eager + captured) * plan.workspace_bytes + lazy
+    return (eager + captured) * plan.workspace_bytes
 
 
 def reserve(server_args: Any, plan: Plan) -> Plan:
@@ -67,8 +66,9 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
         kept = _without_guess(kept, total, plan, server_args, cfg)
     # Rounded down: the host rounds to three digits, which is 80 MiB on an 80 GiB device.
     fraction = math.floor((1 - (kept + ours / 2**20) / total) * 1000) / 1000
-    if fraction < LEAST_FRACTION:
-        raise refusal([_too_small(plan, ours, kept, total)], plan)
+    needed = ours + plan.rdma_device_bytes
+    if 1 - (kept + needed / 2**20) / total < LEAST_FRACTION:
+        raise refusal([_too_small(plan, needed, kept, total)], plan)
     declare_resolution(server_args, "moe_plugin", mem_fraction_static=fraction)
     return replace(plan, reserved_bytes=ours)
 
@@ -97,13 +97,15 @@ def _without_guess(kept: float, total: float, plan: Plan, server_args: Any, cfg:
     return kept
 
 
-def _too_small(plan: Plan, ours: int, kept: float, total: float) -> Rejection:
+def _too_small(plan: Plan, needed: int, kept: float, total: float) -> Rejection:
     """Refuse, with the largest T whose bytes would leave the least fraction."""
     room = (total * (1 - LEAST_FRACTION) - kept) * 2**20
-    # Buffer and workspace grow with T, but the buffer in granules: one of them stays unused.
-    tokens = int(plan.max_dispatch_tokens_per_rank * (room - NVSHMEM_GRANULE) / ours) // 8 * 8
+    # Buffer and workspace grow with T beside a fixed cost; one granule of the heap stays unused.
+    fixed = NVSHMEM_FIXED_BYTES if plan.rdma_device_bytes else 0
+    share = (room - fixed - NVSHMEM_GRANULE) / (needed - fixed)
+    tokens = int(plan.max_dispatch_tokens_per_rank * share) // 8 * 8
     got = (
-        f"{gib(ours)} for buffer and workspace at {plan.max_dispatch_tokens_per_rank} tokens per "
+        f"{gib(needed)} for buffer and workspace at {plan.max_dispatch_tokens_per_rank} tokens per "
         f"rank, {kept / 1024:.1f} GiB for everything else that runs"
     )
     allowed = f"at most {total / 1024:.0f} GiB with weights and KV cache"

@@ -126,11 +126,6 @@ class Plan:
         return "refused" if self.errors else "ok"
 
     @property
-    def buffer_at_model_build(self) -> bool:
-        """Whether the buffer exists before KV sizing measures free memory; else it is lazy."""
-        return self.runner == "moe_plugin"
-
-    @property
     def bounds_prefill(self) -> bool:
         """Whether prefill rows go through the bounded buffer."""
         return Mode.EXTEND in self.capability.modes
