@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moe_plugin.cli.main import main
 from moe_plugin.sweep import PROMPTS, TOKENS, Point, prefill_steps, rows, svg
@@ -189,6 +190,7 @@ def test_doctor_tells_by_its_exit_code() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires an NVIDIA GPU")
 def test_live_plan_equals_the_named_devices(models: dict[str, str]) -> None:
     """On a device of the table, resolution with nothing overridden gives the same plan."""
     torch = pytest.importorskip("torch")
