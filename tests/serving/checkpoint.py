@@ -54,11 +54,20 @@ def write_checkpoint(
         device: where random numbers are drawn; large shapes take minutes on a CPU.
     """
     shape = shape or Shape()
+    write_config(path, shape, str(dtype).removeprefix("torch."))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
+    save_file(_weights(shape, seed, drop_experts, dtype, device), path / "model.safetensors")
+    _tokenizer(shape).save_pretrained(path)
+    return path
+
+
+def write_config(path: Path, shape: Shape, dtype: str) -> Path:
+    """Write config.json alone, which is all that planning needs; returns ``path``."""
     path.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
         "hidden_act": "silu",
         "intermediate_size": 4 * shape.hidden_size,
         "decoder_sparse_step": 1,
@@ -74,9 +83,6 @@ def write_checkpoint(
         **asdict(shape),
     }
     (path / "config.json").write_text(json.dumps(config, indent=2))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
-    save_file(_weights(shape, seed, drop_experts, dtype, device), path / "model.safetensors")
-    _tokenizer(shape).save_pretrained(path)
     return path
 
 
