@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..envs import MAX_TOKENS, USE_BATCHED_DP_MOE, parse_max_tokens, parse_switch
@@ -76,6 +76,11 @@ def requested(server_args: Any) -> Request:
     """The request carried by ``server_args``; the environment's where none is carried."""
     carried = getattr(server_args, _ATTRIBUTE, None)
     return carried if isinstance(carried, Request) else _request(None, None)
+
+
+def stand_down(server_args: Any) -> None:
+    """From here on, in every process, this launch is one with ``--use-batched-dp-moe off``."""
+    setattr(server_args, _ATTRIBUTE, replace(requested(server_args), switch="off"))
 
 
 def _request(switch: Switch | None, max_tokens: int | None) -> Request:

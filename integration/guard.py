@@ -37,6 +37,21 @@ def before_scheduler_init(_self: Any, server_args: Any, *_args: Any, **_kwargs: 
         )
 
 
+def refuse_planned(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE hook on ``Scheduler.__init__`` where the plugin is not active in this process.
+
+    Raises:
+        HostMismatchError: the launcher planned this launch, but our experts cannot run here.
+    """
+    from .plugin import STATUS
+
+    if resolution.plan_of(server_args) is not None:
+        raise HostMismatchError(
+            f"this launch was planned by moe_plugin, which is {STATUS.state} in this process: "
+            f"{'; '.join(STATUS.reasons)}. Fix: {flags.SWITCH_FLAG} off, or remove the cause"
+        )
+
+
 def _check_hooks_applied() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 

@@ -114,6 +114,10 @@ def _register_inert() -> None:
             refuse_if_asked(flags.Request("on", None, USE_BATCHED_DP_MOE.name))
         except (ConfigError, HostMismatchError) as error:
             raise SystemExit(f"error: {error}") from None
+    if _is_scheduler_process() and not hosts.check_symbol(hosts.SCHEDULER_INIT):
+        from . import guard
+
+        _hook(hosts.SCHEDULER_INIT, guard.refuse_planned, "BEFORE")
     if any(hosts.check_symbol(s) for s in (hosts.ADD_CLI_ARGS, hosts.FROM_CLI_ARGS)):
         return  # our flags stay unknown to the parser, which refuses them by itself
 

@@ -19,9 +19,11 @@ from typing import Any
 
 from ..capability import Capability, CapabilityFacts, backend_names, get_backend, use_batched_dp_moe
 from ..deepep_limits import limits_of
+from ..errors import HostMismatchError
 from ..limits import Limits
 from ..plan import Plan, Rejection, refusal
-from .flags import requested
+from .flags import requested, stand_down
+from .support import check_host, runtime_problems
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,9 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
         return None
     if plan.errors:
         raise refusal(plan.errors, plan)
+    if unsound := runtime_problems():
+        _stand_down(server_args, unsound)
+        return None
     if chosen:
         declare_resolution(server_args, SOURCE, **chosen)
         listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
@@ -126,6 +131,18 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
         listed = ", ".join(f"{name}={value}" for name, value in fills.items())
         logger.info("batched data-parallel MoE: filled %s", listed)
     return plan
+
+
+def _stand_down(server_args: Any, problems: list[str]) -> None:
+    """The host's model code changed: ``auto`` leaves the host as it is, ``on`` refuses."""
+    listed = "; ".join(problems)
+    if requested(server_args).switch == "on":
+        raise HostMismatchError(
+            f"moe_plugin cannot act on this SGLang: {listed}. Fix: remove "
+            f"{requested(server_args).switch_source}, or use a supported SGLang"
+        )
+    logger.warning("moe_plugin leaves this launch alone: %s", listed)
+    stand_down(server_args)
 
 
 def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]]:
@@ -204,7 +221,6 @@ def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool 
     """
     from ..budgets import make_plan
     from .facts import launch_facts, model_facts, transport_of
-    from .support import check_host
 
     capability = capability_for(server_args, cfg, backend, mode)
     if not capability.ok:

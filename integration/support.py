@@ -44,6 +44,15 @@ def _lacks_deep_ep(plan: Plan) -> bool:
     return built_in and find_spec("deep_ep") is None
 
 
+def runtime_problems() -> list[str]:
+    """What of the host's model code we cannot work with. Imports it, as the launcher will."""
+    if not _checks_machine:
+        return []
+    from .hosts import problems
+
+    return problems(runtime=True)
+
+
 def skip_machine_checks() -> None:
     """For plans of another machine (``moe-plugin plan --target``)."""
     global _checks_machine

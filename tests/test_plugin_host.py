@@ -186,3 +186,58 @@ except Exception as error:
     assert name == "UnsupportedError"
     assert "arguments resolved without the plugin" in text
     assert "--use-batched-dp-moe off" in text
+
+
+# The host's model code drifts: nothing of it is looked at before a plan is about to be made.
+MODEL_DRIFT = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import sglang.srt.layers.moe.ep_moe.layer as layer
+layer.DeepEPMoE.run_moe_core = lambda self, outcome: None
+from sglang.srt.server_args import prepare_server_args
+args = prepare_server_args({argv!r})
+"""
+
+
+def test_drift_in_model_code_leaves_auto_alone_and_refuses_on(model: Path) -> None:
+    """auto resolves as the stock host; on raises with the reason, before any weights."""
+    argv = _argv(model, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
+    auto = MODEL_DRIFT.format(argv=argv) + (
+        "args.resolve_once()\n"
+        "from sglang.srt.arg_groups.model_override_base import resolving_view\n"
+        "from moe_plugin.integration import flags\n"
+        "emit([args._moe_plugin_plan, flags.requested(args).switch,\n"
+        "      resolving_view(args).max_running_requests])\n"
+    )
+    assert host_result(auto) == [None, "off", None]
+    on = MODEL_DRIFT.format(argv=[*argv, "--use-batched-dp-moe", "on"])
+    done = run_host(on + "args.resolve_once()")
+    assert done.returncode != 0
+    assert "HostMismatchError" in done.stderr
+    assert "run_moe_core takes ['self', 'outcome']" in done.stderr
+
+
+def test_a_scheduler_without_our_experts_refuses_a_planned_launch(model: Path) -> None:
+    """The launcher planned, but this process could not load the plugin."""
+    argv = _argv(model, "--use-batched-dp-moe", "on")
+    code = (
+        PREPARE
+        + f"""
+args = prepare_server_args({argv!r})
+args.resolve_once()
+import sglang.srt.managers.scheduler as scheduler
+from moe_plugin.integration import hosts, plugin
+from sglang.srt.plugins.hook_registry import HookRegistry
+plugin.STATUS = plugin.Status()
+hosts.check_version = lambda: "sglang 9.9.9 is outside the supported range"
+plugin.register()
+HookRegistry.apply_hooks()
+try:
+    scheduler.Scheduler(args, None)
+except Exception as error:
+    emit([type(error).__name__, str(error)])
+"""
+    )
+    name, text = host_result(code)
+    assert name == "HostMismatchError"
+    assert "planned by moe_plugin, which is unsupported in this process: sglang 9.9.9" in text
