@@ -5,28 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .serving.checkpoint import Shape, write_config
+from .serving.checkpoint import QWEN3_30B_LAYERS, write_config
 from .test_cli import plan_json
 
 RECORD = Path(__file__).parents[1] / "benchmarks/results/2026-11-23-h200-serving-start.json"
-# The model of benchmarks/serving/bench.py: Qwen3-30B-A3B's layers.
-SHAPE = Shape(
-    num_hidden_layers=8,
-    hidden_size=2048,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    max_position_embeddings=8192,
-)
 GRANULE = 512 << 20
 
 
 def test_plan_for_an_h200_equals_the_live_one(tmp_path: Path) -> None:
     """Same flags, a config.json and no GPU here; the server of the record ran on the device."""
-    model = write_config(tmp_path, SHAPE, "bfloat16")
+    model = write_config(tmp_path, QWEN3_30B_LAYERS, "bfloat16")
     argv = ["--target", "h200", "--model-path", str(model), "--use-batched-dp-moe", "on"]
     code, planned = plan_json(*argv, "--attention-backend", "triton", "--sampling-backend=pytorch")
     assert code == 0

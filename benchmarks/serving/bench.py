@@ -27,22 +27,10 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
 from load import run_round
-from serving.checkpoint import Shape, write_checkpoint
+from serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
 from serving.prompts import long_prompt
 from serving.server import LAUNCH_SERVER, Server, ServerDied
 
-# Qwen3-30B-A3B's layers; eight of them, and a byte vocabulary.
-QWEN3_30B = Shape(
-    num_hidden_layers=8,
-    hidden_size=2048,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    max_position_embeddings=8192,
-)
 # No FlashInfer in the slim stack of a GPU host without a network.
 SLIM = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
 OURS = ("--use-batched-dp-moe", "on")
@@ -230,7 +218,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path("/tmp/moe-plugin-bench-model")
     if not (folder / "tokenizer.json").exists():
-        write_checkpoint(folder, QWEN3_30B, dtype=torch.bfloat16, device="cuda")
+        write_checkpoint(folder, QWEN3_30B_LAYERS, dtype=torch.bfloat16, device="cuda")
         torch.cuda.empty_cache()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"serving-{options.stage}.json"

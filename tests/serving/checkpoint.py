@@ -34,6 +34,20 @@ class Shape:
     max_position_embeddings: int = 4096
 
 
+# Eight of Qwen3-30B-A3B's layers, with a byte vocabulary: what the GPU benchmark serves.
+QWEN3_30B_LAYERS = Shape(
+    num_hidden_layers=8,
+    hidden_size=2048,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    max_position_embeddings=8192,
+)
+
+
 def write_checkpoint(
     path: Path,
     shape: Shape | None = None,
