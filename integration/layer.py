@@ -6,10 +6,7 @@ The dispatcher, two-batch overlap, EPLB statistics and graph capture stay SGLang
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from ..config import BatchedMoEConfig
@@ -18,8 +15,6 @@ from ..plan import Plan
 from ..runner import BatchedMoERunner, ExpertWeights, make_moe_runner, warm_up
 from ..stats import STATS
 from . import buffer
-
-logger = logging.getLogger(__name__)
 
 _RUNNER = "_moe_plugin_runner"
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
@@ -54,7 +49,7 @@ def _attach_runner(
     runner = _make_runner(layer, plan)
     setattr(layer, _RUNNER, runner)
     if layer.w13_weight.is_cuda:
-        _warm_up(runner.config, layer.w13_weight.dtype)
+        warm_up(runner.config, layer.w13_weight.dtype)
     if layer.quant_config is None:
         # Unset, the host would quantise activations to FP8 for bf16 weights as well. An explicit
         # --deepep-dispatcher-output-dtype still wins over this.
@@ -116,14 +111,6 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
         activation=moe.activation,
     )
     return make_moe_runner(config, buffer.device_type())
-
-
-@cache
-def _warm_up(config: BatchedMoEConfig, dtype: Any) -> None:
-    started = time.monotonic()
-    kernels = warm_up(config, dtype)
-    seconds = time.monotonic() - started
-    logger.info("moe_plugin: %d expert kernels ready after %.1f s", kernels, seconds)
 
 
 def _create_buffer(layer: Any) -> None:

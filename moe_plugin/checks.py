@@ -6,6 +6,7 @@ from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .limits import Limits
 from .memory import gib
 from .plan import Change, Rejection
+from .rows import ceil_to
 from .support import LEAVE, LEAVE_TEXT
 
 
@@ -41,7 +42,7 @@ def check_capacity(
             return [reject("communication buffer bytes per rank", got, allowed, most)]
     multiple = max(GRAPH_MULTIPLE, limits.row_multiple)
     if tokens % multiple:
-        fix = min(most, max(multiple, (tokens + multiple - 1) // multiple * multiple))
+        fix = min(most, max(multiple, ceil_to(tokens, multiple)))
         why = f"a multiple of {multiple}: captured buckets are, and ranks x T must divide by 4"
         return [reject("tokens per rank", shown, why, fix)]
     return []

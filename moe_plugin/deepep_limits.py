@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .capability import BatchedBackend, CapabilityFacts, Mode, register_backend
 from .limits import Limits
+from .rows import ceil_to
 
 CAPACITY_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 HIDDEN_SIZES = frozenset({2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192})
@@ -13,7 +14,7 @@ NVSHMEM_GRANULE = 512 << 20
 """DeepEP sets ``NVSHMEM_CUMEM_GRANULARITY=2**29``: the heap grows in steps of 512 MiB."""
 
 NVSHMEM_FIXED_BYTES = 4240 << 20
-"""What creating a buffer takes beyond its granules: NVSHMEM's own heap, queues and modules.
+"""What creating a buffer takes beyond its granules; docs/gpu.md has the likely reason.
 
 Measured once, one rank on one H200, T = 256, 128 experts, hidden 2048: 5264 MiB taken, of which
 1024 MiB are the buffer's granules (benchmarks/results/2026-11-23-h200-serving-start.json)."""
@@ -30,7 +31,7 @@ def low_latency_rdma_bytes(max_tokens: int, hidden: int, ranks: int, experts: in
     combine_msg = 2 * hidden + scales
     send = max(max_tokens * dispatch_msg, experts * max_tokens * combine_msg)
     recv = experts * max_tokens * max(dispatch_msg, combine_msg)
-    signals = (4 * experts + 127) // 128 * 128
+    signals = ceil_to(4 * experts, 128)
     total = 2 * send + 2 * recv + 2 * signals
     return (total + 128) // 128 * 128
 
@@ -51,7 +52,7 @@ def low_latency_qp_depth(max_tokens: int) -> int:
 
 def device_bytes(rdma_bytes: int) -> int:
     """Bytes of device memory that a buffer takes: whole heap granules and the fixed cost."""
-    return -(-rdma_bytes // NVSHMEM_GRANULE) * NVSHMEM_GRANULE + NVSHMEM_FIXED_BYTES
+    return ceil_to(rdma_bytes, NVSHMEM_GRANULE) + NVSHMEM_FIXED_BYTES
 
 
 DEEPEP_LIMITS = Limits(

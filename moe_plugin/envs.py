@@ -86,7 +86,7 @@ class Variable(Generic[T]):
         name: the variable.
         default: its value when unset.
         parse: text -> value; raises ConfigError.
-        doc: one line for the README and ``moe-plugin doctor``.
+        doc: one line of documentation.
     """
 
     name: str

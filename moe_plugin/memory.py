@@ -6,6 +6,8 @@ these sizes depends on the number of ranks.
 
 from __future__ import annotations
 
+from .rows import ceil_div
+
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALE_CHANNELS = 128
 """Channels per float32 scale of an FP8 dispatch (DeepEP)."""
@@ -23,7 +25,7 @@ def received_bytes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> int:
 def activation_bytes(rows: int, intermediate: int, dtype: str, *, fp8: bool) -> int:
     """Our experts between their two GEMMs; equals ``kernels.experts.workspace_bytes``."""
     if fp8:
-        return rows * (intermediate + 4 * -(-intermediate // ACT_SCALE_CHANNELS))
+        return rows * (intermediate + 4 * ceil_div(intermediate, ACT_SCALE_CHANNELS))
     return rows * intermediate * DTYPE_BYTES.get(dtype, 2)
 
 

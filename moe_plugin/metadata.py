@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .rows import ceil_div
+
 
 @dataclass(frozen=True, slots=True)
 class DPMetadata:
@@ -24,7 +26,7 @@ class DPMetadata:
         """From the host's tokens per attention-DP group (``global_num_tokens_cpu``)."""
         sizes: list[int] = []
         for tokens in global_num_tokens:
-            sizes += [-(-int(tokens) // attn_tp_size)] * attn_tp_size
+            sizes += [ceil_div(int(tokens), attn_tp_size)] * attn_tp_size
         return cls(tuple(sizes))
 
     @property
@@ -34,4 +36,4 @@ class DPMetadata:
 
     def expected_rows(self, top_k: int, num_experts: int) -> int:
         """Mean live rows per expert, at least 1: for the choice of tiles, never correctness."""
-        return max(1, -(-sum(self.sp_local_sizes) * top_k // num_experts))
+        return max(1, ceil_div(sum(self.sp_local_sizes) * top_k, num_experts))

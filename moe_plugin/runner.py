@@ -6,20 +6,24 @@ not is an error (see :mod:`moe_plugin.transports.guard`), never a second round.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from .config import BatchedMoEConfig
+from .metadata import DPMetadata
 
 if TYPE_CHECKING:
     import torch
 
-    from .metadata import DPMetadata
     from .transports.base import Transport
 
     Experts = Callable[..., torch.Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +128,9 @@ class BatchedMoERunner:
         )
         hook()
         recv_x, recv_scale = recv if isinstance(recv, tuple) else (recv, None)
-        if metadata is not None:
-            expected_m = metadata.expected_rows(cfg.top_k, cfg.num_experts)
-        else:
-            rows = hidden_states.shape[0] * cfg.num_ranks * cfg.top_k
-            expected_m = max(1, -(-rows // cfg.num_experts))
+        if metadata is None:  # the best guess: the other ranks hold as many
+            metadata = DPMetadata((hidden_states.shape[0],) * cfg.num_ranks)
+        expected_m = metadata.expected_rows(cfg.top_k, cfg.num_experts)
         output = self.run_experts(recv_x, recv_scale, masked_m, weights, expected_m)
         combined, _, hook = transport.low_latency_combine(
             output, topk_ids, topk_weights, handle, return_recv_hook=True
@@ -139,7 +141,8 @@ class BatchedMoERunner:
 
 def expected_rows(config: BatchedMoEConfig) -> range:
     """Every mean of live rows per expert that a batch within T can have: what to compile for."""
-    return range(1, -(-config.capacity * config.top_k // config.num_experts) + 1)
+    full = DPMetadata((config.max_num_tokens,) * config.num_ranks)
+    return range(1, full.expected_rows(config.top_k, config.num_experts) + 1)
 
 
 @cache
@@ -150,7 +153,8 @@ def warm_up(config: BatchedMoEConfig, dtype: torch.dtype) -> int:
     """
     from .kernels.experts import warmup
 
-    return warmup(
+    started = time.monotonic()
+    kernels = warmup(
         config.num_local_experts,
         config.capacity,
         config.hidden_size,
@@ -158,6 +162,9 @@ def warm_up(config: BatchedMoEConfig, dtype: torch.dtype) -> int:
         dtype,
         expected_rows(config),
     )
+    seconds = time.monotonic() - started
+    logger.info("moe_plugin: %d expert kernels ready after %.1f s", kernels, seconds)
+    return kernels
 
 
 def make_moe_runner(config: BatchedMoEConfig, device_type: str) -> BatchedMoERunner:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from .serving.checkpoint import write_checkpoint
-from .serving.prompts import PROMPTS
+from .serving.prompts import NEW_TOKENS, PROMPTS
 from .serving.server import COMMON_ARGS, Server
 
-NEW_TOKENS = 16
 STOCK = {"SGLANG_PLUGINS": "moe_plugin_cpu"}
 
 

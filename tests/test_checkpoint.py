@@ -10,11 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .serving.checkpoint import Shape, write_checkpoint
-from .serving.prompts import SHORT_PROMPTS
+from .serving.prompts import NEW_TOKENS, SHORT_PROMPTS
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
-NEW_TOKENS = 16
 _SPACE = "\u0120"  # how a byte-level vocabulary spells a blank
 
 

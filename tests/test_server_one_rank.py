@@ -10,12 +10,11 @@ from .hosts import host_script_result
 from .serving.checkpoint import Shape
 from .serving.compare import check_equal, uncounted_layers
 from .serving.fixture_plugin import write_plugin
-from .serving.prompts import LONG_PROMPT, PROMPTS
+from .serving.prompts import LONG_PROMPT, NEW_TOKENS, PROMPTS
 from .serving.server import COMMON_ARGS, LAUNCH_SERVER, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
-NEW_TOKENS = 16
 BUDGET = 256
 ON = (*COMMON_ARGS, "--use-batched-dp-moe", "on")
 

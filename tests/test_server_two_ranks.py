@@ -12,12 +12,11 @@ import pytest
 from .serving.checkpoint import Shape
 from .serving.compare import check_equal, uncounted_layers
 from .serving.fixture_plugin import write_plugin
-from .serving.prompts import LONG_PROMPT, PROMPTS, SHORT_PROMPTS
+from .serving.prompts import LONG_PROMPT, NEW_TOKENS, PROMPTS, SHORT_PROMPTS
 from .serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
-NEW_TOKENS = 16
 BUDGET = 256  # the default: no flag about sizes is given
 
 # Writes what became of the plugin in each process of the host, a moment after it loaded.

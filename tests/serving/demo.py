@@ -13,10 +13,9 @@ from pathlib import Path
 
 from .checkpoint import Shape, write_checkpoint
 from .compare import MAX_LOGPROB_DISTANCE, different_tokens, logprob_distance, uncounted_layers
-from .prompts import PROMPTS
+from .prompts import NEW_TOKENS, PROMPTS
 from .server import COMMON_ARGS, TWO_EP_RANKS, Server, ServerDied
 
-NEW_TOKENS = 16
 EP_RANKS = 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+NEW_TOKENS = 16  # of every answer that is compared
+
 # One token per byte: at least 32 tokens each.
 SHORT_PROMPTS = (
     "The experts of a mixture are small; the traffic between them is not.",
