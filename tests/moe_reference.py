@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import silu
+
+from moe_plugin.kernels.experts_torch import (
+    dequantise_blocks_torch,
+    dequantise_groups_torch,
+    quantise_groups_torch,
+)
+
+from .kernel_cases import quantise_blocks
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,10 @@ def make_case(
     routing: str = "random",
     seed: int = 0,
 ) -> MoECase:
-    """A random layer. ``counts``: tokens per rank; ``routing``: random, one (all to expert 1)."""
+    """A random layer. ``counts``: tokens per rank.
+
+    ``routing``: random (one id in ten is -1), one (all to expert 1), none (only -1).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -51,9 +62,10 @@ def make_case(
             [torch.randperm(experts, generator=generator)[:top_k] for _ in range(n)]
             or [torch.empty(top_k, dtype=torch.int64)]
         )[:n]
-        if routing == "one":
+        if routing in ("one", "none"):
             chosen = torch.full((n, top_k), -1)
-            chosen[:, 0] = 1
+            if routing == "one":
+                chosen[:, 0] = 1
         elif n:
             chosen[torch.rand(n, top_k, generator=generator) < 0.1] = -1
         ids.append(chosen)
@@ -78,3 +90,41 @@ def dense_moe(case: MoECase, rank: int, dtype: torch.dtype = torch.float64) -> t
         weight = torch.where(case.topk_ids[rank] == expert, case.topk_weights[rank], 0).sum(1)
         out += weight.to(dtype).unsqueeze(1) * y
     return out
+
+
+@dataclass(frozen=True)
+class Fp8Experts:
+    """A case's experts in float8_e4m3fn with one float32 scale per 128x128 block."""
+
+    w13: torch.Tensor
+    w13_scale: torch.Tensor
+    w2: torch.Tensor
+    w2_scale: torch.Tensor
+
+    @classmethod
+    def of(cls, case: MoECase) -> Fp8Experts:
+        """The case's weights, rounded."""
+        return cls(*quantise_blocks(case.w13), *quantise_blocks(case.w2))
+
+    def dequantised(self, case: MoECase) -> MoECase:
+        """The case with the weights that FP8 experts stand for, in float32."""
+        return replace(
+            case,
+            w13=dequantise_blocks_torch(self.w13, self.w13_scale),
+            w2=dequantise_blocks_torch(self.w2, self.w2_scale),
+        )
+
+
+def dense_moe_fp8(case: MoECase, rank: int) -> torch.Tensor:
+    """As :func:`dense_moe`, rounding where an FP8 layer rounds; ``case`` is dequantised."""
+    x = dequantise_groups_torch(*quantise_groups_torch(case.tokens[rank]))
+    inter = case.w2.shape[-1]
+    out = torch.zeros_like(x)
+    for expert in range(case.w13.shape[0]):
+        both = x @ case.w13[expert].T
+        act = silu(both[:, :inter]) * both[:, inter:]
+        act = dequantise_groups_torch(*quantise_groups_torch(act))
+        y = (act @ case.w2[expert].T).bfloat16()
+        weight = torch.where(case.topk_ids[rank] == expert, case.topk_weights[rank], 0).sum(1)
+        out += weight.unsqueeze(1) * y
+    return out.bfloat16()
