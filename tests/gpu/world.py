@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,7 +66,6 @@ class World:
     ranks_per_device: int = 1
     hint: int | None = None
     taken: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -191,7 +190,7 @@ class Layer:
         if fp8:
             q = Fp8Experts.of(case)
             self.case = q.dequantised(case)
-            parts = (q.w13, q.w2, q.w13_scale, q.w2_scale)
+            parts: tuple[torch.Tensor, ...] = (q.w13, q.w2, q.w13_scale, q.w2_scale)
         else:
             parts = (case.w13, case.w2)
         self.experts = ExpertWeights(*(part[mine].to(device).contiguous() for part in parts))
