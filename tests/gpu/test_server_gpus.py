@@ -1,0 +1,113 @@
+"""The real server over all GPUs of this machine: one rank each, DeepEP low latency, our budgets.
+
+Against the stock host on one GPU, by the distance that the stock host has to itself when its
+tensor parallelism adds the same sums in another order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..rank_killed import check_killed_rank_ends_the_server
+from ..server_checks import (
+    check_idle_ranks,
+    check_mixed_prompts,
+    check_unequal_load,
+    check_within_plan,
+    forced_logprobs,
+    mean_distance,
+)
+from ..serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
+from ..serving.prompts import long_prompt
+from ..serving.server import LAUNCH_SERVER, Server
+from .test_deepep import ENVIRONMENT
+
+GPUS = torch.cuda.device_count()
+SHAPE = replace(QWEN3_30B_LAYERS, num_hidden_layers=4)
+# No FlashInfer in the slim stack of a GPU host without a network.
+BACKENDS = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
+STOCK = {"MOE_PLUGIN_DISABLE": "1"}
+PROMPTS = (long_prompt(300), long_prompt(700)[13:], long_prompt(1500)[29:], long_prompt(260)[5:])
+DISTANCE_FACTOR = 4.0
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.server,
+    pytest.mark.timeout(500),
+    pytest.mark.skipif(GPUS < 2, reason=f"requires 2 or more GPUs, got {GPUS}"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deep_ep") is None, reason="requires the deep_ep package"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-30B-A3B's layers with random weights, in bf16."""
+    path = tmp_path_factory.mktemp("model")
+    write_checkpoint(path, SHAPE, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.empty_cache()
+    return path
+
+
+@pytest.fixture(scope="module")
+def stock(model: Path) -> list[list[float]]:
+    """Teacher-forced log-probabilities of the stock host: on one GPU, and tensor-parallel."""
+    values = []
+    for size in (1, GPUS):
+        args = (*BACKENDS, "--tp-size", str(size), "--disable-cuda-graph")
+        with Server(args, model, ranks=0, env=ENVIRONMENT | STOCK, command=LAUNCH_SERVER) as server:
+            values.append(forced_logprobs(server.wait_ready(), PROMPTS))
+    return values
+
+
+@pytest.fixture(scope="module")
+def served(model: Path, stock: list[list[float]]) -> Iterator[Server]:
+    """Ours on all GPUs; ``stock`` first, so that one server runs at a time."""
+    size = str(GPUS)
+    args = (*BACKENDS, "--tp-size", size, "--attn-dp-size", size, "--use-batched-dp-moe", "on")
+    with Server(args, model, ranks=0, env=ENVIRONMENT, command=LAUNCH_SERVER) as server:
+        yield server.wait_ready(400)
+
+
+def test_as_close_to_the_stock_host_as_the_host_to_itself(
+    served: Server, stock: list[list[float]]
+) -> None:
+    """Mean distance of teacher-forced log-probabilities."""
+    one, parallel = stock
+    bound = DISTANCE_FACTOR * mean_distance(one, parallel)
+    distance = mean_distance(forced_logprobs(served, PROMPTS), one)
+    print(f"distance {distance:.2e}, bound {bound:.2e}")
+    assert distance <= bound
+
+
+def test_64_concurrent_prompts(served: Server) -> None:
+    """From one token to sixteen times the default budget."""
+    check_mixed_prompts(served, 64, (1, 7, 63, 256, 257, 1000, 4000), 32)
+
+
+def test_idle_ranks(served: Server) -> None:
+    """One request on N ranks."""
+    check_idle_ranks(served, 32)
+
+
+def test_unequal_load(served: Server) -> None:
+    """Long prompts on one rank only."""
+    check_unequal_load(served, GPUS, 4000, 32)
+
+
+def test_within_plan(served: Server) -> None:
+    """Rows and buffer bytes, on every rank."""
+    check_within_plan(served, GPUS, SHAPE.num_hidden_layers)
+
+
+def test_a_killed_rank_ends_the_server(served: Server) -> None:
+    """Last: the server is gone after it."""
+    seconds = check_killed_rank_ends_the_server(served, GPUS, peers_hang=False)
+    print(f"server gone {seconds:.1f} s after its rank")
