@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # On a GPU host without a network: `gpu_host.sh STACK_DIR STAGE...`, from the checkout's root.
 # STACK_DIR is an unpacked site tree with SGLang's pinned packages; the plugin's wheel is in dist/.
-# Stages: tests, start, pair (with the rest as bench.py's options). Results go to ${OUT:-/tmp/out}.
+# Stages: tests, and those of benchmarks/serving/bench.py with its options. Results: ${OUT:-/tmp/out}.
 set -uo pipefail
 stack=$(cd "$1" && pwd)
 stage=$2
 shift 2
 out=${OUT:-/tmp/out}
 mkdir -p "$out"
-site=$(mktemp -d)
-python3 -m zipfile -e dist/moe_plugin-*.whl "$site"
+wheel=$(ls dist/moe_plugin-*.whl)
+# One folder per wheel: servers that outlive a command import from it.
+site=${TMPDIR:-/tmp}/moe-plugin-site-$(sha256sum "$wheel" | cut -c1-16)
+[ -d "$site" ] || python3 -m zipfile -e "$wheel" "$site"
 export PYTHONPATH=$stack:$site PYTHONUNBUFFERED=1
 nvshmem=$(python3 -c 'import nvidia, os; print([p for p in nvidia.__path__ if os.path.isdir(p + "/nvshmem")][0])')
 export LD_LIBRARY_PATH=$stack/nvidia/nccl/lib:$nvshmem/nvshmem/lib:${LD_LIBRARY_PATH:-}
@@ -17,6 +19,6 @@ export NVSHMEM_REMOTE_TRANSPORT=none # one host, no RDMA
 export PYTORCH_SKIP_CUDNN_COMPATIBILITY_CHECK=1 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} HF_HUB_OFFLINE=1
 case $stage in
 tests) python3 -P -m pytest -m gpu tests/gpu -s -q --timeout 400 "$@" ;;
-start | pair) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;
-*) echo "unknown stage $stage: tests, start or pair" >&2 && exit 1 ;;
+start | up | rounds | down | pair | stock) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;
+*) echo "unknown stage $stage: tests, start, up, rounds, down, pair or stock" >&2 && exit 1 ;;
 esac

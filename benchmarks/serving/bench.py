@@ -1,10 +1,16 @@
 """The real server on one GPU: ours beside the stock host. `bench.py STAGE --out DIR`.
 
-Stages:
     start   ours alone, with no flag about sizes: start-up phases, mixed prompts, memory
-    pair    ours and the stock host resident together: correctness, alternating rounds of load
+    up      start variants that stay: phases of the start, mixed prompts, log-probabilities
+    rounds  alternating rounds of load against the servers that are up
+    down    stop them by their process ids; what was compiled since they were ready
+    pair    up, rounds and down in one
+    stock   launches that fail on the stock host: what happens, and after how long
+    merge   join the JSON files of several commands, and compare with the bars
 
-Prints a short table last; the JSON in DIR names device, versions and date.
+Variants: a stock without all-to-all; b stock DeepEP + DeepGEMM with five settings by hand; c ours;
+d512 ours with T = 512. Each stage prints a short table last and writes one JSON file, a stage that
+is cut short what it has; the JSON names device, versions and date.
 """
 
 from __future__ import annotations
@@ -12,56 +18,48 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import random
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
-from load import run_round
-from serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
-from serving.prompts import long_prompt
-from serving.server import LAUNCH_SERVER, Server, ServerDied
+import served
+import startup
+from load import STREAM_INTERVAL, Clients, Job
+from report import Report, merge, summary, table
+from servers import Detached, launch, load_state, save_state
+from serving.server import COMMON_ARGS
+from variants import RESIDENT, SLIM, variant
 
-# No FlashInfer in the slim stack of a GPU host without a network.
-SLIM = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
-OURS = ("--use-batched-dp-moe", "on")
-DEEPEP = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
-BY_HAND = (
-    *DEEPEP, "--moe-runner-backend", "deep_gemm", "--chunked-prefill-size", "256",
-    "--cuda-graph-max-bs-decode", "256", "--cuda-graph-max-bs-prefill", "256",
-    "--max-running-requests", "256",
-)  # fmt: skip
-BY_HAND_ENV = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"}
-STOCK_ENV = {"MOE_PLUGIN_DISABLE": "1"}
-VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "a stock, no all-to-all": (("--cuda-graph-max-bs-decode", "256"), STOCK_ENV),
-    "b stock DeepEP + DeepGEMM by hand": (BY_HAND, BY_HAND_ENV | STOCK_ENV),
-    "c ours": (OURS, {}),
-}
-PHASES = (
-    "Load weight end", "expert kernels ready", "KV Cache is allocated", "Capture cuda graph begin",
-    "Capture cuda graph end", "Capture prefill", "The server is fired up",
-)  # fmt: skip
+BEGAN = time.monotonic()
+WARM_UP_S = 1.0
+LOG_BYTES = 400_000
+ROOM = 24 * 2**30  # for a model in memory, and as much again
+WORK = Path(tempfile.gettempdir()) / "moe-plugin-serving"
 
 
 def environment() -> dict[str, str]:
     """What a figure depends on."""
     packages = ("sglang", "torch", "triton", "sgl-deep-ep", "sgl-deep-gemm")
     found = {name: _version(name) for name in packages}
-    return {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        **found,
-    }
+    return {"device": _smi("name") or "cpu", "date": datetime.date.today().isoformat(), **found}
+
+
+def _smi(field: str) -> str:
+    """One field of nvidia-smi: asking torch would take memory that the servers share."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().splitlines()[0]
 
 
 def _version(name: str) -> str:
@@ -71,172 +69,224 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def start(name: str, model: Path, *more: str) -> tuple[Server, float]:
-    """A server of one variant and the time its start began."""
-    args, env = VARIANTS[name]
-    server = Server((*SLIM, *args, *more), model, ranks=0, env=env, command=LAUNCH_SERVER)
-    return server, time.monotonic()
+class Bench:
+    """One command: its options, and the report that it writes as it grows."""
 
-
-def phases(server: Server) -> list[str]:
-    """Log lines that mark the phases of a start."""
-    return [line for line in server.lines if any(phase in line for phase in PHASES)]
-
-
-def stage_start(model: Path) -> dict[str, Any]:
-    """Ours, with no flag beyond its own: does it start, and serve whatever comes?"""
-    report: dict[str, Any] = {}
-    server, began = start("c ours", model)
-    with server:
-        try:
-            server.wait_ready(400)
-        except ServerDied as error:
-            return {"died": str(error)[-6000:]}
-        report["ready_s"] = time.monotonic() - began
-        report["phases"] = phases(server)
-        report["states"] = server.states()
-        rng = random.Random(0)
-        prompts = [long_prompt(rng.choice((1, 7, 63, 256, 257, 1000, 4000))) for _ in range(64)]
-        answers = server.generate_many(prompts, 32, concurrency=64)
-        report["mixed_prompts"] = {
-            "requests": len(prompts),
-            "answered": sum(len(a["tokens"]) == 32 for a in answers),
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.cpu = options.model == "tiny"
+        self.stamp = datetime.datetime.now().strftime("%H%M%S")
+        self.report: Report = {
+            "environment": environment(),
+            "model": options.model,
+            "command": " ".join(sys.argv[1:]),
         }
-        report["disconnect"] = _disconnect(server)
-        server.post("/flush_cache", {})
-        report["again"] = len(server.generate(prompts[0], 8)["tokens"]) == 8
-        report["states"] = server.states()
-        report["compiled_while_serving"] = [
-            line for line in server.lines if "compil" in line.lower() and "Capture" not in line
-        ][-5:]
-        report["log"] = list(server.lines)
-    return report
+        options.work.mkdir(parents=True, exist_ok=True)
+        options.out.mkdir(parents=True, exist_ok=True)
 
+    def save(self) -> None:
+        """Write the report; called after every step, since commands may be cut short."""
+        path = self.options.out / f"serving-{self.options.stage}-{self.stamp}.json"
+        path.write_text(json.dumps(self.report, indent=1))
 
-def _disconnect(server: Server) -> str:
-    """A client that goes away in the middle, and an abort of everything."""
-    client = subprocess.Popen(
-        [
-            "curl", "-sN", "-m", "1", f"{server.url}/generate", "-H",
-            "Content-Type: application/json", "-d",
-            json.dumps({"text": "x" * 300, "stream": True,
-                        "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}),
-        ],
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    client.wait()
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(server.generate, "abort me " * 20, 2000)
-        time.sleep(1)
-        request = {"rid": "", "abort_all": True}
-        server.post("/abort_request", request)
-        reason = running.result()["meta"]["finish_reason"]
-    return str(reason)
+    def model(self) -> Path:
+        """The checkpoint, written unless it is there."""
+        began = time.monotonic()
+        if self.cpu:
+            from serving.checkpoint import write_checkpoint
 
+            folder = self.options.work / "tiny"
+            if not folder.exists():
+                write_checkpoint(folder)
+            return folder
+        folder = written(self.options.model)
+        self.report["model_written_s"] = round(time.monotonic() - began, 1)
+        return folder
 
-def stage_pair(
-    model: Path, seconds: float, rounds: int, points: list[int], save: Callable[[dict], None]
-) -> dict[str, Any]:
-    """All variants resident together: correctness first, then alternating rounds."""
-    report: dict[str, Any] = {"ready_s": {}, "rounds": []}
-    servers = {name: start(name, model, "--mem-fraction-static", "0.3") for name in VARIANTS}
-    try:
-        for name, (server, began) in servers.items():
-            server.wait_ready(450)
-            report["ready_s"][name] = time.monotonic() - began
-        report["phases"] = {name: phases(server) for name, (server, _) in servers.items()}
-        report["states"] = servers["c ours"][0].states()
-        report["logprob_distance"] = _distances({n: s for n, (s, _) in servers.items()})
-        for point in points:
-            for server, _ in servers.values():
-                run_round(server.url, point, 2.0)
-            for index in range(rounds):
-                for name, (server, _) in servers.items():
-                    measured = run_round(server.url, point, seconds, seed=index).summary()
-                    report["rounds"].append({"variant": name, "round": index, **measured})
-            save(report)  # a run that is cut short keeps what it measured
-    except ServerDied as error:
-        report["died"] = str(error)[-6000:]
-    finally:
-        report["log"] = [line for server, _ in servers.values() for line in server.lines]
-        for server, _ in servers.values():
+    def up(self) -> None:
+        """Start variants together, or one by one, beside those that are up."""
+        options, folder = self.options, self.model()
+        common = (*COMMON_ARGS,) if self.cpu else (*SLIM, *RESIDENT)
+        running = load_state(options.work)
+        groups = [[name] for name in options.variants]
+        if not options.one_by_one:
+            groups = [options.variants]
+        self.report |= {"startup": [], "failed": [], "served": [], "memory": {}}
+        for group in groups:
+            watches = []
+            for name in group:
+                server = launch(
+                    variant(name, cpu=self.cpu),
+                    folder,
+                    options.work,
+                    (*common, *options.more),
+                    cold=options.cold,
+                    cpu=self.cpu,
+                )
+                watches.append(startup.Watch(server, time.monotonic()))
+                running.append(server)
+                save_state(options.work, running)  # before anything can fail
+            self.report["failed"] += startup.wait_ready(watches, options.timeout)
+            self.report["startup"] += [startup.describe(watch) for watch in watches]
+            save_state(options.work, running)
+            for watch in watches:
+                if watch.ready_s is not None:
+                    self.serve(watch.server, alone=len(group) == 1)
+            self.save()
+        self.report["device_memory_used"] = _smi("memory.used")
+        self.distances(running)
+
+    def serve(self, server: Detached, *, alone: bool) -> None:
+        """First requests, mixed prompts and planned memory of one server."""
+        name = server.record.variant
+        answered = served.mixed(server, 1000 if self.cpu else 4000)
+        self.report["served"].append({"variant": name, **answered})
+        if (row := served.memory(server, alone=alone)) is not None:
+            self.report["memory"][name] = row
+
+    def distances(self, running: Sequence[Detached]) -> None:
+        """How far apart the servers' log-probabilities are; the first twice, for the noise."""
+        ready = [s for s in running if s.alive() and s.answers()]
+        if not ready:
+            return
+        values = {"again": served.forced(ready[0])}
+        values |= {server.record.variant: served.forced(server) for server in ready}
+        self.report["logprob_distance"] = served.distances(values)
+        self.save()
+
+    def rounds(self) -> None:
+        """Alternating rounds of load, point by point, while there is time."""
+        options = self.options
+        running = {s.record.variant: s for s in load_state(options.work)}
+        names = [name for name in options.variants if name in running]
+        self.report |= {"rounds": [], "skipped": []}
+        with Clients() as clients:
+            for point in options.points:
+                for name in names:
+                    self.round(clients, running[name], point, f"warm-up/{point}", WARM_UP_S)
+                for index in range(options.rounds):
+                    present = [n for n in names if n not in options.seldom or index in (0, 2)]
+                    need = len(present) * (options.seconds + options.lead + 1)
+                    if time.monotonic() - BEGAN + need > options.budget:
+                        self.report["skipped"].append(f"from round {index} at {point}: no time")
+                        return
+                    for name in present if index % 2 == 0 else present[::-1]:
+                        key = f"{self.stamp}/{point}/{index}"
+                        measured = self.round(clients, running[name], point, key, options.seconds)
+                        self.report["rounds"].append({"variant": name, "key": key, **measured})
+                        self.save()
+
+    def round(
+        self, clients: Clients, server: Detached, point: int, key: str, seconds: float
+    ) -> dict[str, Any]:
+        """One round; afterwards nothing runs and no prefix is kept."""
+        job = Job(
+            server.url,
+            tuple(range(point)),
+            key,
+            lead_s=self.options.lead,
+            seconds=seconds,
+            stream_interval=self.options.stream_interval,
+        )
+        measured = clients.round(job)
+        server.idle()
+        return measured
+
+    def compiled(self) -> None:
+        """Files that appeared in the caches since each server was ready."""
+        self.report["compiled"] = []
+        for server in load_state(self.options.work):
+            record = server.record
+            new = sorted(set(server.cached()) - set(record.cached_at_ready))
+            entry = {"variant": record.variant, "cold": record.cold, "files": new[:40]}
+            self.report["compiled"].append(entry)
+
+    def down(self) -> None:
+        """Stop the servers that are up; keep the ends of their logs."""
+        running = load_state(self.options.work)
+        states = [{"variant": s.record.variant, "alive": s.alive()} for s in running]
+        self.report["stopped"] = states
+        self.compiled()
+        for server in running:
             server.stop()
-    return report
+        log = self.options.out / f"serving-{self.stamp}.log"
+        log.write_text("\n".join(f"== {s.record.title}\n{s.tail(LOG_BYTES)}" for s in running))
+        save_state(self.options.work, [])
+
+    def pair(self) -> None:
+        """Everything in one command."""
+        try:
+            self.up()
+            if not self.report["failed"]:
+                self.rounds()
+        finally:
+            self.down()
 
 
-def _distances(servers: dict[str, Server]) -> dict[str, float]:
-    """Teacher-forced: mean distance of the same tokens' log-probabilities to (a)'s."""
-    prompts = [long_prompt(n)[k:] for n, k in ((300, 0), (700, 13), (1500, 29), (260, 5))]
-    forced: dict[str, list[float]] = {}
-    for name, server in servers.items():
-        values: list[float] = []
-        for prompt in prompts:
-            answer = server.post(
-                "/generate",
-                {
-                    "text": prompt,
-                    "sampling_params": {"max_new_tokens": 1},
-                    "return_logprob": True,
-                    "logprob_start_len": 0,
-                },
-            )
-            values += [pair[0] for pair in answer["meta_info"]["input_token_logprobs"][1:]]
-        forced[name] = values
-    base, *others = forced
-    return {
-        f"{name} to {base}": sum(
-            abs(a - b) for a, b in zip(forced[name], forced[base], strict=True)
-        )
-        / len(forced[base])
-        for name in others
-    }
-
-
-def table(report: dict[str, Any]) -> str:
-    """Medians by variant and concurrency."""
-    lines = [f"{'variant':<36}{'conc':>6}{'tok/s':>10}{'TTFT ms':>10}{'ITL ms':>9}{'lost':>6}"]
-    cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in report.get("rounds", []):
-        cells.setdefault((row["variant"], row["concurrency"]), []).append(row)
-    for (name, point), rows in sorted(cells.items(), key=lambda item: item[0][::-1]):
-        values = [median(r[k] for r in rows) for k in ("tokens_per_s", "ttft_ms", "itl_ms")]
-        lost = sum(r["lost"] for r in rows)
-        lines.append(
-            f"{name:<36}{point:>6}{values[0]:>10.0f}{values[1]:>10.1f}{values[2]:>9.2f}{lost:>6}"
-        )
-    return "\n".join(lines)
+def written(name: str) -> Path:
+    """A model's folder; written by a process of its own, whose GPU memory goes with it."""
+    memory, temporary = (
+        Path(f) / f"moe-plugin-{name}" for f in ("/dev/shm", tempfile.gettempdir())
+    )
+    for folder in (memory, temporary):
+        if (folder / "written").exists():
+            return folder
+    roomy = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > ROOM
+    folder = memory if roomy else temporary
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(
+        [sys.executable, "-P", str(here / "models.py"), name, str(folder), "cuda"],
+        env={**os.environ, "PYTHONPATH": ":".join(filter(None, paths))},
+        check=True,
+    )
+    return folder
 
 
 def main() -> int:
-    """Run one stage and write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("start", "pair"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of one round")
-    parser.add_argument("--rounds", type=int, default=5)
+    """Run one stage."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = ("start", "up", "rounds", "down", "pair", "stock", "merge")
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("files", type=Path, nargs="*", help="merge: JSON files to join")
+    parser.add_argument("--out", type=Path, required=True, help="folder; for merge a file")
+    parser.add_argument("--work", type=Path, default=WORK, help="logs, caches and state")
+    parser.add_argument("--model", default="qwen3-bf16", help="qwen3-fp8, deepseek-v3, tiny (CPU)")
+    parser.add_argument("--variants", nargs="+", default=["a", "b", "c"])
+    parser.add_argument("--cold", action="store_true", help="up: empty the caches of kernels first")
+    parser.add_argument("--one-by-one", action="store_true", help="up: wait for each to be ready")
+    parser.add_argument("--timeout", type=float, default=400.0, help="up: of one start")
+    parser.add_argument("--more", nargs="+", default=[], help="up: more flags for every server")
     parser.add_argument("--points", type=int, nargs="+", default=[1, 16, 64, 128, 256])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10.0, help="counted in one round")
+    parser.add_argument("--lead", type=float, default=1.5, help="load before counting begins")
+    parser.add_argument("--seldom", nargs="*", default=[], help="variants in two rounds of a point")
+    parser.add_argument("--stream-interval", type=int, default=STREAM_INTERVAL)
+    parser.add_argument("--budget", type=float, default=570.0, help="seconds for this command")
     options = parser.parse_args()
-    folder = Path("/tmp/moe-plugin-bench-model")
-    if not (folder / "tokenizer.json").exists():
-        write_checkpoint(folder, QWEN3_30B_LAYERS, dtype=torch.bfloat16, device="cuda")
-        torch.cuda.empty_cache()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"serving-{options.stage}.json"
+    if options.stage == "merge":
+        report = merge(json.loads(path.read_text()) for path in options.files)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(table(report))
+        return 0
+    bench = Bench(options)
+    try:
+        if options.stage in ("start", "stock"):
+            import alone
+            import stock
 
-    def save(report: dict[str, Any]) -> None:
-        rest = {key: value for key, value in report.items() if key != "log"}
-        path.write_text(json.dumps({"environment": environment(), **rest}, indent=1))
-
-    if options.stage == "start":
-        report = stage_start(folder)
-    else:
-        report = stage_pair(folder, options.seconds, options.rounds, options.points, save)
-    save(report)
-    path.with_suffix(".log").write_text("\n".join(report.pop("log", [])))
-    summary = {k: v for k, v in report.items() if k != "rounds"}
-    print(json.dumps(summary, indent=1)[-7000:])
-    print(table(report))
-    return 1 if "died" in report else 0
+            {"start": alone.stage_start, "stock": stock.stage_stock}[options.stage](bench)
+        else:
+            getattr(bench, options.stage)()
+    finally:
+        if "rounds" in bench.report or "startup" in bench.report:
+            bench.report["summary"] = summary(bench.report)
+        bench.save()
+        print(table(bench.report))
+    return 1 if bench.report.get("failed") else 0
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def write_checkpoint(
     write_config(path, shape, str(dtype).removeprefix("torch."))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
     save_file(_weights(shape, seed, drop_experts, dtype, device), path / "model.safetensors")
-    _tokenizer(shape).save_pretrained(path)
+    write_tokenizer(path, shape.vocab_size, shape.max_position_embeddings)
     return path
 
 
@@ -142,20 +142,20 @@ def _weights(
     return weights
 
 
-def _tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+def write_tokenizer(path: Path, vocab_size: int, max_length: int) -> None:
     """One token per byte, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(alphabet)}
     for special in ("<bos>", "<eos>", "<pad>"):
         vocab[special] = len(vocab)
-    assert len(vocab) <= shape.vocab_size
+    assert len(vocab) <= vocab_size
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",
-        model_max_length=shape.max_position_embeddings,
-    )
+        model_max_length=max_length,
+    ).save_pretrained(path)

@@ -1,0 +1,72 @@
+"""Stage `start`: ours alone, with no flag beyond its own, serving whatever comes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import served
+import startup
+from servers import Detached, launch
+from serving.server import COMMON_ARGS
+from variants import SLIM, variant
+
+if TYPE_CHECKING:
+    from bench import Bench
+
+
+def stage_start(bench: Bench) -> None:
+    """Start phases, mixed prompts, clients that go away, planned and measured memory."""
+    common = COMMON_ARGS if bench.cpu else SLIM
+    server = launch(
+        variant("c", cpu=bench.cpu),
+        bench.model(),
+        bench.options.work,
+        (*common, *bench.options.more),
+        cold=bench.options.cold,
+        cpu=bench.cpu,
+    )
+    report = bench.report
+    try:
+        watch = startup.Watch(server, time.monotonic())
+        report["failed"] = startup.wait_ready([watch], bench.options.timeout)
+        report["startup"] = [startup.describe(watch)]
+        bench.save()
+        if report["failed"]:
+            return
+        answered = served.mixed(server, 1000 if bench.cpu else 4000)
+        report["served"] = [{"variant": "c", **answered}]
+        report["disconnect"] = _disconnect(server)
+        server.idle()
+        report["again"] = len(server.generate("again", 8)["tokens"]) == 8
+        report["memory"] = {"c": served.memory(server, alone=True)}
+        report["states"] = server.states()
+        new = sorted(set(server.cached()) - set(server.record.cached_at_ready))
+        report["compiled"] = [{"variant": "c", "cold": server.record.cold, "files": new[:40]}]
+    finally:
+        server.stop()
+        log = bench.options.out / f"serving-start-{bench.stamp}.log"
+        log.write_text(server.tail(400_000))
+
+
+def _disconnect(server: Detached) -> str:
+    """A client that goes away in the middle, and an abort of everything."""
+    client = subprocess.Popen(
+        [
+            "curl", "-sN", "-m", "1", f"{server.url}/generate", "-H",
+            "Content-Type: application/json", "-d",
+            json.dumps({"text": "x" * 300, "stream": True,
+                        "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}),
+        ],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    client.wait()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.generate, "abort me " * 20, 1500)
+        time.sleep(1)
+        server.post("/abort_request", {"rid": "", "abort_all": True})
+        reason = running.result()["meta"]["finish_reason"]
+    return str(reason)
