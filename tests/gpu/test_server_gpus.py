@@ -61,7 +61,13 @@ def stock(model: Path) -> list[list[float]]:
     """Teacher-forced log-probabilities of the stock host: on one GPU, and tensor-parallel."""
     values = []
     for size in (1, GPUS):
-        args = (*BACKENDS, "--tp-size", str(size), "--disable-cuda-graph")
+        args = (
+            *BACKENDS,
+            "--tp-size",
+            str(size),
+            "--disable-prefill-cuda-graph",
+            "--disable-decode-cuda-graph",
+        )
         with Server(args, model, ranks=0, env=ENVIRONMENT | STOCK, command=LAUNCH_SERVER) as server:
             values.append(forced_logprobs(server.wait_ready(), PROMPTS))
     return values
