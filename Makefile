@@ -60,7 +60,7 @@ bench-kernels: install
 
 bench-gpu: install
 	$(BIN)/python -P benchmarks/serving/bench.py start --out benchmarks/results
-	$(BIN)/python -P benchmarks/serving/bench.py pair --out benchmarks/results
+	$(BIN)/python -P benchmarks/serving/bench.py pair --budget 3600 --out benchmarks/results
 
 test-gpu: install
 	$(PYTEST) -m gpu

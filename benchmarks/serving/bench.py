@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,8 @@ class Bench:
         states = [{"variant": s.record.variant, "alive": s.alive()} for s in running]
         self.report["stopped"] = states
         self.compiled()
-        for server in running:
-            server.stop()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Detached.stop, running))
         log = self.options.out / f"serving-{self.stamp}.log"
         log.write_text("\n".join(f"== {s.record.title}\n{s.tail(LOG_BYTES)}" for s in running))
         save_state(self.options.work, [])

@@ -212,6 +212,7 @@ async def _request(
     within: list[tuple[float, int]] = []
     try:
         async with session.post(f"{job.url}/generate", json=body) as reply:
+            reply.raise_for_status()
             async for line in reply.content:
                 found = _COMPLETION.search(line)
                 if found is None:

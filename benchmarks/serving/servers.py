@@ -161,7 +161,7 @@ def stop_group(pid: int, port: str) -> None:
     with contextlib.suppress(OSError):
         if port.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             return  # the id belongs to somebody else by now
-    for sent, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 20.0)):
+    for sent, patience_s in ((signal.SIGTERM, 4.0), (signal.SIGKILL, 20.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, sent)
         deadline = time.monotonic() + patience_s

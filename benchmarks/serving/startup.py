@@ -19,7 +19,7 @@ ENDS = (
     ("imports and arguments", r"Init parallel begin"),
     ("process groups", r"Load weight begin"),
     ("weights", r"Load weight end"),
-    ("KV cache", r"KV Cache is allocated"),
+    ("KV cache", r"KV Cache (is allocated|VA upper bound)"),
     ("before prefill graphs", r"Capture .*prefill CUDA graph begin"),
     ("prefill graphs", r"Capture .*prefill CUDA graph end"),
     ("before decode graphs", r"Capture .*decode CUDA graph begin"),
