@@ -24,10 +24,10 @@ FOLDER = Path(__file__).resolve().parent
 # Spawned ranks inherit the path. The checkout comes last, so that its `kernels/` hides no package.
 sys.path.insert(0, str(FOLDER))
 sys.path.append(str(FOLDER.parents[1]))
-from measure import Options, measure
-from shapes import CPU_SHAPES, GPU_SHAPES, PUBLISHED, Shape
+from measure import Options, measure  # noqa: E402  (found through the path set above)
+from shapes import CPU_SHAPES, GPU_SHAPES, PUBLISHED, Shape  # noqa: E402
 
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks  # noqa: E402
 
 ENVIRONMENT = {
     "EP_SUPPRESS_NCCL_CHECK": "1",
