@@ -40,7 +40,7 @@ from serving.server import COMMON_ARGS
 from variants import RESIDENT, SLIM, variant
 
 BEGAN = time.monotonic()
-WARM_UP_S = 1.0
+WARM_UP_S = 0.5
 LOG_BYTES = 400_000
 ROOM = 24 * 2**30  # for a model in memory, and as much again
 WORK = Path(tempfile.gettempdir()) / "moe-plugin-serving"
@@ -50,7 +50,11 @@ def environment() -> dict[str, str]:
     """What a figure depends on."""
     packages = ("sglang", "torch", "triton", "sgl-deep-ep", "sgl-deep-gemm")
     found = {name: _version(name) for name in packages}
-    return {"device": _smi("name") or "cpu", "date": datetime.date.today().isoformat(), **found}
+    return {
+        "device": _smi("name") or _torch_name(),
+        "date": datetime.date.today().isoformat(),
+        **found,
+    }
 
 
 def _smi(field: str) -> str:
@@ -61,6 +65,15 @@ def _smi(field: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip().splitlines()[0]
+
+
+def _torch_name() -> str:
+    """The device's name where there is no nvidia-smi; in a process that gives its memory back."""
+    code = (
+        "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    return (done.stdout.split("\n") or ["unknown"])[0] or "unknown"
 
 
 def _version(name: str) -> str:
@@ -100,8 +113,28 @@ class Bench:
             if not folder.exists():
                 write_checkpoint(folder)
             return folder
-        folder = written(self.options.model)
+        folder = self.written(self.options.model)
         self.report["model_written_s"] = round(time.monotonic() - began, 1)
+        return folder
+
+    @staticmethod
+    def written(name: str) -> Path:
+        """A model's folder; written by a process of its own, whose GPU memory goes with it."""
+        memory, temporary = (
+            Path(f) / f"moe-plugin-{name}" for f in ("/dev/shm", tempfile.gettempdir())
+        )
+        for folder in (memory, temporary):
+            if (folder / "written").exists():
+                return folder
+        roomy = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > ROOM
+        folder = memory if roomy else temporary
+        here = Path(__file__).parent
+        paths = [str(here), str(here.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")]
+        subprocess.run(
+            [sys.executable, "-P", str(here / "models.py"), name, str(folder), "cuda"],
+            env={**os.environ, "PYTHONPATH": ":".join(filter(None, paths))},
+            check=True,
+        )
         return folder
 
     def up(self) -> None:
@@ -135,13 +168,15 @@ class Bench:
                     self.serve(watch.server, alone=len(group) == 1)
             self.save()
         self.report["device_memory_used"] = _smi("memory.used")
-        self.distances(running)
+        if not options.quick:
+            self.distances(running)
 
     def serve(self, server: Detached, *, alone: bool) -> None:
         """First requests, mixed prompts and planned memory of one server."""
         name = server.record.variant
-        answered = served.mixed(server, 1000 if self.cpu else 4000)
-        self.report["served"].append({"variant": name, **answered})
+        if not self.options.quick:
+            answered = served.mixed(server, 1000 if self.cpu else 4000)
+            self.report["served"].append({"variant": name, **answered})
         if (row := served.memory(server, alone=alone)) is not None:
             self.report["memory"][name] = row
 
@@ -160,14 +195,15 @@ class Bench:
         options = self.options
         running = {s.record.variant: s for s in load_state(options.work)}
         names = [name for name in options.variants if name in running]
+        often = options.seldom_rounds
         self.report |= {"rounds": [], "skipped": []}
         with Clients() as clients:
             for point in options.points:
                 for name in names:
                     self.round(clients, running[name], point, f"warm-up/{point}", WARM_UP_S)
                 for index in range(options.rounds):
-                    present = [n for n in names if n not in options.seldom or index in (0, 2)]
-                    need = len(present) * (options.seconds + options.lead + 1)
+                    present = [n for n in names if n not in options.seldom or index < often]
+                    need = len(present) * (options.seconds + options.lead + 0.5)
                     if time.monotonic() - BEGAN + need > options.budget:
                         self.report["skipped"].append(f"from round {index} at {point}: no time")
                         return
@@ -224,26 +260,6 @@ class Bench:
             self.down()
 
 
-def written(name: str) -> Path:
-    """A model's folder; written by a process of its own, whose GPU memory goes with it."""
-    memory, temporary = (
-        Path(f) / f"moe-plugin-{name}" for f in ("/dev/shm", tempfile.gettempdir())
-    )
-    for folder in (memory, temporary):
-        if (folder / "written").exists():
-            return folder
-    roomy = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > ROOM
-    folder = memory if roomy else temporary
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")]
-    subprocess.run(
-        [sys.executable, "-P", str(here / "models.py"), name, str(folder), "cuda"],
-        env={**os.environ, "PYTHONPATH": ":".join(filter(None, paths))},
-        check=True,
-    )
-    return folder
-
-
 def main() -> int:
     """Run one stage."""
     parser = argparse.ArgumentParser(
@@ -258,13 +274,15 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=["a", "b", "c"])
     parser.add_argument("--cold", action="store_true", help="up: empty the caches of kernels first")
     parser.add_argument("--one-by-one", action="store_true", help="up: wait for each to be ready")
+    parser.add_argument("--quick", action="store_true", help="up: phases and memory alone")
     parser.add_argument("--timeout", type=float, default=400.0, help="up: of one start")
     parser.add_argument("--more", nargs="+", default=[], help="up: more flags for every server")
     parser.add_argument("--points", type=int, nargs="+", default=[1, 16, 64, 128, 256])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="counted in one round")
-    parser.add_argument("--lead", type=float, default=1.5, help="load before counting begins")
-    parser.add_argument("--seldom", nargs="*", default=[], help="variants in two rounds of a point")
+    parser.add_argument("--lead", type=float, default=1.0, help="load before counting begins")
+    parser.add_argument("--seldom", nargs="*", default=[], help="variants in fewer rounds")
+    parser.add_argument("--seldom-rounds", type=int, default=1, help="their rounds of each point")
     parser.add_argument("--stream-interval", type=int, default=STREAM_INTERVAL)
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for this command")
     options = parser.parse_args()

@@ -30,7 +30,7 @@ DEEP_GEMM_BEGIN = r"Try DeepGEMM JIT Compiling"
 DEEP_GEMM_END = r"DeepGEMM warmup: 100%"
 OURS_READY = r"expert kernels ready after ([\d.]+) s"
 KEPT = "|".join(
-    [*(pattern for _, pattern in ENDS), DEEP_GEMM_BEGIN, OURS_READY, "DeepEP buffer for"]
+    [*(pattern for _, pattern in ENDS), DEEP_GEMM_BEGIN, OURS_READY, "DeepEP buffer for", "timings"]
 )
 
 Stamped = tuple[float, str]
@@ -79,7 +79,7 @@ def wait_ready(watches: Sequence[Watch], timeout_s: float) -> list[str]:
                 watch.ready_s = time.monotonic() - watch.began
                 watch.server.record.cached_at_ready = watch.server.cached()
                 waiting.remove(watch)
-        time.sleep(0.03)
+        time.sleep(0.05)
     late = [f"{w.server.record.variant}: not ready\n{w.server.tail()}" for w in waiting]
     return failed + late
 

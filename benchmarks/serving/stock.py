@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 1000
 SHARED_S = 150.0
-_ERROR = re.compile(r"(Error|Exception|[Aa]ssert|Failed|failed)\b.*")
+_ERROR = re.compile(r"(Error|Exception|Assertion|[Aa]ssert|Failed|failed)\b")
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,17 @@ ROWS = (
 
 def stage_stock(bench: Bench) -> None:
     """Every row on the stock host, then every row on ours, each set at once."""
-    from bench import written
-
     outcomes: list[dict[str, Any]] = []
     bench.report["stock"] = outcomes
     logs = []
-    for host, flags, env in (("stock", DEEPEP, STOCK_ENV), ("ours", ON, {})):
+    hosts = [("stock", DEEPEP, STOCK_ENV), ("ours", ON, {})]
+    for host, flags, env in hosts if "c" in bench.options.variants else hosts[:1]:
         servers = []
         for index, row in enumerate(ROWS):
             launched = Variant(f"{host}-{index}", row.title, (*flags, *row.args), env)
             more = (*SLIM, *RESIDENT, *bench.options.more)
             servers.append(
-                launch(launched, written(row.model), bench.options.work, more, cold=False)
+                launch(launched, bench.written(row.model), bench.options.work, more, cold=False)
             )
         try:
             outcomes += _outcomes(host, servers, min(bench.options.timeout, SHARED_S))
@@ -116,5 +115,5 @@ def _ask(watch: startup.Watch, after: float) -> str:
 
 def _last_error(watch: startup.Watch) -> str:
     watch.read()
-    found = [line for _, line in watch.lines if _ERROR.search(line)]
+    found = [line for _, line in watch.lines if _ERROR.search(line) and "child" not in line]
     return found[-1].strip()[-300:] if found else ""
