@@ -47,7 +47,9 @@ class Transport(Protocol):
             num_experts: E.
             use_fp8: quantise to float8_e4m3fn with one float32 scale per 128 channels.
             async_finish: return an event instead of finishing on the current stream.
-            return_recv_hook: only send; nothing may be read before ``hook()``.
+            return_recv_hook: only send; nothing may be read before ``hook()``, and no other
+                dispatch or combine may be sent: a send clears the other buffer's arrival
+                counters, so that this receive would wait for ever.
 
         Returns:
             ``(recv, recv_count, handle, event, hook)``. recv: [L, R*T, H], or (data, scales) with

@@ -56,9 +56,8 @@ def deepep_world(group: dist.ProcessGroup) -> World:
     torch.cuda.set_device(device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))  # of the dense reference
     config = layer_config(SIZES, ranks)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        warm_up(config, dtype)
-    torch.zeros(1, device=device)
+    # As in the server: no kernel has run yet, and so the device has reserved no local memory.
+    torch.empty(1, device=device)
     before = _free_bytes(group)
     buffer = create_deepep_buffer(
         group,
@@ -72,6 +71,8 @@ def deepep_world(group: dist.ProcessGroup) -> World:
     hint = buffer.get_low_latency_rdma_size_hint(
         config.max_num_tokens, config.hidden_size, ranks, config.num_experts
     )
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        warm_up(config, dtype)
     if ranks <= GPUS:
         reference, where = TorchTransport(dist.new_group(backend="nccl")), device
     else:  # NCCL refuses two ranks on one GPU
