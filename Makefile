@@ -57,10 +57,12 @@ types: install
 bench-kernels: install
 	cd benchmarks/kernels && $(BIN)/python bench.py check --out ../results
 	cd benchmarks/kernels && $(BIN)/python bench.py bars --out ../results
+	cd benchmarks/kernels && $(BIN)/python bench.py compile --out ../results
 
 bench-gpu: install
 	$(BIN)/python -P benchmarks/serving/bench.py start --out benchmarks/results
 	$(BIN)/python -P benchmarks/serving/bench.py pair --budget 3600 --out benchmarks/results
+	$(BIN)/python -P benchmarks/transport/bench.py --out benchmarks/results
 
 test-gpu: install
 	$(PYTEST) -m gpu

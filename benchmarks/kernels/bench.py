@@ -1,30 +1,54 @@
 """Check, then measure, the expert kernels: `bench.py STAGE --out DIR`.
 
-Stages: check (correctness only), sweep (tile candidates), bars (the entry point that the server
-calls, against DeepGEMM and the ceilings). Nothing is timed before its inputs passed `check`.
+Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
+the server calls, against DeepGEMM, the host's fused MoE and the ceilings), compile (seconds to
+compile and load all kernels of a plan, from an empty cache and from a filled one). Nothing is timed
+before its inputs passed `check`.
 """
 
 import argparse
 import datetime
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from cases import MODELS, layer_bytes, layer_flops, model_shape
+from cases import (
+    MODELS,
+    MORE_TOKENS,
+    TOKENS,
+    layer_bytes,
+    layer_flops,
+    model_shape,
+    reachable_rows,
+)
 from ceilings import measure_ceilings
 from deepgemm import layer_call
+from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
+from verdict import ceilings_sound, verdict
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch, table_key
 from moe_plugin.kernels.masked_gemm import device_of
 from moe_plugin.kernels.precompile import precompile
-from moe_plugin.kernels.tune import Buffers, candidate_launches, graph_seconds, tune_cell
+from moe_plugin.kernels.tune import (
+    ROW_COUNTS,
+    Buffers,
+    candidate_launches,
+    graph_seconds,
+    tune_cell,
+)
+
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Watchdog:
@@ -93,7 +117,7 @@ def run_checks(watchdog: Watchdog) -> bool:
     return good
 
 
-def run_sweep(out: Path, models: list[int], rows: list[int], watchdog: Watchdog) -> None:
+def run_sweep(out: Path, models: list[int], rows: Sequence[int], watchdog: Watchdog) -> None:
     """Per-GEMM and per-layer timings of every candidate."""
     result: dict[str, Any] = {"environment": environment(), "cells": []}
     launches: dict[str, Any] = {}
@@ -135,8 +159,9 @@ def run_sweep(out: Path, models: list[int], rows: list[int], watchdog: Watchdog)
 
 
 def run_bars(
-    out: Path, models: list[int], rows: list[int], routings: list[str], watchdog: Watchdog
-) -> None:
+    out: Path, models: list[int], rows: Sequence[int], routings: list[str], fused_rows: list[int],
+    watchdog: Watchdog,
+) -> None:  # fmt: skip
     """The server's entry point against DeepGEMM and this run's ceilings."""
     watchdog("ceilings")
     limits = measure_ceilings()
@@ -155,9 +180,13 @@ def run_bars(
                     counts = ROUTINGS[routing](shape.experts, m, shape.capacity)
                     watchdog(f"bars {MODELS[index].name} fp8={fp8} {m} {routing}")
                     cell = time_cell(buffers, counts, m)
+                    if routing == "uniform" and m in fused_rows:
+                        cell |= time_fused_moe(buffers, m, MODELS[index].top_k)
                     floor, flops = layer_bytes(shape, counts), layer_flops(shape, counts)
                     cell |= {
-                        "model": MODELS[index].name, "fp8": fp8, "rows": m, "routing": routing,
+                        "model": MODELS[index].name, "dtype": "fp8" if fp8 else "bf16",
+                        "rows": m, "routing": routing,
+                        "reachable": m <= reachable_rows(index, MORE_TOKENS),
                         "bytes": floor, "flops": flops,
                         "stream_fraction": floor / cell["us"] / 1e6 / stream,
                         "peak_fraction": flops / cell["us"] / 1e6
@@ -167,14 +196,18 @@ def run_bars(
                     result["cells"].append(cell)
                     base = cell.get("deepgemm_us")
                     ratio = base / cell["us"] if base else 0
+                    fused = cell.get("fused_moe_us", 0)
                     print(
-                        f"{cell['model']:16} {'fp8' if fp8 else 'bf16'} {routing:8} m={m:4} "
+                        f"{cell['model']:16} {cell['dtype']:4} {routing:8} m={m:4} "
                         f"{cell['us']:8.1f} us  {100 * cell['stream_fraction']:5.1f}% stream "
                         f"{100 * cell['peak_fraction']:5.1f}% peak  x{ratio:.2f} DeepGEMM  "
-                        f"{cell['over_floor']:.2f} x floor",
+                        f"x{fused / cell['us']:.2f} fused MoE  {cell['over_floor']:.2f} x floor",
                         flush=True,
                     )
                     (out / "kernels-bars.json").write_text(json.dumps(result, indent=1))
+    if not ceilings_sound(result["environment"]["device"], limits):
+        print("VOID: the ceilings of this run are too low")
+    print(*verdict(result["cells"]), sep="\n", flush=True)
 
 
 def time_cell(buffers: Buffers, counts: tuple[int, ...], expected_m: int) -> dict[str, Any]:
@@ -199,23 +232,81 @@ def time_cell(buffers: Buffers, counts: tuple[int, ...], expected_m: int) -> dic
     return cell
 
 
+def time_fused_moe(buffers: Buffers, rows: int, top_k: int) -> dict[str, Any]:
+    """Microseconds of the host's fused MoE on tokens that give each expert as many rows."""
+    routed = routed_tokens(buffers.shape.experts, rows, top_k, buffers.shape.hidden)
+    if routed is None:
+        return {}
+    layers = buffers.layers
+    calls = [lambda c=c: fused_call(layers[c % len(layers)], routed) for c in range(4)]
+    try:
+        return {"fused_moe_us": 1e6 * graph_seconds(calls)}
+    except Exception as error:  # another program's limits do not end this one
+        return {"fused_moe_error": f"{type(error).__name__}: {error}"[:200]}
+
+
+WARM_UP = """
+import sys, time
+import torch
+from moe_plugin.config import BatchedMoEConfig
+from moe_plugin.runner import warm_up
+experts, ranks, hidden, inter, top_k, tokens, dtype = sys.argv[1:]
+config = BatchedMoEConfig(
+    num_experts=int(experts), num_ranks=int(ranks), top_k=int(top_k), hidden_size=int(hidden),
+    intermediate_size=int(inter), max_num_tokens=int(tokens),
+)
+torch.cuda.init()
+began = time.monotonic()
+kernels = warm_up(config, getattr(torch, dtype))
+print(kernels, time.monotonic() - began)
+"""
+
+
+def run_compile(out: Path, models: list[int]) -> None:
+    """What the server does before it says ready, in a fresh process each time."""
+    result: dict[str, Any] = {"environment": environment(), "plans": []}
+    for index in models:
+        model = MODELS[index]
+        for dtype in ("bfloat16", "float8_e4m3fn"):
+            numbers = (model.experts * model.ranks, model.ranks, model.hidden, model.inter,
+                       model.top_k, TOKENS)  # fmt: skip
+            command = [sys.executable, "-P", "-c", WARM_UP, *map(str, numbers), dtype]
+            entry: dict[str, Any] = {"model": model.name, "dtype": dtype, "tokens": TOKENS}
+            with tempfile.TemporaryDirectory() as cache:
+                env = {**os.environ, "TRITON_CACHE_DIR": cache}
+                for state in ("cold", "warm"):
+                    done = subprocess.run(
+                        command, env=env, capture_output=True, text=True, check=True
+                    )
+                    kernels, seconds = done.stdout.split()[-2:]
+                    entry |= {"kernels": int(kernels), f"{state}_s": round(float(seconds), 2)}
+            result["plans"].append(entry)
+            print(entry, flush=True)
+            (out / "kernels-compile.json").write_text(json.dumps(result, indent=1))
+
+
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("check", "sweep", "bars"))
+    parser.add_argument("stage", choices=("check", "sweep", "bars", "compile"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64, 128, 512])
-    parser.add_argument("--routings", nargs="+", default=["uniform"])
+    parser.add_argument("--rows", type=int, nargs="+", help="per expert")
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument("--fused-rows", type=int, nargs="*", default=[8, 64, 512])
     args = parser.parse_args()
-    watchdog = Watchdog(30)
+    # Both baselines compile when first called: the host's fused MoE took half a minute.
+    watchdog = Watchdog(120 if args.stage == "bars" else 30)
     torch.manual_seed(0)
     if args.stage == "check":
         raise SystemExit(not run_checks(watchdog))
     if args.stage == "sweep":
-        run_sweep(args.out, args.models, args.rows, watchdog)
+        run_sweep(args.out, args.models, args.rows or ROW_COUNTS, watchdog)
+    elif args.stage == "compile":
+        run_compile(args.out, args.models)
     else:
-        run_bars(args.out, args.models, args.rows, args.routings, watchdog)
+        rows = args.rows or ROWS
+        run_bars(args.out, args.models, rows, args.routings, args.fused_rows, watchdog)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,16 @@ TOKENS = 256  # per rank; above it the next deployed capacity
 MORE_TOKENS = 1024
 
 
-def model_shape(index: int, fp8: bool, rows: int) -> Shape:
-    """Layer of one model with the capacity that holds `rows` per expert under uniform routing."""
+def reachable_rows(index: int, tokens: int) -> int:
+    """Most rows that every expert can have at once: a token visits top-k experts."""
     model = MODELS[index]
-    tokens = TOKENS if rows <= TOKENS * model.ranks else MORE_TOKENS
+    return tokens * min(model.top_k, model.experts * model.ranks) // model.experts
+
+
+def model_shape(index: int, fp8: bool, rows: int) -> Shape:
+    """Layer of one model with the capacity that a mean of `rows` per expert needs."""
+    model = MODELS[index]
+    tokens = TOKENS if rows <= reachable_rows(index, TOKENS) else MORE_TOKENS
     return Shape(model.experts, tokens * model.ranks, model.hidden, model.inter, fp8)
 
 
