@@ -4,7 +4,8 @@ One warp streams weights and activations through a ring of shared-memory stages 
 between tiles; the other warps multiply and write. Each program owns two weight tiles: the gate and
 the up rows of the same channels (fused), or two neighbouring tiles (plain). Few rows: weights are
 the wide operand (SWAP), so that 8 rows cost 8. Many rows: rows are, so that a thread needs two row
-scales instead of one per column.
+scales instead of one per column; the rows of a tile can then be shared by two groups of warps that
+never wait for each other (GROUPS), so that one multiplies while the other scales or writes.
 """
 
 # mypy: ignore-errors
@@ -13,17 +14,18 @@ scales instead of one per column.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import Job, Ring, Schedule, gdc_launch, produce
+from .hopper_ring import Job, Ring, Schedule, gdc_launch, gdc_wait, produce
 
 FP8_MAX = gl.constexpr(448.0)
 MIN_AMAX = gl.constexpr(1e-10)
 SCALE_BLOCK = gl.constexpr(128)
+STREAM_REGISTERS = gl.constexpr(40)
+GROUP_REGISTERS = gl.constexpr(232)  # of the second group; the first takes what is left
 
 
 @gluon.jit
@@ -60,11 +62,12 @@ def _promote(acc, part, s_w, s_x, ALIGNED: gl.constexpr, W_AXIS: gl.constexpr):
 
 @gluon.jit
 def _multiply_fp8(
-    ring, job, stage, phase, first, last, base, col, BT: gl.constexpr, SWAP: gl.constexpr,
+    ring, job, stage, phase, first, last, base, col, GROUP: gl.constexpr, SWAP: gl.constexpr,
     ALIGNED: gl.constexpr, MMA: gl.constexpr, SHAPE: gl.constexpr,
 ):  # fmt: skip
     """Both tiles' products; every step of 128 (or 64) channels is scaled into float32 sums."""
     W_AXIS: gl.constexpr = 0 if SWAP else 1
+    HEIGHT: gl.constexpr = SHAPE[1 - W_AXIS]
     # Two sums and two products of 64 registers each would spill.
     OVERLAP: gl.constexpr = SHAPE[0] * SHAPE[1] // (32 * gl.num_warps()) < 64
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
@@ -76,8 +79,8 @@ def _multiply_fp8(
         s_w0 = gl.load(scale0 + k * job.BK // SCALE_BLOCK)
         s_w1 = gl.load(scale1 + k * job.BK // SCALE_BLOCK)
         mbarrier.wait(ring.full.index(stage), phase)
-        x = ring.rows(stage, BT)
-        s_x = ring.s.index(stage).slice(0, BT).load(gl.SliceLayout(W_AXIS, MMA))
+        x = ring.rows(stage, HEIGHT, GROUP)
+        s_x = ring.s.index(stage).slice(GROUP * HEIGHT, HEIGHT).load(gl.SliceLayout(W_AXIS, MMA))
         part0 = _mma(ring.w0.index(stage), x, zero, False, SWAP)
         if OVERLAP:
             part1 = _mma(ring.w1.index(stage), x, zero, False, SWAP)
@@ -88,7 +91,7 @@ def _multiply_fp8(
             acc0 = _promote(acc0, part0, s_w0, s_x, ALIGNED, W_AXIS)
             part1 = _mma(ring.w1.index(stage), x, zero, False, SWAP)
         part1 = warpgroup_mma_wait(0, deps=(part1,))
-        fence_async_shared()
+        # The scales have reached their registers: what is fetched next may overwrite them.
         mbarrier.arrive(ring.empty.index(stage))
         acc1 = _promote(acc1, part1, s_w1, s_x, ALIGNED, W_AXIS)
         stage, phase = ring.advance(stage, phase)
@@ -97,14 +100,15 @@ def _multiply_fp8(
 
 @gluon.jit
 def _multiply_bf16(
-    ring, stage, phase, first, last, BT: gl.constexpr, SWAP: gl.constexpr, MMA: gl.constexpr,
+    ring, stage, phase, first, last, GROUP: gl.constexpr, SWAP: gl.constexpr, MMA: gl.constexpr,
     SHAPE: gl.constexpr,
 ):  # fmt: skip
+    HEIGHT: gl.constexpr = SHAPE[1 if SWAP else 0]
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
     for k in range(first, last):
         mbarrier.wait(ring.full.index(stage), phase)
-        x = ring.rows(stage, BT)
+        x = ring.rows(stage, HEIGHT, GROUP)
         acc0 = _mma(ring.w0.index(stage), x, acc0, True, SWAP)
         acc1 = _mma(ring.w1.index(stage), x, acc1, True, SWAP)
         # These two stay in flight; the step before has finished with its stage.
@@ -206,7 +210,7 @@ def _deposit(
     if job.SPLIT == 1:
         _write(acc0, base, job, row, rows, col, W_AXIS)
         _write(acc1, base, job, row, rows, col + job.second, W_AXIS)
-    else:
+    elif row < rows:  # a group whose rows are all past the count would arrive at another's counter
         pitch = job.width * job.SPLIT
         parts = partial + first * pitch
         mine = parts + part * job.width
@@ -224,22 +228,26 @@ def _deposit(
 @gluon.jit
 def _finish_tile(
     ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial, counters,
-    BT: gl.constexpr, SWAP: gl.constexpr, FUSED: gl.constexpr, ALIGNED: gl.constexpr,
+    BT: gl.constexpr, GROUP: gl.constexpr, SWAP: gl.constexpr, FUSED: gl.constexpr,
+    ALIGNED: gl.constexpr,
 ):  # fmt: skip
-    """Multiply one tile of BT rows and write it."""
+    """Multiply this group's share of one tile of BT rows and write it."""
     W_AXIS: gl.constexpr = 0 if SWAP else 1
-    SHAPE: gl.constexpr = [job.BI, BT] if SWAP else [BT, job.BI]
+    HEIGHT: gl.constexpr = BT // ring.GROUPS
+    SHAPE: gl.constexpr = [job.BI, HEIGHT] if SWAP else [HEIGHT, job.BI]
     MMA: gl.constexpr = _mma_layout(SHAPE, gl.num_warps(), 8 if ring.FP8 else 16)
     expert, n, part, row, rows = schedule.locate(tile)
+    row += GROUP * HEIGHT
     first, last = job.share(part)
     if ring.FP8:
         base = w_scale + expert.to(gl.int64) * job.scale_rows * job.scale_cols
         acc0, acc1, stage, phase = _multiply_fp8(
-            ring, job, stage, phase, first, last, base, n * job.STEP, BT, SWAP, ALIGNED, MMA, SHAPE
-        )
+            ring, job, stage, phase, first, last, base, n * job.STEP, GROUP, SWAP, ALIGNED, MMA,
+            SHAPE,
+        )  # fmt: skip
     else:
         acc0, acc1, stage, phase = _multiply_bf16(
-            ring, stage, phase, first, last, BT, SWAP, MMA, SHAPE
+            ring, stage, phase, first, last, GROUP, SWAP, MMA, SHAPE
         )
     if FUSED:
         _activate(acc0, acc1, job, out, out_scale, expert, n, row, rows, ring.FP8, MMA, W_AXIS)
@@ -251,10 +259,11 @@ def _finish_tile(
 @gluon.jit
 def _consume(
     ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
-    SWAP: gl.constexpr, FUSED: gl.constexpr, ALIGNED: gl.constexpr,
+    GROUP: gl.constexpr, SWAP: gl.constexpr, FUSED: gl.constexpr, ALIGNED: gl.constexpr,
 ):  # fmt: skip
+    """Multiply and write every tile of this program."""
     THREADS: gl.constexpr = 32 * gl.num_warps()
-    if FUSED and counters is not None:
+    if FUSED and GROUP == 0 and counters is not None:
         # The launch after this one counts arrivals from zero.
         LINE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         lanes = gl.arange(0, THREADS, LINE)
@@ -270,17 +279,17 @@ def _consume(
             if rows > job.BT:
                 stage, phase = _finish_tile(
                     ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial,
-                    counters, job.BB, SWAP, FUSED, ALIGNED,
+                    counters, job.BB, GROUP, SWAP, FUSED, ALIGNED,
                 )  # fmt: skip
             else:
                 stage, phase = _finish_tile(
                     ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial,
-                    counters, job.BT, SWAP, FUSED, ALIGNED,
+                    counters, job.BT, GROUP, SWAP, FUSED, ALIGNED,
                 )  # fmt: skip
         else:
             stage, phase = _finish_tile(
                 ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial,
-                counters, job.BB, SWAP, FUSED, ALIGNED,
+                counters, job.BB, GROUP, SWAP, FUSED, ALIGNED,
             )  # fmt: skip
 
 
@@ -294,32 +303,54 @@ def experts_kernel(
     to_clear, experts, capacity, tiles_n, w_rows, steps_k, scale_rows,
     scale_cols, width,
     BI: gl.constexpr, BT: gl.constexpr, BB: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    LP: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr, SWAP: gl.constexpr,
-    FUSED: gl.constexpr, ALIGNED: gl.constexpr, CHAINED: gl.constexpr,
+    LP: gl.constexpr, SPLIT: gl.constexpr, BURST: gl.constexpr, GROUPS: gl.constexpr,
+    FP8: gl.constexpr, SWAP: gl.constexpr, FUSED: gl.constexpr, ALIGNED: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):  # fmt: skip
     """One launch over all live tiles; see the module docstring."""
-    if FUSED:
-        gdc_launch()
-    ring = Ring.create(w_desc, big_desc, s_desc, STAGES, FP8)
+    ring = Ring.create(w_desc, big_desc, s_desc, STAGES, GROUPS, FP8)
     if FUSED:  # the up rows follow all gate rows
         job = Job(
             experts, capacity, tiles_n, w_rows, width, steps_k, scale_rows, scale_cols, width,
-            BI, BI, BT, BB, BK, LP, SPLIT,
+            BI, BI, BT, BB, BK, LP, SPLIT, BURST,
         )  # fmt: skip
     else:
         job = Job(
             experts, capacity, tiles_n, w_rows, gl.to_tensor(BI), steps_k, scale_rows, scale_cols,
-            width, 2 * BI, BI, BT, BB, BK, LP, SPLIT,
+            width, 2 * BI, BI, BT, BB, BK, LP, SPLIT, BURST,
         )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
-                 SWAP, FUSED, ALIGNED),
-            ),
-            (produce, (ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED)),
-        ],
-        [1],
-        [40],
-    )  # fmt: skip
+    if FUSED:
+        # Counts and rows come from the launch before; what does not depend on it is done by now.
+        gdc_wait()
+        gdc_launch()
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
+                     gl.constexpr(0), SWAP, FUSED, ALIGNED),
+                ),
+                (produce, (ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED)),
+            ],
+            [1],
+            [STREAM_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
+                     gl.constexpr(0), SWAP, FUSED, ALIGNED),
+                ),
+                (
+                    _consume,
+                    (ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
+                     gl.constexpr(1), SWAP, FUSED, ALIGNED),
+                ),
+                (produce, (ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED)),
+            ],
+            [gl.num_warps(), 1],
+            [GROUP_REGISTERS, STREAM_REGISTERS],
+        )  # fmt: skip

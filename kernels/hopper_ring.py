@@ -35,9 +35,11 @@ class Job:
     BK: gl.constexpr
     LP: gl.constexpr
     SPLIT: gl.constexpr
+    BURST: gl.constexpr
 
     @gluon.jit
     def share(self, part):
+        """First and last step of one part; the host makes sure that a part is whole bursts."""
         per_part = (self.steps_k + self.SPLIT - 1) // self.SPLIT
         first = part * per_part
         return first, gl.minimum(self.steps_k, first + per_part)
@@ -93,10 +95,13 @@ class Ring:
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
+    GROUPS: gl.constexpr
     FP8: gl.constexpr
 
     @gluon.jit
-    def create(w_desc, x_desc, s_desc, STAGES: gl.constexpr, FP8: gl.constexpr):
+    def create(
+        w_desc, x_desc, s_desc, STAGES: gl.constexpr, GROUPS: gl.constexpr, FP8: gl.constexpr
+    ):
         w_shape: gl.constexpr = [STAGES] + w_desc.block_type.shape  # noqa: RUF005
         x_shape: gl.constexpr = [STAGES] + x_desc.block_type.shape  # noqa: RUF005
         w0 = gl.allocate_shared_memory(w_desc.dtype, w_shape, w_desc.layout)
@@ -106,17 +111,17 @@ class Ring:
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(full.index(i), count=1)
-            mbarrier.init(empty.index(i), count=1)
+            mbarrier.init(empty.index(i), count=GROUPS)
         if FP8:
             s_shape: gl.constexpr = [STAGES] + s_desc.block_type.shape  # noqa: RUF005
             s = gl.allocate_shared_memory(s_desc.dtype, s_shape, s_desc.layout)
         else:
             s = x
-        return Ring(w0, w1, x, s, full, empty, STAGES, FP8)
+        return Ring(w0, w1, x, s, full, empty, STAGES, GROUPS, FP8)
 
     @gluon.jit
-    def advance(self, stage, phase):
-        stage += 1
+    def advance(self, stage, phase, STEP: gl.constexpr = 1):
+        stage += STEP
         wrap = stage == self.STAGES
         return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
 
@@ -125,31 +130,40 @@ class Ring:
         return gl.where(stage == 0, self.STAGES - 1, stage - 1)
 
     @gluon.jit
-    def rows(self, stage, BT: gl.constexpr):
-        """The stage's activation tile, seen as one of BT rows."""
+    def rows(self, stage, BT: gl.constexpr, PART: gl.constexpr = 0):
+        """The stage's activation tile, cut into parts of BT rows."""
         FIT: gl.constexpr = self.x.shape[1] // BT
         shape: gl.constexpr = [self.STAGES * FIT, BT, self.x.shape[2]]
-        return self.x._reinterpret(self.x.dtype, shape, self.x.layout).index(stage * FIT)
+        return self.x._reinterpret(self.x.dtype, shape, self.x.layout).index(stage * FIT + PART)
 
     @gluon.jit
-    def fetch_weights(self, w_desc, x_desc, s_desc, stage, row0, row1, col):
-        bar = self.full.index(stage)
-        if self.FP8:
-            mbarrier.expect(
-                bar,
-                2 * w_desc.block_type.nbytes + x_desc.block_type.nbytes + s_desc.block_type.nbytes,
-            )
-        else:
-            mbarrier.expect(bar, 2 * w_desc.block_type.nbytes + x_desc.block_type.nbytes)
-        tma.async_load(w_desc, [row0, col], bar, self.w0.index(stage))
-        tma.async_load(w_desc, [row1, col], bar, self.w1.index(stage))
+    def fetch_weights(self, w_desc, x_desc, s_desc, job, stage, phase, row0, row1, step):
+        """Both weight tiles of BURST steps, once their stages are free. The parts of a weight row
+        that follow each other in memory are asked for together, which DRAM rewards."""
+        weight_bytes: gl.constexpr = 2 * w_desc.block_type.nbytes
+        row_bytes: gl.constexpr = x_desc.block_type.nbytes + (
+            s_desc.block_type.nbytes if self.FP8 else 0
+        )
+        for i in gl.static_range(job.BURST):
+            mbarrier.wait(self.empty.index(stage + i), phase)
+            mbarrier.expect(self.full.index(stage + i), weight_bytes + row_bytes)
+        for i in gl.static_range(job.BURST):
+            at = [row0, (step + i) * job.BK]
+            tma.async_load(w_desc, at, self.full.index(stage + i), self.w0.index(stage + i))
+        for i in gl.static_range(job.BURST):
+            at = [row1, (step + i) * job.BK]
+            tma.async_load(w_desc, at, self.full.index(stage + i), self.w1.index(stage + i))
 
     @gluon.jit
-    def fetch_rows(self, x_desc, s_desc, stage, row, col, scale_at):
-        bar = self.full.index(stage)
-        tma.async_load(x_desc, [row, col], bar, self.rows(stage, x_desc.block_type.shape[0]))
-        if self.FP8:
-            tma.async_load(s_desc, [scale_at], bar, self.s.index(stage))
+    def fetch_rows(self, x_desc, s_desc, job, stage, row, step, scale_at):
+        """The activations of BURST steps, and their scales."""
+        for i in gl.static_range(job.BURST):
+            bar = self.full.index(stage + i)
+            tile = self.rows(stage + i, x_desc.block_type.shape[0])
+            tma.async_load(x_desc, [row, (step + i) * job.BK], bar, tile)
+            if self.FP8:
+                at = scale_at + (step + i) * job.capacity
+                tma.async_load(s_desc, [at], bar, self.s.index(stage + i))
 
 
 @gluon.jit
@@ -175,12 +189,13 @@ def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase
     x_row = expert * job.capacity + row
     scale_at = expert * job.steps_k * job.capacity + row
     first, last = job.share(part)
-    for k in range(first, last):
+    for k in range(first, last, job.BURST):
         if k >= first + early:
-            mbarrier.wait(ring.empty.index(stage), phase)
-            ring.fetch_weights(w_desc, x_desc, s_desc, stage, row0, row0 + job.second, k * job.BK)
-        ring.fetch_rows(x_desc, s_desc, stage, x_row, k * job.BK, scale_at + k * job.capacity)
-        stage, phase = ring.advance(stage, phase)
+            ring.fetch_weights(
+                w_desc, x_desc, s_desc, job, stage, phase, row0, row0 + job.second, k
+            )
+        ring.fetch_rows(x_desc, s_desc, job, stage, x_row, k, scale_at)
+        stage, phase = ring.advance(stage, phase, job.BURST)
     return stage, phase
 
 
@@ -191,8 +206,10 @@ def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
     row0 = expert * job.w_rows + n * job.STEP
     first, last = job.share(part)
     early = gl.minimum(last - first, ring.STAGES)
-    for k in range(early):
-        ring.fetch_weights(w_desc, x_desc, s_desc, k, row0, row0 + job.second, (first + k) * job.BK)
+    for k in range(0, early, job.BURST):
+        ring.fetch_weights(
+            w_desc, x_desc, s_desc, job, k, gl.to_tensor(1), row0, row0 + job.second, first + k
+        )
     return early
 
 

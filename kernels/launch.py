@@ -13,13 +13,12 @@ SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
 MAX_STAGES = 24
 ROW_TILES = (8, 16, 32, 64, 128)
-# Up to here weights are the wide operand. On an H200, tiles of 64 rows are faster from 16 rows on
-# in fp8 (scales per row, not per column) and from 32 on in bf16.
-FEW_ROWS_FP8 = 8
-FEW_ROWS_BF16 = 16
-# Time of one tile (channels, rows, per multiprocessor) with rows wide, per slot, relative to the
-# largest: DeepSeek-V3, 512 rows, first GEMM, H200.
-RELATIVE_COST = {(128, 128, 1): 1.0, (128, 64, 1): 0.65, (64, 64, 2): 0.6}
+# Up to here weights are the wide operand; above, fp8 scales would be one per column and thread.
+FEW_ROWS_BF16 = 64
+FEW_ROWS_FP8 = 32
+SOME_ROWS = 128  # up to here memory binds: tiles of 64 rows in fp8, shallow ones in bf16
+# Time of a tile of 64 channels and 128 rows relative to one of 128 channels, first GEMM.
+HALF_TILE_COST = 0.55
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,13 @@ class Tiles:
     """One launch. `channels` counts the rows of each of a program's two weight tiles.
 
     Experts with more than `rows` live rows are cut into tiles of `many` rows. `swap` makes weights
-    the wide operand; `split` programs share the depth of one tile.
+    the wide operand; `split` programs share the depth of one tile; weights are fetched `burst`
+    steps at a time (one, where the depth does not divide into bursts). The `warps` that multiply
+    form one group or two; two, with 64 rows each, only for tiles of 128 rows as the wide operand.
+
+    A multiprocessor has room for `per_sm` programs, of this launch alone (`shared` false) or of
+    this and the one after or before: the second launch of a layer then waits beside the first,
+    its ring full of weights, and memory does not pause between them.
     """
 
     channels: int
@@ -67,6 +72,14 @@ class Tiles:
     per_sm: int = 1
     swap: bool = True
     split: int = 1
+    burst: int = 1
+    groups: int = 1
+    shared: bool = False
+
+    @property
+    def programs_per_sm(self) -> int:
+        """Programs of this launch on one multiprocessor."""
+        return self.per_sm // 2 if self.shared else self.per_sm
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +120,17 @@ def hopper_tiles(
     per_sm: int = 1,
     swap: bool = True,
     split: int = 1,
+    burst: int = 1,
+    groups: int = 1,
 ) -> Tiles:
-    """Tiles with the deepest ring that fits."""
+    """Tiles with the deepest ring that fits, in whole bursts.
+
+    The multiplying warps give a stage back one step late: two bursts at least, or nobody moves.
+    """
     stages = ring_stages(channels, many, depth, fp8, warps, per_sm, swap)
-    return Tiles(channels, rows, many, depth, stages, warps, per_sm, swap, split)
+    burst = burst if stages >= 2 * burst else 1
+    stages = stages // burst * burst
+    return Tiles(channels, rows, many, depth, stages, warps, per_sm, swap, split, burst, groups)
 
 
 def row_tile(expected_m: int) -> int:
@@ -125,21 +145,58 @@ def depth_split(experts: int, hidden: int) -> int:
     return 4 if tiles <= 33 else 2 if tiles <= 66 else 1
 
 
-def rows_wide(
-    experts: int, width: int, expected_m: int, depth: int, fused: bool, fp8: bool, sms: int
-) -> Tiles:
-    """Tiles with rows as the wide operand: those of RELATIVE_COST that finish first."""
+def weights_wide(shape: Shape, expected_m: int, split: int) -> Launch:
+    """Few rows: 8 rows cost 8. With the fewest, few experts are live as a rule, and their tiles
+    are narrow so that there are more of them."""
+    rows = row_tile(expected_m)
+    if shape.fp8 and rows == 8:
+        gate_up = hopper_tiles(64, rows, 64, 128, True, burst=2)
+        return Launch(True, gate_up, hopper_tiles(64, rows, 64, 64, True, per_sm=2, split=split))
+    if shape.fp8:
+        tile = (128, rows, 64, 128, True, 8)
+        return Launch(True, hopper_tiles(*tile, burst=2), hopper_tiles(*tile, split=split, burst=2))
+    # A taller tile for hot experts costs stages, which only the shortest tile misses.
+    tile = (64, rows, 64 if rows == 8 else 128, 64, False, 4)
+    return Launch(True, hopper_tiles(*tile, burst=2), hopper_tiles(*tile, split=split, burst=2))
 
-    def cost(key: tuple[int, int, int]) -> float:
-        channels, rows, per_sm = key
-        across = -(-width // (channels if fused else 2 * channels))
-        tiles = experts * -(-expected_m // rows) * across
-        return -(-tiles // (sms * per_sm)) * RELATIVE_COST[key]
 
-    # The first GEMM's channels are a group of the re-quantisation and must divide the depth.
-    channels, rows, per_sm = min(RELATIVE_COST, key=cost)
-    warps = 8 if rows == 128 else 4
-    return hopper_tiles(channels, rows, rows, depth, fp8, warps, per_sm, swap=False)
+def some_rows(shape: Shape, split: int) -> Launch:
+    """Rows are the wide operand, and memory still binds."""
+    if shape.fp8:
+        tile = (128, 64, 64, 128, True, 8, 1, False)
+        return Launch(True, hopper_tiles(*tile, burst=2), hopper_tiles(*tile, split=split, burst=2))
+    tile = (64, 128, 128, 64, False, 8, 1, False)
+    return Launch(
+        True,
+        hopper_tiles(*tile, burst=2, groups=2),
+        hopper_tiles(*tile, split=split, burst=2, groups=2),
+    )
+
+
+def many_rows(shape: Shape, expected_m: int, split: int, sms: int) -> Launch:
+    """Multiplying binds: the tiles that fill the multiprocessors best."""
+    row_tiles = shape.experts * -(-expected_m // 128)
+
+    def channels(width: int, parts: int, fused: bool) -> int:
+        def waves(channels: int) -> int:
+            across = -(-width // (channels if fused else 2 * channels))
+            return -(-row_tiles * across * parts // sms)
+
+        return 64 if waves(64) * HALF_TILE_COST < waves(128) else 128
+
+    fp8 = shape.fp8
+    parts = split if expected_m <= 256 else 1
+    first = channels(shape.inter, 1, True)
+    second = channels(shape.hidden, parts, False)
+    if fp8 and expected_m <= 256 and first == 128:
+        gate_up = hopper_tiles(128, 64, 128, 128, True, 8, swap=False)
+    else:
+        groups = 1 if first == 128 else 2
+        gate_up = hopper_tiles(first, 128, 128, 128 if fp8 else 64, fp8, 8, 1, False, groups=groups)
+    depth = first if fp8 else 64
+    groups = 2 if fp8 or second == 64 else 1
+    down = hopper_tiles(second, 128, 128, depth, fp8, 8, 1, False, parts, groups=groups)
+    return Launch(True, gate_up, down)
 
 
 def portable_launch(shape: Shape, expected_m: int) -> Launch:
@@ -154,21 +211,12 @@ def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
     if not device.has_wgmma:
         return portable_launch(shape, expected_m)
-    rows, fp8, experts = row_tile(expected_m), shape.fp8, shape.experts
-    split = depth_split(experts, shape.hidden)
-    full = 128 if fp8 else 64
-    few = expected_m <= (FEW_ROWS_FP8 if fp8 else FEW_ROWS_BF16)
-    per_sm = 2 if fp8 else 1
-    if few:
-        gate_up = hopper_tiles(64, rows, 64, 128, fp8, per_sm=per_sm)
-    else:
-        gate_up = rows_wide(experts, shape.inter, expected_m, full, True, fp8, device.sms)
-    depth = gate_up.channels if fp8 else gate_up.depth
-    if few or (split > 1 and expected_m <= 64):
-        down = hopper_tiles(64, min(rows, 64), 64, depth, fp8, per_sm=per_sm, split=split)
-    else:
-        down = rows_wide(experts, shape.hidden, expected_m, depth, False, fp8, device.sms)
-    return Launch(True, gate_up, down)
+    split = depth_split(shape.experts, shape.hidden)
+    if expected_m <= (FEW_ROWS_FP8 if shape.fp8 else FEW_ROWS_BF16):
+        return weights_wide(shape, expected_m, split)
+    if expected_m <= SOME_ROWS:
+        return some_rows(shape, split)
+    return many_rows(shape, expected_m, split, device.sms)
 
 
 def table_path(device_name: str) -> Path:

@@ -146,19 +146,21 @@ def launch_hopper(
     aligned = not fp8 or (SCALE_BLOCK % tiles.channels == 0 and second % tiles.channels == 0)
     scale_rows, scale_cols = p.w_scale.shape[1:] if fp8 else (0, 0)
     to_clear = p.counters.numel() if p.fused and p.counters is not None else 0
+    steps = triton.cdiv(depth, tiles.depth)
+    burst = tiles.burst if steps % (tiles.split * tiles.burst) == 0 else 1
     args = (
         w_desc, x_desc, big_desc, s_desc, p.w_scale, p.masked_m, p.out, p.out_scale, p.partial,
         p.counters, to_clear, experts, capacity, tiles_n, w_rows,
-        triton.cdiv(depth, tiles.depth), scale_rows, scale_cols, p.width, tiles.channels,
-        tiles.rows, tiles.many, tiles.depth, tiles.stages, lane_count(experts), tiles.split, fp8,
+        steps, scale_rows, scale_cols, p.width, tiles.channels, tiles.rows, tiles.many,
+        tiles.depth, tiles.stages, lane_count(experts), tiles.split, burst, tiles.groups, fp8,
         tiles.swap, p.fused, aligned, chained,
     )  # fmt: skip
     bound = experts * triton.cdiv(capacity, tiles.rows) * tiles_n * tiles.split
     # Four more warps than multiply hold the one that streams; registers are shared among all.
     registers = min(240, 65536 // (tiles.per_sm * (tiles.warps + 4) * 32) // 8 * 8)
     return _run(
-        hopper.experts_kernel, min(bound, device.sms * tiles.per_sm), args, compile_only,
-        num_warps=tiles.warps, maxnreg=registers, launch_pdl=chained,
+        hopper.experts_kernel, min(bound, device.sms * tiles.programs_per_sm), args, compile_only,
+        num_warps=tiles.warps // tiles.groups, maxnreg=registers, launch_pdl=chained or p.fused,
     )  # fmt: skip
 
 
@@ -182,7 +184,7 @@ def launch_portable(p: Problem, tiles: Tiles, device: Device, *, compile_only: b
         triton.knobs.runtime.interpret,
     )  # fmt: skip
     bound = experts * triton.cdiv(capacity, tiles.rows) * tiles_n
-    grid = min(bound, device.sms * tiles.per_sm)
+    grid = min(bound, device.sms * tiles.programs_per_sm)
     return _run(portable.masked_gemm_kernel, grid, args, compile_only, num_warps=tiles.warps)
 
 

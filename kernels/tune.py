@@ -1,13 +1,15 @@
 """Measure candidate launches on this GPU and write a table for `launch.pick_launch`.
 
 Each GEMM is timed on its own for every candidate, then the layer for the best pairs, because the
-second launch starts while the first one ends. A table is saved after every row count, and cells
-that it already holds are skipped.
+second launch starts while the first one ends. Skewed routing, for the fewest rows a single live
+expert, decides between pairs that tie. A table is saved after every row count, and cells that it
+already holds are skipped.
 """
 
 import json
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ from .precompile import precompile
 ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
 FINALISTS = 4
+AS_GOOD = 1.01  # times the fastest: repeated measurements differ by as much
+# With the fewest rows few experts are live in practice, and narrow tiles then win far more.
+AS_GOOD_SPARSE = 1.02
+FEWEST_ROWS = 8
+BURSTS = (1, 2)  # four were at most 0.5 % faster, and a coarser ring
 
 
 def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]:
@@ -40,41 +47,53 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
     fp8 = shape.fp8
     full = 128 if fp8 else 64
     exact = row_tile(expected_m)
-    # channels, rows, rows of busy experts, depth, warps, per multiprocessor, weights wide
-    shapes: list[tuple[int, int, int, int, int, int, bool]] = []
+    # channels, rows, rows of busy experts, depth, warps, per multiprocessor, weights wide, groups
+    shapes: list[tuple[int, int, int, int, int, int, bool, int]] = []
     if expected_m <= 64:
         shapes += [
-            (64, exact, 64, full, 4, 1, True), (64, exact, 64, full, 4, 2, True),
-            (128, exact, 64, full, 8, 1, True),
+            (64, exact, 64, full, 4, 1, True, 1), (64, exact, 64, full, 4, 2, True, 1),
+            (128, exact, 64, full, 8, 1, True, 1),
         ]  # fmt: skip
-        shapes += [] if fp8 else [(64, exact, 64, 128, 4, 1, True)]
-    if expected_m >= 16:
+        shapes += [] if fp8 else [(64, exact, 64, 128, 4, 1, True, 1)]
+        shapes += [] if fp8 else [(64, exact, 128, full, 4, 1, True, 1)]
+    if 16 <= expected_m <= 256:
         shapes += [
-            (64, 64, 64, full, 4, 2, False), (128, 64, 64, full, 4, 1, False),
-            (128, 64, 64, full, 8, 1, False),
+            (64, 64, 64, full, 4, 2, False, 1), (128, 64, 64, full, 4, 1, False, 1),
+            (128, 64, 64, full, 8, 1, False, 1), (128, 64, 128, full, 8, 1, False, 1),
         ]  # fmt: skip
     if expected_m >= 64:
         shapes += [
-            (128, 128, 128, full, 8, 1, False), (64, 128, 128, full, 4, 2, False),
-            (64, 128, 128, full, 8, 1, False),
+            (128, 128, 128, full, 8, 1, False, 1), (128, 128, 128, full, 8, 1, False, 2),
+            (64, 128, 128, full, 4, 2, False, 1), (64, 128, 128, full, 8, 1, False, 2),
         ]  # fmt: skip
     if expected_m >= 64 and not fp8:
-        shapes += [(64, 64, 128, full, 4, 1, True), (64, 256, 256, full, 8, 1, True)]
-    split = depth_split(shape.experts, shape.hidden)
+        shapes += [(64, 256, 256, full, 8, 1, True, 1)]
+    splits = sorted({1, depth_split(shape.experts, shape.hidden)})
     gate_up, down = [], []
-    for channels, rows, many, depth, warps, per_sm, swap in shapes:
+    for channels, rows, many, depth, warps, per_sm, swap, groups in shapes:
         tile = (channels, rows, many)
-        gate_up.append(hopper_tiles(*tile, depth, fp8, warps, per_sm, swap))
         # The first GEMM's channels share a scale, so they are the depth of the second one.
         inner = channels if fp8 else depth
-        for parts in {1, split if swap and expected_m <= 64 else 1}:
-            down.append(hopper_tiles(*tile, inner, fp8, warps, per_sm, swap, parts))
-    return gate_up, down
+        for burst in BURSTS if expected_m <= 128 else BURSTS[:1]:
+            gate_up.append(hopper_tiles(*tile, depth, fp8, warps, per_sm, swap, 1, burst, groups))
+            down += [
+                hopper_tiles(*tile, inner, fp8, warps, per_sm, swap, parts, burst, groups)
+                for parts in splits
+            ]
+    return _with_shared(gate_up), _with_shared(down)
+
+
+def _with_shared(tiles: list[Tiles]) -> list[Tiles]:
+    """Tiles that leave room for another program also with that room left to the other launch."""
+    both = [*tiles, *(replace(t, shared=True) for t in tiles if t.per_sm == 2)]
+    return list(dict.fromkeys(both))
 
 
 def compatible(shape: Shape, gate_up: Tiles, down: Tiles) -> bool:
-    """Whether the second GEMM steps through the groups that the first one quantised."""
-    return not shape.fp8 or down.depth == gate_up.channels
+    """Whether both share the multiprocessors or neither does, and the second GEMM steps through
+    the groups that the first one quantised."""
+    same_step = not shape.fp8 or down.depth == gate_up.channels
+    return same_step and down.shared == gate_up.shared
 
 
 def candidate_launches(shape: Shape, expected_m: int) -> list[Launch]:
@@ -108,7 +127,9 @@ class Buffers:
         """Both GEMMs of one copy, with a workspace of their own."""
         group = launch.gate_up.channels
         act, scale = act_and_scale(self.shape, group if self.shape.fp8 else None, self.out.device)
-        parts = split_buffers(self.shape, partial(torch.empty, device=self.out.device))
+        parts = (None, None)
+        if launch.down.split > 1:
+            parts = split_buffers(self.shape, partial(torch.empty, device=self.out.device))
         layer = self.layers[copy % len(self.layers)]
         x, x_scale, w13, w13_scale, w2, w2_scale = layer
         return layer_problems(
@@ -178,7 +199,7 @@ def measure(
 def tune_cell(
     buffers: Buffers, rows: int, record: list[dict] | None = None, skip: Container[Launch] = ()
 ) -> Launch:
-    """The fastest launch for `rows` live rows per expert; `record` collects every timing."""
+    """The best launch for `rows` live rows per expert; `record` collects every timing."""
     shape = buffers.shape
     counts = torch.full((shape.experts,), rows, dtype=torch.int32, device=buffers.out.device)
     timings: dict[str, dict[Tiles, float]] = {"gate_up": {}, "down": {}}
@@ -199,13 +220,58 @@ def tune_cell(
         (Launch(True, a, b) for a in first for b in second if compatible(shape, a, b)),
         key=lambda pair: first[pair.gate_up] + second[pair.down],
     )
-    finals: dict[Launch, float] = {}
-    for pair in pairs[:FINALISTS]:
-        finals[pair] = measure(buffers, counts, pair)
-        if record is not None:
-            record.append({"rows": rows, "which": "layer", "us": 1e6 * finals[pair],
-                           "launch": encode_launch(pair)})  # fmt: skip
-    return min(finals, key=finals.__getitem__)
+    # Alone, a launch that shares its multiprocessors cannot show what that gains.
+    finalists = [p for p in pairs if not p.down.shared][:FINALISTS]
+    finalists += [p for p in pairs if p.down.shared][: FINALISTS // 2]
+    sparse = rows <= FEWEST_ROWS
+    skewed = (rows,) + (0,) * (shape.experts - 1)
+    if not sparse:
+        skewed = zipf_counts(shape.experts, rows, shape.capacity)
+    skew = torch.tensor(skewed).to(counts)
+    finals = {p: (measure(buffers, counts, p), measure(buffers, skew, p)) for p in finalists}
+    if record is not None:
+        for pair, (even, uneven) in finals.items():
+            record.append({"rows": rows, "which": "layer", "us": 1e6 * even,
+                           "skewed_us": 1e6 * uneven, "launch": encode_launch(pair)})  # fmt: skip
+    return choose(finals, AS_GOOD_SPARSE if sparse else AS_GOOD)
+
+
+def choose(finals: dict[Launch, tuple[float, float]], as_good_as: float) -> Launch:
+    """Of (seconds under uniform routing, under skewed routing): the best under skew among those
+    that take at most `as_good_as` times the best under uniform routing."""
+    best = min(even for even, _ in finals.values())
+    as_good = {pair: skew for pair, (even, skew) in finals.items() if even <= as_good_as * best}
+    return min(as_good, key=as_good.__getitem__)
+
+
+def zipf_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:
+    """`rows` per expert on average, shared in proportion to 1 / rank; hot experts capped at the
+    capacity."""
+    total = experts * rows
+    weights = [1 / (i + 1) for i in range(experts)]
+    counts = [min(capacity, int(total * w / sum(weights))) for w in weights]
+    for i in range(experts):  # what rounding and the cap left over goes to the hottest with room
+        counts[i] += min(capacity - counts[i], total - sum(counts))
+    return tuple(counts)
+
+
+def save_table(path: Path, device: str, launches: dict[str, dict]) -> None:
+    """Write a table, one launch a line, sorted by shape and rows."""
+
+    def order(key: str) -> tuple[str, int]:
+        shape, rows = key.rsplit("-", 1)
+        return shape, int(rows)
+
+    head = {
+        "device": device,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "date": date.today().isoformat(),
+    }
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(launches[key])}" for key in sorted(launches, key=order)
+    ]
+    text = json.dumps(head)[:-1] + ', "launches": {\n' + ",\n".join(lines) + "\n}}\n"
+    path.write_text(text)
 
 
 def tune(
@@ -219,12 +285,10 @@ def tune(
 
     `progress(done, total, label)` is called before every cell.
     """
-    table = json.loads(path.read_text()) if path.is_file() else {"launches": {}}
+    launches = json.loads(path.read_text())["launches"] if path.is_file() else {}
     device = device_of(torch.empty(0, device="cuda"))
-    table["device"] = device.name
-    table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
     cells = [(shape, m) for shape in shapes for m in row_counts if m <= shape.capacity]
-    missing = [c for c in cells if table_key(*c) not in table["launches"]]
+    missing = [c for c in cells if table_key(*c) not in launches]
     jobs = [
         (shape, launch) for shape, rows in missing for launch in candidate_launches(shape, rows)
     ]
@@ -234,14 +298,14 @@ def tune(
         key = table_key(shape, rows)
         if progress is not None:
             progress(done, len(cells), key)
-        if key in table["launches"]:
+        if key in launches:
             continue
         if buffers is None or buffers.shape != shape:
             buffers = None  # frees the previous shape's memory first
             buffers = Buffers.create(shape)
-        table["launches"][key] = encode_launch(
+        launches[key] = encode_launch(
             tune_cell(buffers, rows, skip={launch for other, launch in failed if other == shape})
         )
-        path.write_text(json.dumps(table, indent=1) + "\n")
+        save_table(path, device.name, launches)
     if progress is not None:
         progress(len(cells), len(cells), "")

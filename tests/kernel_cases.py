@@ -15,6 +15,7 @@ from moe_plugin.kernels.experts_torch import (
     dequantise_groups_torch,
     quantise_groups_torch,
 )
+from moe_plugin.kernels.tune import zipf_counts
 
 # Kernel and twin round in the same places; what differs is the order of summation and, for fp8,
 # the width of a re-quantisation group.
@@ -176,16 +177,6 @@ def check(
 def uniform_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:
     """The same rows for every expert."""
     return (min(rows, capacity),) * experts
-
-
-def zipf_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:
-    """The same total, shared in proportion to 1 / rank; hot experts capped at the capacity."""
-    total = experts * rows
-    weights = [1 / (i + 1) for i in range(experts)]
-    counts = [min(capacity, int(total * w / sum(weights))) for w in weights]
-    for i in range(experts):  # what rounding and the cap left over goes to the hottest with room
-        counts[i] += min(capacity - counts[i], total - sum(counts))
-    return tuple(counts)
 
 
 def one_hot_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:

@@ -130,6 +130,23 @@ def test_compile_only_stand_ins_match_the_tensors(group: int | None) -> None:
         assert tensor.dtype == spec.dtype
 
 
+def test_skew_decides_between_launches_that_tie() -> None:
+    first, second, third = (
+        Launch(True, Tiles(64, 8, 8, 64, n), Tiles(64, 8, 8, 64, n)) for n in (2, 3, 4)
+    )
+    finals = {first: (1.0, 3.0), second: (1.005, 2.0), third: (1.2, 1.0)}
+    assert tune.choose(finals, tune.AS_GOOD) == second
+
+
+def test_launches_that_share_multiprocessors_come_in_pairs() -> None:
+    shared = [c for c in tune.candidate_launches(SHAPES[1], 8) if c.gate_up.shared]
+    assert shared
+    for launch in shared:
+        assert launch.down.shared
+        for tiles in (launch.gate_up, launch.down):
+            assert (tiles.per_sm, tiles.programs_per_sm) == (2, 1)
+
+
 def test_tuner_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, shape, measured = tmp_path / "table.json", SHAPES[1], []
     tiles = Tiles(64, 8, 8, 64, 5)
