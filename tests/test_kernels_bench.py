@@ -23,7 +23,7 @@ def cell(**more: Any) -> dict[str, Any]:
     return {
         "model": "DeepSeek-V3 EP8", "dtype": "fp8", "rows": 8, "routing": "uniform",
         "reachable": True, "us": 100.0, "deepgemm_us": 120.0, "stream_fraction": 0.96,
-        "over_floor": 1.1,
+        "over_floor": 1.1, "read_us": 98.0,
     } | more  # fmt: skip
 
 
@@ -52,6 +52,10 @@ def test_a_cell_without_the_baseline_is_judged_by_the_rest() -> None:
     without = cell()
     del without["deepgemm_us"]
     assert ["stream" in bar.name for bar in verdict([without])] == [True]
+
+
+def test_the_stream_bar_tells_what_a_plain_read_takes() -> None:
+    assert "0.980 of a plain read" in str(verdict([cell()])[0])
 
 
 def test_a_slow_h100_voids_the_run() -> None:

@@ -30,7 +30,7 @@ from cases import (
     model_shape,
     reachable_rows,
 )
-from ceilings import measure_ceilings
+from ceilings import measure_ceilings, weights_read_seconds
 from deepgemm import layer_call
 from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
@@ -45,6 +45,7 @@ from moe_plugin.kernels.tune import (
     Buffers,
     candidate_launches,
     graph_seconds,
+    save_table,
     tune_cell,
 )
 
@@ -154,8 +155,7 @@ def run_sweep(out: Path, models: list[int], rows: Sequence[int], watchdog: Watch
                       flush=True)  # fmt: skip
                 (out / "kernels-sweep.json").write_text(json.dumps(result))
                 launches[table_key(shape, m)] = encode_launch(best)
-                table = {"launches": launches, **environment()}
-                (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+                save_table(out / "table.json", device.name, launches)
 
 
 def run_bars(
@@ -176,6 +176,7 @@ def run_bars(
                     buffers = None
                     shape = model_shape(index, fp8, m)
                     buffers = Buffers.create(shape)
+                    read_us = 1e6 * weights_read_seconds(buffers.layers)
                 for routing in routings:
                     counts = ROUTINGS[routing](shape.experts, m, shape.capacity)
                     watchdog(f"bars {MODELS[index].name} fp8={fp8} {m} {routing}")
@@ -188,7 +189,7 @@ def run_bars(
                         "rows": m, "routing": routing,
                         "reachable": m <= reachable_rows(index, MORE_TOKENS),
                         "bytes": floor, "flops": flops,
-                        "stream_fraction": floor / cell["us"] / 1e6 / stream,
+                        "read_us": read_us, "stream_fraction": floor / cell["us"] / 1e6 / stream,
                         "peak_fraction": flops / cell["us"] / 1e6
                         / limits["dense_fp8_TFLOPs" if fp8 else "dense_bf16_TFLOPs"],
                     }  # fmt: skip

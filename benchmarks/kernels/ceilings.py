@@ -1,5 +1,9 @@
 """What this GPU can do: memory streams and dense matrix products, measured in the same run."""
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,19 +21,39 @@ def _read_kernel(src, sink, blocks, BLOCK: tl.constexpr):
     tl.store(sink + tl.program_id(0), tl.sum(total, 0))
 
 
+READERS = ((2, 8192), (4, 4096), (8, 2048))
+"""Programs per multiprocessor and words that each reads at once: the fastest counts."""
+
+
+def _read(src: torch.Tensor, per_sm: int, block: int) -> None:
+    """Stream one int32 tensor, and keep nothing of it."""
+    grid = per_sm * torch.cuda.get_device_properties(0).multi_processor_count
+    sink = torch.empty(grid, dtype=torch.int32, device="cuda")
+    _read_kernel[(grid,)](src, sink, src.numel() // block, block)
+
+
 def read_bytes_per_second() -> float:
     """A read-only stream."""
     src = torch.randint(0, 1 << 30, (STREAM_BYTES // 4,), dtype=torch.int32, device="cuda")
-    best = 0.0
-    for per_sm, block in ((2, 8192), (4, 4096), (8, 2048)):
-        grid = per_sm * torch.cuda.get_device_properties(0).multi_processor_count
-        sink = torch.empty(grid, dtype=torch.int32, device="cuda")
-        blocks = src.numel() // block
-        seconds = graph_seconds(
-            [lambda g=grid, s=sink, n=blocks, b=block: _read_kernel[(g,)](src, s, n, b)] * 3
+    calls = (partial(_read, src, *reader) for reader in READERS)
+    return STREAM_BYTES / min(graph_seconds([call] * 3) for call in calls)
+
+
+def weights_read_seconds(layers: Sequence[tuple[Any, ...]]) -> float:
+    """A plain read of a layer's weights in two launches: what launches and tails alone cost a
+    layer of this size. `layers`: copies, so that none is found in L2."""
+    words = [[layer[at].view(torch.int32).flatten() for at in (2, 4)] for layer in layers]
+
+    def both(reader: tuple[int, int], pair: list[torch.Tensor]) -> None:
+        for weights in pair:
+            _read(weights, *reader)
+
+    times = []
+    for reader in READERS:
+        times.append(
+            graph_seconds([partial(both, reader, words[c % len(words)]) for c in range(8)])
         )
-        best = max(best, STREAM_BYTES / seconds)
-    return best
+    return min(times)
 
 
 def copy_bytes_per_second() -> float:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from verdict import FEW
 
 SERIES = (
     ("us", "this plugin", "C0", "o-"),
-    ("scalar_stores_us", "before 16-byte stores", "C0", "x:"),
     ("deepgemm_us", "DeepGEMM + activation kernel", "C1", "s--"),
+    ("read_us", "a plain read of the weights", "C7", ":"),
 )
 
 
@@ -25,10 +26,17 @@ def draw(model: str, result: dict[str, Any], path: Path) -> None:
     """Percent of the roofline over rows per expert, bf16 and fp8 side by side."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for axis, dtype in zip(axes, ("bf16", "fp8"), strict=True):
-        cells = [c for c in result["cells"] if c["model"] == model and c["dtype"] == dtype]
+        cells = [
+            c
+            for c in result["cells"]
+            if c["model"] == model and c["dtype"] == dtype and c["routing"] == "uniform"
+        ]
         for key, label, colour, style in SERIES:
-            points = [(c["rows"], 100 * roofline(c, result["ceilings"]) / c[key])
-                      for c in cells if key in c]  # fmt: skip
+            points = [
+                (c["rows"], 100 * roofline(c, result["ceilings"]) / c[key])
+                for c in cells
+                if key in c and (key != "read_us" or c["rows"] <= FEW)
+            ]
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
         axis.axhline(100, color="grey", linewidth=0.8)
