@@ -139,7 +139,7 @@ def rows_of(server_args: Any, lengths: list[int]) -> dict[str, int]:
     rows["prefill"] = -(-tokens // scatter)
     rows["mixed"] = -(-prefill_tokens(view, lengths, running) // scatter)
     rows["prefill_buffer"] = -(-max_prefill_buffer_tokens(server_args) // scatter)
-    if config.prefill.backend != "disabled":
+    if config.prefill.backend != "disabled" and config.prefill.bs:  # none fits a chunk of -1
         rows["prefill_graph"] = -(-max(config.prefill.bs) // scatter)
     return rows
 
