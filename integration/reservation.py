@@ -18,6 +18,7 @@ from ..capability import Mode, get_backend
 from ..deepep_limits import NVSHMEM_FIXED_BYTES, NVSHMEM_GRANULE, limits_of
 from ..memory import gib
 from ..plan import Change, Plan, Rejection, refusal
+from ..rows import floor_to
 from ..support import LEAVE, LEAVE_TEXT
 
 FLOOR_MIB = 10 * 1024
@@ -103,13 +104,13 @@ def _too_small(plan: Plan, needed: int, kept: float, total: float) -> Rejection:
     # Buffer and workspace grow with T beside a fixed cost; one granule of the heap stays unused.
     fixed = NVSHMEM_FIXED_BYTES if plan.rdma_device_bytes else 0
     share = (room - fixed - NVSHMEM_GRANULE) / (needed - fixed)
-    tokens = int(plan.max_dispatch_tokens_per_rank * share) // 8 * 8
+    tokens = floor_to(int(plan.max_dispatch_tokens_per_rank * share), plan.token_multiple)
     got = (
         f"{gib(needed)} for buffer and workspace at {plan.max_dispatch_tokens_per_rank} tokens per "
         f"rank, {kept / 1024:.1f} GiB for everything else that runs"
     )
     allowed = f"at most {total / 1024:.0f} GiB with weights and KV cache"
-    if tokens < 8:
+    if tokens < plan.token_multiple:
         return Rejection("device memory", got, allowed, LEAVE_TEXT, LEAVE, "unsupported")
     changes: tuple[Change, ...] = (("--batched-dp-moe-max-tokens", str(tokens)),)
     variable = limits_of(get_backend(plan.capability.backend), plan.transport).capacity_variable

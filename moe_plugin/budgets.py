@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .capability import Capability, use_batched_dp_moe
-from .checks import check_capacity, check_model
+from .checks import check_capacity, check_model, token_multiple
 from .completion import complete
 from .demands import check_needs, decode_requests, needs_of, prefill_chunk
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
@@ -62,7 +62,8 @@ def _plan_once(
 ) -> Plan:
     """One pass over one set of facts."""
     experts = model.num_experts + launch.redundant_experts
-    most = limits.largest_tokens(model.hidden_size, launch.tp_size, experts, GRAPH_MULTIPLE)
+    multiple = token_multiple(model, launch, limits)
+    most = limits.largest_tokens(model.hidden_size, launch.tp_size, experts, multiple)
     tokens, source, errors = _choose_tokens(model, launch, limits, capability, most)
     errors += check_model(model, launch, limits)
     runner, unsupported = choose_runner(model, launch, capability)
@@ -73,6 +74,7 @@ def _plan_once(
     plan = Plan(
         capability=capability,
         max_dispatch_tokens_per_rank=tokens,
+        token_multiple=multiple,
         nvshmem_qp_depth=(
             max(limits.default_qp_depth, launch.qp_depth or 0, limits.qp_depth(tokens))
             if limits.qp_depth
@@ -121,27 +123,28 @@ def _choose_tokens(
             )
         )
     explicit = flag if flag is not None else capacity
+    multiple = token_multiple(model, launch, limits)
     if explicit is not None:
         name = launch.max_tokens_source if flag is not None else variable
         errors += check_capacity(model, launch, limits, explicit, name, most)
         # Plan on with the nearest value that works, so that one message names everything.
-        return min(max(floor_to(explicit, GRAPH_MULTIPLE), GRAPH_MULTIPLE), most), "user", errors
-    default = min(limits.default_max_tokens, most)
+        return min(max(floor_to(explicit, multiple), multiple), most), "user", errors
+    default = min(ceil_to(limits.default_max_tokens, multiple), most)
     needed = max((need.rows for need in needs_of(launch, capability, default)), default=0)
-    tokens = min(max(default, ceil_to(needed, GRAPH_MULTIPLE)), most)
+    tokens = min(max(default, ceil_to(needed, multiple)), most)
     if most == 0:
         size = limits.buffer_bytes
-        least = size(8, model.hidden_size, launch.tp_size, model.num_experts) if size else 0
+        least = size(multiple, model.hidden_size, launch.tp_size, model.num_experts) if size else 0
         errors.append(
             Rejection(
                 "communication buffer bytes per rank",
-                got=f"{least} bytes at {GRAPH_MULTIPLE} tokens per rank",
+                got=f"{least} bytes at {multiple} tokens per rank",
                 allowed=f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})",
                 fix=LEAVE_TEXT,
                 changes=LEAVE,
             )
         )
-        tokens = GRAPH_MULTIPLE
+        tokens = multiple
     return tokens, "derived" if tokens > default else "default", errors
 
 

@@ -7,7 +7,7 @@ from .limits import Limits
 from .memory import gib
 from .plan import Change, Rejection
 from .rows import ceil_to
-from .support import LEAVE, LEAVE_TEXT
+from .support import LEAVE, LEAVE_TEXT, dispatches_fp8
 
 
 def check_capacity(
@@ -40,12 +40,26 @@ def check_capacity(
             )
             allowed = f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})"
             return [reject("communication buffer bytes per rank", got, allowed, most)]
-    multiple = max(GRAPH_MULTIPLE, limits.row_multiple)
+    multiple = token_multiple(model, launch, limits)
     if tokens % multiple:
         fix = min(most, max(multiple, ceil_to(tokens, multiple)))
-        why = f"a multiple of {multiple}: captured buckets are, and ranks x T must divide by 4"
+        why = f"a multiple of {multiple}: captured buckets are multiples of {GRAPH_MULTIPLE}"
+        if multiple > GRAPH_MULTIPLE:
+            fp8 = dispatches_fp8(model, launch) and limits.fp8_row_multiple > 1
+            limit = "fp8_row_multiple" if fp8 else "row_multiple"
+            rows = getattr(limits, limit)
+            why = (
+                f"a multiple of {multiple}: {launch.tp_size} ranks x T must be one of {rows}"
+                f"{' for FP8 rows' if fp8 else ''} ({limits.source(limit)})"
+            )
         return [reject("tokens per rank", shown, why, fix)]
     return []
+
+
+def token_multiple(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> int:
+    """What T must be a multiple of in this launch."""
+    fp8 = dispatches_fp8(model, launch)
+    return limits.token_multiple(launch.tp_size, GRAPH_MULTIPLE, fp8=fp8)
 
 
 def check_model(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> list[Rejection]:

@@ -13,11 +13,12 @@ HIDDEN_SIZES = frozenset({2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192})
 NVSHMEM_GRANULE = 512 << 20
 """DeepEP sets ``NVSHMEM_CUMEM_GRANULARITY=2**29``: the heap grows in steps of 512 MiB."""
 
-NVSHMEM_FIXED_BYTES = 4240 << 20
-"""What creating a buffer takes beyond its granules; docs/gpu.md has the likely reason.
+NVSHMEM_FIXED_BYTES = 4480 << 20
+"""Bound of what creating a buffer takes beyond its granules; docs/gpu.md has the likely reason.
 
-Measured once, one rank on one H200, T = 256, 128 experts, hidden 2048: 5264 MiB taken, of which
-1024 MiB are the buffer's granules (benchmarks/results/2026-11-23-h200-serving-start.json)."""
+Measured in a server of one rank, T = 256, 128 experts, hidden 2048: 4240 MiB on an H200, 4246 MiB
+on an H100 (benchmarks/results/*-serving-*.json). In processes that have done little else before it
+was 2640 MiB, and 172 MiB for each of two ranks on one GPU."""
 
 
 def low_latency_rdma_bytes(max_tokens: int, hidden: int, ranks: int, experts: int) -> int:
@@ -69,6 +70,7 @@ DEEPEP_LIMITS = Limits(
     max_free_ranks=7,
     rank_multiple=8,
     row_multiple=4,
+    fp8_row_multiple=128,
     qp_depth=low_latency_qp_depth,
     default_qp_depth=1024,
     sources=(
@@ -78,10 +80,15 @@ DEEPEP_LIMITS = Limits(
         ("min_experts", "at least two expert groups (internode_ll.cu)"),
         ("max_buffer_bytes", "num_rdma_bytes / 16 < 2**31 - 1 (buffer.hpp)"),
         ("buffer_bytes", "Buffer.get_low_latency_rdma_size_hint"),
-        ("device_bytes", "512 MiB granules (legacy.py), fixed cost measured on one H200"),
+        ("device_bytes", "512 MiB granules (legacy.py); fixed cost as measured"),
         ("dtypes", "x.scalar_type() == kBFloat16 (buffer.hpp)"),
         ("ranks", "num_ranks < 8 or num_ranks % 8 == 0 (buffer.hpp constructor)"),
         ("row_multiple", "(ranks * T) % 4 == 0, TMA (buffer.hpp)"),
+        (
+            "fp8_row_multiple",
+            "sgl-deep-ep 0.1.2.post1 lays out an expert's FP8 scales in whole blocks of 128 rows, "
+            "past the end of a tensor of ranks x T",
+        ),
         ("qp_depth", "NVSHMEM_QP_DEPTH >= 2 * (T + 1) (legacy.py, every call)"),
     ),
 )

@@ -70,7 +70,7 @@ def _tokens(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, mos
     why = {
         "user": f"from {name}",
         "default": f"default of {limits.name or plan.capability.backend}",
-        "derived": "what the explicit values below need, rounded up to a multiple of 8",
+        "derived": "what the explicit values below need, rounded up",
     }.get(source, "")
     bound = limits.max_tokens is not None and most >= limits.max_tokens // 8 * 8
     limit = f"<= {most} " + (f"({limits.name} cap)" if bound else "(buffer bytes)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd, lcm
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP = 256
 
@@ -26,7 +27,8 @@ class Limits:
         dtypes: activation dtypes that may be dispatched, by torch name.
         max_free_ranks: any rank count up to this one works; above, see ``rank_multiple``.
         rank_multiple: multiple that larger rank counts must have.
-        row_multiple: ranks * tokens per rank must be a multiple of this.
+        row_multiple: ranks * tokens per rank must be a multiple of this,
+        fp8_row_multiple: and of this where rows are dispatched in FP8.
         qp_depth: tokens per rank -> queue-pair depth that the transport needs.
         default_qp_depth: the transport's queue-pair depth when nothing is set.
         sources: limit name -> where it was read or measured.
@@ -46,6 +48,7 @@ class Limits:
     max_free_ranks: int | None = None
     rank_multiple: int = 1
     row_multiple: int = 1
+    fp8_row_multiple: int = 1
     qp_depth: Callable[[int], int] | None = None
     default_qp_depth: int = 0
     sources: tuple[tuple[str, str], ...] = ()
@@ -59,6 +62,11 @@ class Limits:
         if self.max_free_ranks is None or ranks <= self.max_free_ranks:
             return True
         return ranks % self.rank_multiple == 0
+
+    def token_multiple(self, ranks: int, multiple: int, *, fp8: bool) -> int:
+        """What tokens per rank must be a multiple of: of ``multiple``, and by the rows' sake."""
+        rows = lcm(self.row_multiple, self.fp8_row_multiple) if fp8 else self.row_multiple
+        return lcm(multiple, rows // gcd(rows, ranks))
 
     def largest_tokens(self, hidden: int, ranks: int, experts: int, multiple: int) -> int:
         """Largest tokens per rank, a multiple of ``multiple``, within every limit; 0 if none."""

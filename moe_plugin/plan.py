@@ -74,6 +74,7 @@ class Plan:
     Attributes:
         capability: the answer that this plan stands on.
         max_dispatch_tokens_per_rank: T, rows that one rank may dispatch in one forward.
+        token_multiple: what T must be a multiple of, by the transport and by graph capture.
         chunked_prefill_size: tokens over all DP groups, as typed; 0 when prefill is not bounded.
         cuda_graph_max_bs_prefill: tokens per DP group; 0 without bounded prefill graphs.
         cuda_graph_max_bs_decode: requests per DP group; 0 without bounded decode graphs.
@@ -99,6 +100,7 @@ class Plan:
 
     capability: Capability
     max_dispatch_tokens_per_rank: int = 0
+    token_multiple: int = 1
     chunked_prefill_size: int = 0
     cuda_graph_max_bs_prefill: int = 0
     cuda_graph_max_bs_decode: int = 0

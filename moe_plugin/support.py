@@ -73,6 +73,12 @@ def choose_runner(
     return runner, errors + _features(model, launch, runner)
 
 
+def dispatches_fp8(model: ModelFacts, launch: LaunchFacts) -> bool:
+    """Whether DeepEP may carry rows in FP8: always but for bf16 weights on our experts."""
+    ours_in_bf16 = model.weight_format == "unquantized" and launch.moe_runner_backend == "auto"
+    return launch.transport == "deepep" and not ours_in_bf16
+
+
 def _leave(limit: str, got: str, allowed: str) -> Rejection:
     return Rejection(limit, got, allowed, LEAVE_TEXT, LEAVE, "unsupported")
 

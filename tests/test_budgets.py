@@ -78,9 +78,9 @@ def test_precedence_flag_variable_derived_default() -> None:
     """And where each came from is on the plan."""
     assert plan().budgets[0].source == "default"
     assert plan(chunked_prefill_size=512).budgets[0].source == "derived"
-    assert plan(capacity=64).max_dispatch_tokens_per_rank == 64
-    assert plan(capacity=64, max_tokens=64).verdict == "ok"
-    refused = plan(capacity=64, max_tokens=128)
+    assert plan(QWEN, capacity=64).max_dispatch_tokens_per_rank == 64
+    assert plan(QWEN, capacity=64, max_tokens=64).verdict == "ok"
+    refused = plan(QWEN, capacity=64, max_tokens=128)
     assert refused.max_dispatch_tokens_per_rank == 128
     assert one_error(refused).changes == ((DEEPEP_LIMITS.capacity_variable, None),)
 
@@ -113,14 +113,16 @@ def test_chunking_off_is_bounded_by_the_context_only() -> None:
         (replace(V3, dtype="float16"), {}, "activation dtype", "--dtype bfloat16"),
         (replace(V3, num_experts=1, top_k=1), {}, "experts", "none"),
         (V3, {"max_tokens": 2048}, "tokens per rank", "--batched-dp-moe-max-tokens 1024"),
-        (V3, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 104"),
+        (QWEN, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 104"),
+        (V3, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 128"),
+        (V3, {"max_tokens": 104, "tp_size": 8}, "tokens per rank", "tokens 112"),
         (V3, {"capacity": 2000}, "tokens per rank", "=1024"),
         (V3, {"capacity": 0}, "tokens per rank", "=256"),
         (
             replace(V3, num_experts=896),
             {"max_tokens": 1024},
             "communication buffer bytes per rank",
-            "--batched-dp-moe-max-tokens 656",
+            "--batched-dp-moe-max-tokens 640",
         ),
         (V3, {"lora": True}, "LoRA", "remove --enable-lora"),
         (V3, {"single_batch_overlap": True}, "single-batch overlap", "remove"),
@@ -155,7 +157,7 @@ def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
     """Changing the flag alone would leave two values that differ."""
     error = one_error(plan(max_tokens=100, capacity=100))
     assert error.changes == (
-        ("--batched-dp-moe-max-tokens", "104"),
+        ("--batched-dp-moe-max-tokens", "128"),
         (DEEPEP_LIMITS.capacity_variable, None),
     )
 
@@ -261,7 +263,7 @@ def test_plans_travel_and_print() -> None:
     assert pickle.loads(pickle.dumps(found)) == found
     parsed = json.loads(json.dumps(found.as_dict()))
     assert parsed["capability"]["use_batched_dp_moe"] is True
-    assert parsed["errors"][0]["fix"] == "--batched-dp-moe-max-tokens 104"
+    assert parsed["errors"][0]["fix"] == "--batched-dp-moe-max-tokens 112"
     text = found.render()
     assert "2048" not in text.splitlines()[0]
     assert "verdict: refused" in text

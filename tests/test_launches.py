@@ -92,6 +92,7 @@ ROWS = (
     ),
     Row("3", "deepseek-v3", (*LL, *EAGLE, "--cuda-graph-max-bs-decode", "128"), tokens=512),
     Row("4", "qwen3-fp8", LL, env={CAPACITY: "2048"}, fix=f"{CAPACITY}=1024"),
+    Row("4 (FP8 rows)", "qwen3-fp8", LL, env={CAPACITY: "8"}, fix=f"{CAPACITY}=16"),
     Row("5", "qwen3", LL, tokens=256),
     Row("5 (normal prefill)", "qwen3", TP8, fix="--deepep-mode low_latency"),
     Row("6", "qwen3", LL, env={"SGLANG_DEEPEP_BF16_DISPATCH": "1"}, tokens=256),

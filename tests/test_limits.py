@@ -8,6 +8,7 @@ from moe_plugin.capability import get_backend
 from moe_plugin.deepep_limits import (
     DEEPEP_LIMITS,
     NVSHMEM_FIXED_BYTES,
+    NVSHMEM_GRANULE,
     TORCH_LIMITS,
     device_bytes,
     limits_of,
@@ -46,7 +47,10 @@ def test_device_bytes_are_whole_granules_and_a_fixed_cost() -> None:
     assert device_bytes(1) == NVSHMEM_FIXED_BYTES + (512 << 20)
     assert device_bytes(512 << 20) == NVSHMEM_FIXED_BYTES + (512 << 20)
     assert device_bytes((512 << 20) + 1) == NVSHMEM_FIXED_BYTES + GIB
-    assert device_bytes(low_latency_rdma_bytes(256, 2048, 1, 128)) == 5264 << 20
+    # What the servers of one rank took, on an H200 and on an H100.
+    for taken in (5264 << 20, 5270 << 20):
+        planned = device_bytes(low_latency_rdma_bytes(256, 2048, 1, 128))
+        assert taken <= planned <= taken + NVSHMEM_GRANULE
 
 
 @pytest.mark.parametrize(
@@ -58,10 +62,17 @@ def test_rank_counts(ranks: int, ok: bool) -> None:
     assert TORCH_LIMITS.ranks_ok(ranks)
 
 
+def test_fp8_rows_need_coarser_tokens() -> None:
+    """128 over the ranks, and never less than what graphs need."""
+    multiples = {r: DEEPEP_LIMITS.token_multiple(r, 8, fp8=True) for r in (1, 2, 4, 6, 8, 16, 64)}
+    assert multiples == {1: 128, 2: 64, 4: 32, 6: 64, 8: 16, 16: 8, 64: 8}
+    assert DEEPEP_LIMITS.token_multiple(1, 8, fp8=False) == 8
+
+
 def test_every_deepep_limit_names_its_source() -> None:
     """So that a doubt can be looked up."""
     for name in ("max_tokens", "hidden_sizes", "max_top_k", "max_buffer_bytes", "qp_depth",
-                 "ranks", "row_multiple", "dtypes"):  # fmt: skip
+                 "ranks", "row_multiple", "fp8_row_multiple", "dtypes"):  # fmt: skip
         assert DEEPEP_LIMITS.source(name), name
 
 

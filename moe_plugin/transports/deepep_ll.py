@@ -28,7 +28,8 @@ def create_deepep_buffer(
 
     Args:
         group: all-to-all ranks; every rank constructs at the same point.
-        max_num_tokens: T.
+        max_num_tokens: T. For FP8 dispatch the ranks times T must be a multiple of 128
+            (``deepep_limits``): scales are wrong otherwise, and nothing says so.
         hidden_size: H.
         num_experts: physical experts, E.
         qp_depth: written to ``NVSHMEM_QP_DEPTH``, which the constructor fixes for good;

@@ -25,7 +25,7 @@ class Sizes:
     """How large the cases are.
 
     Attributes:
-        capacity: T.
+        capacity: T; FP8 dispatch needs ranks * T to be a multiple of 128.
         hidden: H; DeepEP knows a few values only, FP8 needs a multiple of 128.
         inter: I.
         experts: at least E, rounded up so that the ranks divide it.
@@ -33,7 +33,7 @@ class Sizes:
         round_trips: of the soak.
     """
 
-    capacity: int = 64
+    capacity: int = 128
     hidden: int = 2048
     inter: int = 256
     experts: int = 16
