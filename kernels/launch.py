@@ -155,9 +155,12 @@ def weights_wide(shape: Shape, expected_m: int, split: int) -> Launch:
     if shape.fp8:
         tile = (128, rows, 64, 128, True, 8)
         return Launch(True, hopper_tiles(*tile, burst=2), hopper_tiles(*tile, split=split, burst=2))
-    # A taller tile for hot experts costs stages, which only the shortest tile misses.
-    tile = (64, rows, 64 if rows == 8 else 128, 64, False, 4)
-    return Launch(True, hopper_tiles(*tile, burst=2), hopper_tiles(*tile, split=split, burst=2))
+    # A taller tile for hot experts costs stages, which only the shortest tile misses, and spills
+    # where parts of a split depth are stored.
+    many = 64 if rows == 8 else 128
+    gate_up = hopper_tiles(64, rows, many, 64, False, burst=2)
+    many = many if split == 1 else 64
+    return Launch(True, gate_up, hopper_tiles(64, rows, many, 64, False, split=split, burst=2))
 
 
 def some_rows(shape: Shape, split: int) -> Launch:
