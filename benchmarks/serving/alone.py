@@ -44,8 +44,8 @@ def stage_start(bench: Bench) -> None:
         report["again"] = len(server.generate("again", 8)["tokens"]) == 8
         report["memory"] = {"c": served.memory(server, alone=True)}
         report["states"] = server.states()
-        new = sorted(set(server.cached()) - set(server.record.cached_at_ready))
-        report["compiled"] = [{"variant": "c", "cold": server.record.cold, "files": new[:40]}]
+        compiled = {"variant": "c", "cold": server.record.cold, "kernels": server.compiled()}
+        report["compiled"] = [compiled]
     finally:
         server.stop()
         log = bench.options.out / f"serving-start-{bench.stamp}.log"

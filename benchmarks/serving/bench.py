@@ -234,8 +234,7 @@ class Bench:
         self.report["compiled"] = []
         for server in load_state(self.options.work):
             record = server.record
-            new = sorted(set(server.cached()) - set(record.cached_at_ready))
-            entry = {"variant": record.variant, "cold": record.cold, "files": new[:40]}
+            entry = {"variant": record.variant, "cold": record.cold, "kernels": server.compiled()}
             self.report["compiled"].append(entry)
 
     def down(self) -> None:

@@ -117,11 +117,14 @@ def _start_bars(report: Report) -> Iterable[Report]:
 
 
 def _request_path(report: Report) -> Iterable[Report]:
-    grown = {}
+    """The host compiles kernels of its own at the first requests, whoever runs the experts."""
+    names: dict[str, set[str]] = {}
     for entry in report.get("compiled", []):
-        grown[entry["variant"]] = grown.get(entry["variant"], 0) + len(entry["files"])
-    if "c" in grown:
-        yield _bar("nothing compiled while serving (files)", grown, grown["c"] == 0)
+        names.setdefault(entry["variant"], set()).update(entry["kernels"])
+    if "c" in names:
+        ours = sorted(names["c"] - names.get("b", set()))
+        value = {"ours alone": ours, "the host's": sorted(names["c"] - set(ours))}
+        yield _bar("compiled while serving: nothing that b does not compile", value, not ours)
 
 
 def _memory_bars(report: Report) -> Iterable[Report]:

@@ -75,6 +75,12 @@ class Detached(Server):
         found = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
         return sorted(str(path.relative_to(root)) for path in found)
 
+    def compiled(self) -> list[str]:
+        """Kernels that were compiled since it was ready, by the names of their files."""
+        new = set(self.cached()) - set(self.record.cached_at_ready)
+        # Triton keeps several files of each, and one that groups them.
+        return sorted({Path(file).name.removeprefix("__grp__").split(".")[0] for file in new})
+
     def idle(self) -> None:
         """End every request, wait until none runs, and forget all prefixes."""
         self.post("/abort_request", {"rid": "", "abort_all": True})
