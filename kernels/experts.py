@@ -1,23 +1,17 @@
 """Entry points of the batched-expert layer: two launches, no host synchronisation."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 
 from .experts_torch import SCALE_BLOCK, batched_experts_torch
+from .hopper_launch import compile_hopper, run_hopper
 from .launch import Device, Launch, Shape, depth_split, pick_launch, portable_launch
-from .masked_gemm import (
-    Problem,
-    Spec,
-    device_of,
-    launch_hopper,
-    launch_portable,
-    probe,
-    tma_ready,
-)
+from .masked_gemm import launch_portable
+from .problem import Problem, Spec, device_of, probe, tma_ready
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
 
@@ -88,16 +82,18 @@ def run_layer(
     gate_up: Problem, down: Problem, launch: Launch, device: Device, compile_only: bool = False
 ) -> list[Any]:
     if launch.hopper:
+        run = compile_hopper if compile_only else run_hopper
         return [
-            launch_hopper(
-                gate_up, launch.gate_up, device, chained=False, compile_only=compile_only
-            ),
-            launch_hopper(down, launch.down, device, chained=True, compile_only=compile_only),
+            run(gate_up, launch.gate_up, device, chained=False),
+            run(down, launch.down, device, chained=True),
         ]
     return [
         launch_portable(gate_up, launch.gate_up, device, compile_only=compile_only),
         launch_portable(down, launch.down, device, compile_only=compile_only),
     ]
+
+
+_picked = cache(pick_launch)  # an eager forward asks for the same few again and again
 
 
 def batched_experts(
@@ -137,7 +133,7 @@ def batched_experts(
         out = torch.empty(
             (experts, capacity, hidden), dtype=torch.bfloat16, device=hidden_states.device
         )
-    launch = launch or pick_launch(shape, expected_m, device)
+    launch = launch or _picked(shape, expected_m, device)
     group, split = launch.gate_up.channels, launch.down.split > 1
     act, act_scale = act_and_scale(
         shape, group if fp8 and device.has_fp8 else None, hidden_states.device

@@ -19,6 +19,7 @@ import triton
 
 from .experts import act_and_scale, layer_problems, run_layer, split_buffers
 from .experts_torch import SCALE_BLOCK
+from .hopper_launch import run_hopper
 from .launch import (
     Launch,
     Shape,
@@ -29,8 +30,8 @@ from .launch import (
     row_tile,
     table_key,
 )
-from .masked_gemm import device_of, launch_hopper
 from .precompile import precompile
+from .problem import device_of
 
 ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
@@ -188,9 +189,9 @@ def measure(
     for copy in range(calls):
         gate_up, down = buffers.problems(copy, masked_m, launch)
         if which == "gate_up":
-            work.append(partial(launch_hopper, gate_up, launch.gate_up, device, chained=False))
+            work.append(partial(run_hopper, gate_up, launch.gate_up, device, chained=False))
         elif which == "down":
-            work.append(partial(launch_hopper, down, launch.down, device, chained=True))
+            work.append(partial(run_hopper, down, launch.down, device, chained=True))
         else:
             work.append(partial(run_layer, gate_up, down, launch, device))
     return graph_seconds(work)

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from .experts_torch import SCALE_BLOCK, quantise_groups_torch
-from .masked_gemm import device_of, lane_count, masked_grouped_gemm, masked_grouped_gemm_torch
+from .masked_gemm import masked_grouped_gemm, masked_grouped_gemm_torch
 from .portable import FP8_MAX, MIN_AMAX, cast, load_counts, locate
+from .problem import device_of, lane_count
 
 ROWS = 16  # rows of one program's tile
 

@@ -8,7 +8,7 @@ import torch
 
 from moe_plugin.kernels.experts import batched_experts, batched_experts_torch, warmup
 from moe_plugin.kernels.launch import Launch, Shape, pick_launch, portable_launch
-from moe_plugin.kernels.masked_gemm import device_of
+from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tune import candidate_launches
 from moe_plugin.kernels.unfused import batched_experts_unfused, batched_experts_unfused_torch
 from tests.kernel_cases import MODELS, Layer, check, make_layer, one_hot_counts, zipf_counts

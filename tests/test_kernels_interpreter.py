@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
 
 if INTERPRETED:
-    from moe_plugin.kernels import masked_gemm
+    from moe_plugin.kernels import problem
     from moe_plugin.kernels.experts import batched_experts
     from moe_plugin.kernels.launch import Device
     from moe_plugin.kernels.masked_gemm import masked_grouped_gemm, masked_grouped_gemm_torch
@@ -107,7 +107,7 @@ def test_scales_are_read_by_stride() -> None:
 @inside
 @pytest.mark.parametrize("inter", [64, 176])
 def test_fp8_decoded_from_bytes(inter: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_gemm, "INTERPRETER", Device("no fp8", (8, 0), 4))
+    monkeypatch.setattr(problem, "INTERPRETER", Device("no fp8", (8, 0), 4))
     layer = make_layer(16, 128, inter, (5, 16, 0), True, "cpu")
     check("decoded", run_layer(layer), layer)
 

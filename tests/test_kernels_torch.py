@@ -48,7 +48,7 @@ def test_routings_share_a_total_up_to_the_capacity(routing: str) -> None:
 
 
 def test_kernels_on_cpu_tensors_name_the_way_out() -> None:
-    from moe_plugin.kernels.masked_gemm import device_of
+    from moe_plugin.kernels.problem import device_of
 
     with pytest.raises(ValueError, match="_torch twin"):
         device_of(torch.empty(0))

@@ -38,8 +38,8 @@ from verdict import ceilings_sound, verdict
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch, table_key
-from moe_plugin.kernels.masked_gemm import device_of
 from moe_plugin.kernels.precompile import precompile
+from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tune import (
     ROW_COUNTS,
     Buffers,

@@ -1,0 +1,104 @@
+"""One masked GEMM as data: its tensors, or what stands for them, and the GPU that it runs on."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from .launch import Device
+
+INTERPRETER = Device("interpreter", (8, 9), 4)
+
+
+@cache
+def probe(index: int) -> Device:
+    """What the launch choice needs to know of one GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    return Device(properties.name, capability, properties.multi_processor_count)
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """`probe` of the tensor's GPU, or a stand-in under Triton's interpreter."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    if not tensor.is_cuda:
+        raise ValueError(
+            f"tensors are on {tensor.device}: the kernels need a GPU, or use the _torch twin"
+        )
+    return probe(tensor.device.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Stands for a tensor when a launcher only compiles."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    columns: bool = False  # the last two dimensions are transposed in memory
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def stride(self, dim: int | None = None) -> Any:
+        strides: tuple[int, ...]
+        if self.columns:
+            strides = (self.shape[1] * self.shape[2], 1, self.shape[1])
+        else:
+            strides = tuple(torch.Size(self.shape[i + 1 :]).numel() for i in range(len(self.shape)))
+        return strides if dim is None else strides[dim]
+
+    def is_contiguous(self) -> bool:
+        return not self.columns
+
+    def view(self, dtype: torch.dtype) -> "Spec":
+        return Spec(self.shape, dtype, self.columns)
+
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One launch's tensors. `width` output channels per expert come from `w_rows` weight rows;
+    the second tile of a program lies `second` rows after the first."""
+
+    x: Any
+    x_scale: Any
+    w: Any
+    w_scale: Any
+    masked_m: Any
+    out: Any
+    out_scale: Any
+    fused: bool
+    x_group: int
+    partial: Any = None  # float32 parts of a split depth, and
+    counters: Any = None  # int32 arrivals, cleared by the fused launch
+
+    @property
+    def width(self) -> int:
+        return self.out.shape[-1]
+
+    def geometry(self, channels: int) -> tuple[int, int, int]:
+        """(row step between programs, distance to the second tile, programs across the width)."""
+        step = channels if self.fused else 2 * channels
+        second = self.width if self.fused else channels
+        return step, second, triton.cdiv(self.width, step)
+
+
+def lane_count(experts: int) -> int:
+    """Width of the vector that holds every expert's count."""
+    return max(32, triton.next_power_of_2(experts))
+
+
+def tma_ready(problem: Problem) -> bool:
+    """Whether the tensors can be described to the copy engine: dense rows, 16-byte aligned."""
+    tensors = [problem.x, problem.w]
+    if problem.x_scale is not None:
+        scale = problem.x_scale
+        capacity, groups = problem.x.shape[1], scale.shape[2]
+        if scale.stride() != (groups * capacity, 1, capacity) or scale.data_ptr() % 16:
+            return False
+    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
