@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ..deepep_limits import low_latency_rdma_bytes
-from ..errors import UnsupportedError, explain
+from ..deepep_limits import DEEPEP_LIMITS, low_latency_rdma_bytes
+from ..errors import BudgetError, UnsupportedError, explain
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 _QP_DEPTH = "NVSHMEM_QP_DEPTH"
+
+
+@cache
+def refusing_fp8_rows(buffer: type) -> type:
+    """``deep_ep.Buffer``, refusing the FP8 dispatch that it gets wrong without saying so.
+
+    Its kernel computes where an expert's scales begin from ranks * T rounded up to 128 rows, in a
+    tensor of ranks * T: unless these agree, scales are misplaced and written past its end.
+    """
+
+    class Fp8RowsBuffer(buffer):
+        def low_latency_dispatch(
+            self, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int,
+            *args: Any, use_fp8: bool = True, **options: Any,
+        ) -> Any:  # fmt: skip
+            tokens, ranks = num_max_dispatch_tokens_per_rank, self.group_size
+            multiple = DEEPEP_LIMITS.token_multiple(ranks, 1, fp8=True)
+            if use_fp8 and tokens % multiple:
+                raise BudgetError(
+                    explain(
+                        "tokens per rank of an FP8 dispatch",
+                        got=f"{tokens} on {ranks} ranks",
+                        allowed=f"a multiple of {multiple} "
+                        f"({DEEPEP_LIMITS.source('fp8_row_multiple')})",
+                        fix="such a --batched-dp-moe-max-tokens, or use_fp8=False",
+                    )
+                )
+            return super().low_latency_dispatch(
+                x, topk_idx, tokens, num_experts, *args, use_fp8=use_fp8, **options
+            )
+
+    return Fp8RowsBuffer
 
 
 def create_deepep_buffer(
@@ -28,8 +61,8 @@ def create_deepep_buffer(
 
     Args:
         group: all-to-all ranks; every rank constructs at the same point.
-        max_num_tokens: T. For FP8 dispatch the ranks times T must be a multiple of 128
-            (``deepep_limits``): scales are wrong otherwise, and nothing says so.
+        max_num_tokens: T. For FP8 dispatch the ranks times T must be a multiple of 128, see
+            :func:`refusing_fp8_rows`.
         hidden_size: H.
         num_experts: physical experts, E.
         qp_depth: written to ``NVSHMEM_QP_DEPTH``, which the constructor fixes for good;
@@ -70,7 +103,7 @@ def create_deepep_buffer(
                 fix="use the sgl-deep-ep that this SGLang pins",
             )
         )
-    return Buffer(
+    return refusing_fp8_rows(Buffer)(
         group,
         num_nvl_bytes=0,
         num_rdma_bytes=hint,
