@@ -19,6 +19,7 @@ import models
 import ratios
 import report
 import startup
+import variants
 from serving.checkpoint import Shape, write_checkpoint
 
 
@@ -134,7 +135,7 @@ def test_merge_pairs_rounds_and_checks_the_bars() -> None:
         {**start, "variant": "c", "ready_s": 60.0, "kernels_s": 3.0, "captures_s": 20.0},
     ]
     memory = {"c": {"rdma_buffer_bytes": 5, "deepep_hint_bytes": 5, "alone": True,
-                    "rdma_device_bytes": 2**30, "buffer_device_bytes": 2**30 - 1}}  # fmt: skip
+                    "rdma_device_bytes": 2**30, "buffer_device_bytes": [2**30 - 1]}}  # fmt: skip
     compiled = [{"variant": "c", "cold": True, "kernels": ["mine", "shared"]}]
     compiled += [{"variant": "b", "cold": True, "kernels": ["shared"]}]
     merged = report.merge(
@@ -154,6 +155,20 @@ def test_merge_pairs_rounds_and_checks_the_bars() -> None:
     assert bars["c: buffer equals DeepEP's hint"]
     assert bars["c: device bytes within one granule above"]
     assert "MISS" in report.table(merged)
+
+
+def test_servers_of_several_gpus() -> None:
+    """A rank per GPU for DeepEP; what the host divides by the groups is multiplied for it."""
+    alone, four = variants.variant("b"), variants.variant("b", gpus=4)
+    assert "--tp-size" not in alone.args
+    flags = dict(zip(four.args[::2], four.args[1::2], strict=True))
+    assert flags["--tp-size"] == flags["--attn-dp-size"] == "4"
+    assert flags["--chunked-prefill-size"] == flags["--max-running-requests"] == "1024"
+    assert flags["--cuda-graph-max-bs-decode"] == "256"
+    assert variants.variant("a", gpus=4).args == ("--tp-size", "4")
+    assert variants.variant("c", gpus=4).args[-2:] == variants.ON
+    for name in "abc":
+        assert variants.variant(name, gpus=4).env["NCCL_NVLS_ENABLE"] == "0"
 
 
 def test_merge_refuses_results_of_two_machines() -> None:
@@ -177,6 +192,12 @@ LOG = [
     (33.0, "[x] Capture target decode CUDA graph end. bs=[1, 2], elapsed=3.00 s, mem usage=0 GB"),
     (34.0, "[x] The server is fired up and ready to roll!"),
 ]
+
+
+def test_ranks_compile_side_by_side() -> None:
+    ready = "moe_plugin: 4 expert kernels ready after {} s"
+    lines = [(1.0, f"[x DP{r} TP{r} EP{r}] {ready.format(3.0 + r)}") for r in range(2)]
+    assert startup.kernel_seconds(lines) == 4.0
 
 
 def test_phases_of_a_start() -> None:

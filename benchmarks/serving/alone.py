@@ -22,7 +22,7 @@ def stage_start(bench: Bench) -> None:
     """Start phases, mixed prompts, clients that go away, planned and measured memory."""
     common = COMMON_ARGS if bench.cpu else SLIM
     server = launch(
-        variant("c", cpu=bench.cpu),
+        variant("c", cpu=bench.cpu, gpus=bench.options.gpus),
         bench.model(),
         bench.options.work,
         (*common, *bench.options.more),

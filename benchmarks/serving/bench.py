@@ -1,4 +1,4 @@
-"""The real server on one GPU: ours beside the stock host. `bench.py STAGE --out DIR`.
+"""The real server: ours beside the stock host. `bench.py STAGE --out DIR`.
 
     start   ours alone, with no flag about sizes: start-up phases, mixed prompts, memory
     up      start variants that stay: phases of the start, mixed prompts, log-probabilities
@@ -9,8 +9,10 @@
     merge   join the JSON files of several commands, and compare with the bars
 
 Variants: a stock without all-to-all; b stock DeepEP + DeepGEMM with five settings by hand; c ours;
-d512 ours with T = 512. Each stage prints a short table last and writes one JSON file, a stage that
-is cut short what it has; the JSON names device, versions and date.
+d512 ours with T = 512. With --gpus N every server spans N GPUs.
+
+Each stage prints a short table last and writes one JSON file, cut short as it may be; it names
+device, versions and date.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ class Bench:
         self.report: Report = {
             "environment": environment(),
             "model": options.model,
+            "gpus": options.gpus,
             "command": " ".join(sys.argv[1:]),
         }
         options.work.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ class Bench:
             watches = []
             for name in group:
                 server = launch(
-                    variant(name, cpu=self.cpu),
+                    variant(name, cpu=self.cpu, gpus=options.gpus),
                     folder,
                     options.work,
                     (*common, *options.more),
@@ -271,6 +274,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="logs, caches and state")
     parser.add_argument("--model", default="qwen3-bf16", help="qwen3-fp8, deepseek-v3, tiny (CPU)")
     parser.add_argument("--variants", nargs="+", default=["a", "b", "c"])
+    parser.add_argument("--gpus", type=int, default=1, help="of each server")
     parser.add_argument("--cold", action="store_true", help="up: empty the caches of kernels first")
     parser.add_argument("--one-by-one", action="store_true", help="up: wait for each to be ready")
     parser.add_argument("--quick", action="store_true", help="up: phases and memory alone")

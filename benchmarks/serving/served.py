@@ -78,7 +78,7 @@ def distances(values: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def memory(server: Server, *, alone: bool) -> dict[str, Any] | None:
-    """Planned bytes beside measured ones; None for a stock server.
+    """Planned bytes beside measured ones of every scheduler; None for a stock server.
 
     Args:
         server: it runs.
@@ -92,8 +92,10 @@ def memory(server: Server, *, alone: bool) -> dict[str, Any] | None:
     row = {key: plan.get(key) for key in PLANNED}
     row |= {
         "alone": alone,
-        "buffer_device_bytes": states[0].get("buffer_device_bytes"),
-        "max_rows": states[0].get("max_rows"),
+        "buffer_device_bytes": [
+            taken for state in states if (taken := state.get("buffer_device_bytes")) is not None
+        ],
+        "max_rows": [state.get("max_rows") for state in states],
     }
     if plan.get("transport") == "deepep":
         row["deepep_hint_bytes"] = _hint(plan)

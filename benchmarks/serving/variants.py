@@ -15,14 +15,17 @@ KV_TOKENS = 131072  # 256 requests of up to 320 tokens, and prompts of 4,000; 2 
 RESIDENT = ("--mem-fraction-static", "0.95", "--max-total-tokens", str(KV_TOKENS))
 
 DEEPEP = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
-BY_HAND = (
-    *DEEPEP, "--moe-runner-backend", "deep_gemm", "--chunked-prefill-size", "256",
-    "--cuda-graph-max-bs-decode", "256", "--cuda-graph-max-bs-prefill", "256",
-    "--max-running-requests", "256",
-)  # fmt: skip
-BY_HAND_ENV = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"}
+BY_HAND_TOKENS = 256
+BY_HAND_ENV = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(BY_HAND_TOKENS)}
 STOCK_ENV = {"MOE_PLUGIN_DISABLE": "1"}
 ON = ("--use-batched-dp-moe", "on")
+# One host, and NVLink multicast stays off: it needs rights that a container may lack.
+SEVERAL_GPUS_ENV = {
+    "NVSHMEM_REMOTE_TRANSPORT": "none",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,43 @@ class Variant:
     env: dict[str, str]
 
 
-def variant(name: str, *, cpu: bool = False) -> Variant:
+def by_hand(gpus: int) -> tuple[str, ...]:
+    """What makes the stock host's DeepEP start and serve; the host divides the first and the last
+    by the attention-DP groups."""
+    return (
+        *DEEPEP, "--moe-runner-backend", "deep_gemm",
+        "--chunked-prefill-size", str(BY_HAND_TOKENS * gpus),
+        "--cuda-graph-max-bs-decode", str(BY_HAND_TOKENS),
+        "--cuda-graph-max-bs-prefill", str(BY_HAND_TOKENS),
+        "--max-running-requests", str(BY_HAND_TOKENS * gpus),
+    )  # fmt: skip
+
+
+def variant(name: str, *, cpu: bool = False, gpus: int = 1) -> Variant:
     """A variant by name; ``d512`` is ours with T = 512.
 
     Args:
         name: of the variant.
         cpu: for trying the bench itself: the stock launches are then the same plain one.
+        gpus: of the server; on several, DeepEP gets one attention-DP group and one expert-parallel
+            rank for each, and the host without all-to-all is tensor-parallel.
     """
     if cpu and name in ("a", "b"):
         return Variant(name, "stock on CPU", (), STOCK_ENV)
+    size = ("--tp-size", str(gpus)) if gpus > 1 else ()
+    ranks = (*size, "--attn-dp-size", str(gpus)) if gpus > 1 else ()
+    env = SEVERAL_GPUS_ENV if gpus > 1 else {}
     if name == "a":
-        return Variant(name, "stock, no all-to-all", (), STOCK_ENV)
+        return Variant(name, "stock, no all-to-all", size, env | STOCK_ENV)
     if name == "b":
-        return Variant(name, "stock DeepEP + DeepGEMM by hand", BY_HAND, BY_HAND_ENV | STOCK_ENV)
+        args = (*ranks, *by_hand(gpus))
+        title = "stock DeepEP + DeepGEMM by hand"
+        return Variant(name, title, args, env | BY_HAND_ENV | STOCK_ENV)
     if name == "c":
-        return Variant(name, "ours", ON, {})
+        return Variant(name, "ours", (*ranks, *ON), env)
     if name[0] == "d" and name[1:].isdigit():
         tokens = ("--batched-dp-moe-max-tokens", name[1:])
-        return Variant(name, f"ours, T = {name[1:]}", (*ON, *tokens), {})
+        return Variant(name, f"ours, T = {name[1:]}", (*ranks, *ON, *tokens), env)
     raise ValueError(f"unknown variant {name!r}: a, b, c, or d and its T, such as d512")
 
 
