@@ -3,8 +3,10 @@
     experts_torch.py      the layer in plain torch: the definition of what the kernels compute
     experts.py            `batched_experts`, `workspace_bytes`, `warmup`: what a server calls
     launch.py             which tiles for which shape: pure, needs neither torch nor a GPU
-    masked_gemm.py        launchers, `masked_grouped_gemm`
-    hopper.py             warp-specialised kernel for SM90; hopper_ring.py feeds it
+    problem.py            one GEMM as data: its tensors, and the GPU that it runs on
+    hopper_launch.py      launcher of hopper.py, the warp-specialised kernel for SM90 that
+                          hopper_ring.py feeds
+    masked_gemm.py        launcher of portable.py, `masked_grouped_gemm`
     portable.py           the same in plain Triton: SM80 and later, and the CPU interpreter
     unfused.py            the layer in three launches, `masked_silu_quant`
     precompile.py         compile for a GPU that is not there, or in several processes
