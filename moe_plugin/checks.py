@@ -49,8 +49,8 @@ def check_capacity(
             limit = "fp8_row_multiple" if fp8 else "row_multiple"
             rows = getattr(limits, limit)
             why = (
-                f"a multiple of {multiple}: {launch.tp_size} ranks x T must be one of {rows}"
-                f"{' for FP8 rows' if fp8 else ''} ({limits.source(limit)})"
+                f"a multiple of {multiple}, so that ranks x T is one of {rows}"
+                f"{' as FP8 rows need it' if fp8 else ''} ({limits.source(limit)})"
             )
         return [reject("tokens per rank", shown, why, fix)]
     return []
