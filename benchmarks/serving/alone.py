@@ -27,7 +27,7 @@ def stage_start(bench: Bench) -> None:
         bench.options.work,
         (*common, *bench.options.more),
         cold=bench.options.cold,
-        cpu=bench.cpu,
+        cpu_ranks=bench.options.gpus if bench.cpu else 0,
     )
     report = bench.report
     try:

@@ -158,7 +158,7 @@ class Bench:
                     options.work,
                     (*common, *options.more),
                     cold=options.cold,
-                    cpu=self.cpu,
+                    cpu_ranks=options.gpus if self.cpu else 0,
                 )
                 watches.append(startup.Watch(server, time.monotonic()))
                 running.append(server)
@@ -274,7 +274,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="logs, caches and state")
     parser.add_argument("--model", default="qwen3-bf16", help="qwen3-fp8, deepseek-v3, tiny (CPU)")
     parser.add_argument("--variants", nargs="+", default=["a", "b", "c"])
-    parser.add_argument("--gpus", type=int, default=1, help="of each server")
+    parser.add_argument("--gpus", type=int, default=1, help="of each server; with tiny, CPU ranks")
     parser.add_argument("--cold", action="store_true", help="up: empty the caches of kernels first")
     parser.add_argument("--one-by-one", action="store_true", help="up: wait for each to be ready")
     parser.add_argument("--quick", action="store_true", help="up: phases and memory alone")

@@ -97,7 +97,13 @@ class Detached(Server):
 
 
 def launch(
-    variant: Variant, model: Path, work: Path, more: Sequence[str], *, cold: bool, cpu: bool = False
+    variant: Variant,
+    model: Path,
+    work: Path,
+    more: Sequence[str],
+    *,
+    cold: bool,
+    cpu_ranks: int = 0,
 ) -> Detached:
     """Start a server that outlives this process; ``cold`` empties its caches first."""
     cache = work / "caches" / variant.name
@@ -117,7 +123,7 @@ def launch(
                 "HF_HUB_OFFLINE": "1",
                 "PYTHONSAFEPATH": "1",  # our `kernels/` must not hide Hugging Face's package
                 "PYTHONUNBUFFERED": "1",
-                **(cpu_env(1) if cpu else {}),
+                **(cpu_env(cpu_ranks) if cpu_ranks else {}),
                 **cache_env(cache),
                 **variant.env,
             },

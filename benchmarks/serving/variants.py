@@ -70,6 +70,8 @@ def variant(name: str, *, cpu: bool = False, gpus: int = 1) -> Variant:
         return Variant(name, "stock on CPU", (), STOCK_ENV)
     size = ("--tp-size", str(gpus)) if gpus > 1 else ()
     ranks = (*size, "--attn-dp-size", str(gpus)) if gpus > 1 else ()
+    if cpu and ranks:
+        ranks = (*ranks, "--enable-dp-lm-head")  # otherwise logits go through a Triton kernel
     env = SEVERAL_GPUS_ENV if gpus > 1 else {}
     if name == "a":
         return Variant(name, "stock, no all-to-all", size, env | STOCK_ENV)
