@@ -68,7 +68,7 @@ def _plan_once(
     errors += check_model(model, launch, limits)
     runner, unsupported = choose_runner(model, launch, capability)
     errors += unsupported
-    errors += check_needs(model, launch, capability, tokens)
+    errors += check_needs(model, launch, capability, tokens, multiple)
     size = limits.buffer_bytes
     buffer = size(tokens, model.hidden_size, launch.tp_size, experts) if size else 0
     plan = Plan(

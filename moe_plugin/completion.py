@@ -99,6 +99,8 @@ def applied(
     for name, value in changes:
         if name in _INTEGERS:
             values[_INTEGERS[name]] = None if value is None else int(value)
+            if _INTEGERS[name] == "max_tokens":
+                values["max_tokens_source"] = name
             if name == "--chunked-prefill-size":
                 values["group_chunk"] = None  # what the host made of the old one
         elif name in _TEXTS:

@@ -120,9 +120,9 @@ def _decode_needs(launch: LaunchFacts, tokens: int, per: str, over: str) -> list
 
 
 def check_needs(
-    model: ModelFacts, launch: LaunchFacts, capability: Capability, tokens: int
+    model: ModelFacts, launch: LaunchFacts, capability: Capability, tokens: int, multiple: int
 ) -> list[Rejection]:
-    """Refuse each explicit value that T cannot carry."""
+    """Refuse each explicit value that T, a multiple of ``multiple``, cannot carry."""
     errors = [
         Rejection(
             "rows per rank and forward",
@@ -135,7 +135,7 @@ def check_needs(
         if need.rows > tokens
     ]
     if Mode.DECODE in capability.modes and decode_requests(launch, tokens) == 0:
-        least = _least_tokens(launch)
+        least = _least_tokens(launch, multiple)
         errors.append(
             Rejection(
                 "rows per rank and forward",
@@ -152,7 +152,7 @@ def check_needs(
         errors += _check_mixed(launch, elsewhere, roomy if elsewhere < 2 else None)
     if Mode.EXTEND not in capability.modes or launch.disaggregation_mode == "decode":
         return errors
-    return errors + _check_chunk(model, launch, tokens)
+    return errors + _check_chunk(model, launch, tokens, multiple)
 
 
 def _check_capture(launch: LaunchFacts, capability: Capability, tokens: int) -> list[Rejection]:
@@ -179,23 +179,25 @@ def _check_capture(launch: LaunchFacts, capability: Capability, tokens: int) -> 
     ]
 
 
-def _least_tokens(launch: LaunchFacts) -> int:
-    tokens = GRAPH_MULTIPLE
+def _least_tokens(launch: LaunchFacts, multiple: int) -> int:
+    tokens = multiple
     while not decode_requests(launch, tokens):
-        tokens += GRAPH_MULTIPLE
+        tokens += multiple
     return tokens
 
 
-def _check_chunk(model: ModelFacts, launch: LaunchFacts, tokens: int) -> list[Rejection]:
+def _check_chunk(
+    model: ModelFacts, launch: LaunchFacts, tokens: int, multiple: int
+) -> list[Rejection]:
     """Chunking must be on, leave room beside mixed decode rows, and not grow past T."""
     groups = launch.attn_dp_size
     most = prefill_chunk(launch, tokens)
     raw = launch.chunked_prefill_size
     errors = []
     if most == 0:
-        least = GRAPH_MULTIPLE
+        least = multiple
         while not prefill_chunk(launch, least):
-            least += GRAPH_MULTIPLE
+            least += multiple
         errors.append(
             Rejection(
                 "rows per rank and forward",

@@ -153,6 +153,14 @@ def test_hard_limits_are_refused_with_the_way_out(
     assert fix in errors[0].fix
 
 
+def test_suggested_capacities_suit_fp8_rows() -> None:
+    """Nine draft tokens need 18 rows on each of 8 ranks: the next T is 32, not 24."""
+    launch = {"tp_size": 8, "draft_width": 9, "two_batch_overlap": True}
+    fixes = [error.fix for error in plan(V3, capacity=1, **launch).errors]
+    assert any("--batched-dp-moe-max-tokens 32" in fix for fix in fixes), fixes
+    assert not any("24" in fix for fix in fixes), fixes
+
+
 def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
     """Changing the flag alone would leave two values that differ."""
     error = one_error(plan(max_tokens=100, capacity=100))
