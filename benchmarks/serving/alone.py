@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import served
 import startup
-from servers import Detached, launch
+from servers import Detached
 from serving.server import COMMON_ARGS
-from variants import SLIM, variant
+from variants import SLIM
 
 if TYPE_CHECKING:
     from bench import Bench
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 def stage_start(bench: Bench) -> None:
     """Start phases, mixed prompts, clients that go away, planned and measured memory."""
     common = COMMON_ARGS if bench.cpu else SLIM
-    server = launch(
-        variant("c", cpu=bench.cpu, gpus=bench.options.gpus),
-        bench.model(),
-        bench.options.work,
-        (*common, *bench.options.more),
-        cold=bench.options.cold,
-        cpu_ranks=bench.options.gpus if bench.cpu else 0,
-    )
+    server = bench.launch("c", bench.model(), common)
     report = bench.report
     try:
         watch = startup.Watch(server, time.monotonic())
@@ -44,8 +37,7 @@ def stage_start(bench: Bench) -> None:
         report["again"] = len(server.generate("again", 8)["tokens"]) == 8
         report["memory"] = {"c": served.memory(server, alone=True)}
         report["states"] = server.states()
-        compiled = {"variant": "c", "cold": server.record.cold, "kernels": server.compiled()}
-        report["compiled"] = [compiled]
+        report["compiled"] = [server.compiled()]
     finally:
         server.stop()
         log = bench.options.out / f"serving-start-{bench.stamp}.log"

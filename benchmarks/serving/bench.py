@@ -140,6 +140,18 @@ class Bench:
         )
         return folder
 
+    def launch(self, name: str, model: Path, common: Sequence[str]) -> Detached:
+        """Start one variant as the options say."""
+        options = self.options
+        return launch(
+            variant(name, cpu=self.cpu, gpus=options.gpus),
+            model,
+            options.work,
+            (*common, *options.more),
+            cold=options.cold,
+            cpu_ranks=options.gpus if self.cpu else 0,
+        )
+
     def up(self) -> None:
         """Start variants together, or one by one, beside those that are up."""
         options, folder = self.options, self.model()
@@ -152,14 +164,7 @@ class Bench:
         for group in groups:
             watches = []
             for name in group:
-                server = launch(
-                    variant(name, cpu=self.cpu, gpus=options.gpus),
-                    folder,
-                    options.work,
-                    (*common, *options.more),
-                    cold=options.cold,
-                    cpu_ranks=options.gpus if self.cpu else 0,
-                )
+                server = self.launch(name, folder, common)
                 watches.append(startup.Watch(server, time.monotonic()))
                 running.append(server)
                 save_state(options.work, running)  # before anything can fail
@@ -234,11 +239,7 @@ class Bench:
 
     def compiled(self) -> None:
         """Files that appeared in the caches since each server was ready."""
-        self.report["compiled"] = []
-        for server in load_state(self.options.work):
-            record = server.record
-            entry = {"variant": record.variant, "cold": record.cold, "kernels": server.compiled()}
-            self.report["compiled"].append(entry)
+        self.report["compiled"] = [s.compiled() for s in load_state(self.options.work)]
 
     def down(self) -> None:
         """Stop the servers that are up; keep the ends of their logs."""

@@ -75,11 +75,13 @@ class Detached(Server):
         found = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
         return sorted(str(path.relative_to(root)) for path in found)
 
-    def compiled(self) -> list[str]:
+    def compiled(self) -> dict[str, Any]:
         """Kernels that were compiled since it was ready, by the names of their files."""
         new = set(self.cached()) - set(self.record.cached_at_ready)
         # Triton keeps several files of each, and one that groups them.
-        return sorted({Path(file).name.removeprefix("__grp__").split(".")[0] for file in new})
+        names = {Path(file).name.removeprefix("__grp__").split(".")[0] for file in new}
+        record = self.record
+        return {"variant": record.variant, "cold": record.cold, "kernels": sorted(names)}
 
     def idle(self) -> None:
         """End every request, wait until none runs, and forget all prefixes."""

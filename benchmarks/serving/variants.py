@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_environment import ONE_HOST
+
 # No FlashInfer in the slim stack of a GPU host without a network.
 SLIM = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
 
@@ -19,13 +21,6 @@ BY_HAND_TOKENS = 256
 BY_HAND_ENV = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(BY_HAND_TOKENS)}
 STOCK_ENV = {"MOE_PLUGIN_DISABLE": "1"}
 ON = ("--use-batched-dp-moe", "on")
-# One host, and NVLink multicast stays off: it needs rights that a container may lack.
-SEVERAL_GPUS_ENV = {
-    "NVSHMEM_REMOTE_TRANSPORT": "none",
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def variant(name: str, *, cpu: bool = False, gpus: int = 1) -> Variant:
     ranks = (*size, "--attn-dp-size", str(gpus)) if gpus > 1 else ()
     if cpu and ranks:
         ranks = (*ranks, "--enable-dp-lm-head")  # otherwise logits go through a Triton kernel
-    env = SEVERAL_GPUS_ENV if gpus > 1 else {}
+    env = ONE_HOST if gpus > 1 else {}
     if name == "a":
         return Variant(name, "stock, no all-to-all", size, env | STOCK_ENV)
     if name == "b":

@@ -27,16 +27,9 @@ sys.path.append(str(FOLDER.parents[1]))
 from measure import Options, measure  # noqa: E402  (found through the path set above)
 from shapes import CPU_SHAPES, GPU_SHAPES, PUBLISHED, Shape  # noqa: E402
 
+from tests import gpu_environment  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 
-ENVIRONMENT = {
-    "EP_SUPPRESS_NCCL_CHECK": "1",
-    "NVSHMEM_REMOTE_TRANSPORT": "none",  # one host
-    # NVLink multicast stays off: it needs rights that a container may lack.
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
 RUN_LIMIT_S = 540.0
 
 
@@ -116,7 +109,7 @@ def main() -> int:
     transport = "torch" if asked.cpu else asked.transport
     options = Options(asked.cpu, transport, asked.calls, asked.rounds)
     shapes = CPU_SHAPES if asked.cpu else GPU_SHAPES
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(gpu_environment.DEEPEP)
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / f"transport-{transport}-{ranks}.json"
     report: dict[str, Any] = {

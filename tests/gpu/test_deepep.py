@@ -19,6 +19,7 @@ from moe_plugin.stats import Stats
 from moe_plugin.transports.guard import GuardedTransport
 from moe_plugin.transports.torch_dist import TorchTransport
 
+from .. import gpu_environment
 from .case_runner import NAMES, run_cases
 from .world import Sizes, World, layer_config
 
@@ -27,15 +28,6 @@ SIZES = Sizes()
 # DeepEP's own limit is 200e9 cycles, 100 s and more; its trap would hide who waited where.
 CASE_LIMIT_S = 90.0
 RUN_LIMIT_S = 400.0
-
-ENVIRONMENT = {
-    "EP_SUPPRESS_NCCL_CHECK": "1",  # torch brings another copy of NCCL than the package
-    "NVSHMEM_REMOTE_TRANSPORT": "none",  # one host
-    # NVLink multicast stays off: it needs rights that a container may lack.
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,7 +106,7 @@ def _free_bytes(group: dist.ProcessGroup) -> int:
 def outcome(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     """One run of all cases per number of ranks."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
+        for name, value in gpu_environment.DEEPEP.items():
             patch.setenv(name, value)
         yield run_cases(request.param, deepep_world, limit_s=CASE_LIMIT_S, timeout_s=RUN_LIMIT_S)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .. import gpu_environment
 from ..rank_killed import check_killed_rank_ends_the_server
 from ..server_checks import (
     check_idle_ranks,
@@ -26,7 +27,6 @@ from ..server_checks import (
 from ..serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
 from ..serving.prompts import long_prompt
 from ..serving.server import LAUNCH_SERVER, Server
-from .test_deepep import ENVIRONMENT
 
 GPUS = torch.cuda.device_count()
 SHAPE = replace(QWEN3_30B_LAYERS, num_hidden_layers=4)
@@ -68,7 +68,9 @@ def stock(model: Path) -> list[list[float]]:
             "--disable-prefill-cuda-graph",
             "--disable-decode-cuda-graph",
         )
-        with Server(args, model, ranks=0, env=ENVIRONMENT | STOCK, command=LAUNCH_SERVER) as server:
+        with Server(
+            args, model, ranks=0, env=gpu_environment.DEEPEP | STOCK, command=LAUNCH_SERVER
+        ) as server:
             values.append(forced_logprobs(server.wait_ready(), PROMPTS))
     return values
 
@@ -78,7 +80,7 @@ def served(model: Path, stock: list[list[float]]) -> Iterator[Server]:
     """Ours on all GPUs; ``stock`` first, so that one server runs at a time."""
     size = str(GPUS)
     args = (*BACKENDS, "--tp-size", size, "--attn-dp-size", size, "--use-batched-dp-moe", "on")
-    with Server(args, model, ranks=0, env=ENVIRONMENT, command=LAUNCH_SERVER) as server:
+    with Server(args, model, ranks=0, env=gpu_environment.DEEPEP, command=LAUNCH_SERVER) as server:
         yield server.wait_ready(400)
 
 
