@@ -8,7 +8,7 @@ from .facts import GRAPH_MULTIPLE, LaunchFacts
 from .limits import Limits
 from .memory import gib
 from .plan import Budget, Plan, Source
-from .rows import ceil_div, chunk_per_group, requests_per_group
+from .rows import ceil_div, chunk_per_group, floor_to, requests_per_group
 
 
 def ledger(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most: int) -> Plan:
@@ -72,7 +72,9 @@ def _tokens(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, mos
         "default": f"default of {limits.name or plan.capability.backend}",
         "derived": "what the explicit values below need, rounded up",
     }.get(source, "")
-    bound = limits.max_tokens is not None and most >= limits.max_tokens // 8 * 8
+    bound = limits.max_tokens is not None and most >= floor_to(
+        limits.max_tokens, plan.token_multiple
+    )
     limit = f"<= {most} " + (f"({limits.name} cap)" if bound else "(buffer bytes)")
     return Budget(
         "max_dispatch_tokens_per_rank",
