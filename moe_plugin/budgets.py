@@ -64,7 +64,7 @@ def _plan_once(
     experts = model.num_experts + launch.redundant_experts
     multiple = token_multiple(model, launch, limits)
     most = limits.largest_tokens(model.hidden_size, launch.tp_size, experts, multiple)
-    tokens, source, errors = _choose_tokens(model, launch, limits, capability, most)
+    tokens, source, errors = _choose_tokens(model, launch, limits, capability, most, multiple)
     errors += check_model(model, launch, limits)
     runner, unsupported = choose_runner(model, launch, capability)
     errors += unsupported
@@ -105,7 +105,12 @@ def _plan_once(
 
 
 def _choose_tokens(
-    model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability, most: int
+    model: ModelFacts,
+    launch: LaunchFacts,
+    limits: Limits,
+    capability: Capability,
+    most: int,
+    multiple: int,
 ) -> tuple[int, Source, list[Rejection]]:
     """T: our flag, else the host's variable, else what the user's own values need."""
     errors: list[Rejection] = []
@@ -123,10 +128,9 @@ def _choose_tokens(
             )
         )
     explicit = flag if flag is not None else capacity
-    multiple = token_multiple(model, launch, limits)
     if explicit is not None:
         name = launch.max_tokens_source if flag is not None else variable
-        errors += check_capacity(model, launch, limits, explicit, name, most)
+        errors += check_capacity(model, launch, limits, explicit, name, most, multiple)
         # Plan on with the nearest value that works, so that one message names everything.
         return min(max(floor_to(explicit, multiple), multiple), most), "user", errors
     default = min(ceil_to(limits.default_max_tokens, multiple), most)

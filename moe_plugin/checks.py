@@ -11,7 +11,13 @@ from .support import LEAVE, LEAVE_TEXT, dispatches_fp8
 
 
 def check_capacity(
-    model: ModelFacts, launch: LaunchFacts, limits: Limits, tokens: int, name: str, most: int
+    model: ModelFacts,
+    launch: LaunchFacts,
+    limits: Limits,
+    tokens: int,
+    name: str,
+    most: int,
+    multiple: int,
 ) -> list[Rejection]:
     """An explicit T against every limit that depends on T."""
     experts = model.num_experts + launch.redundant_experts
@@ -40,7 +46,6 @@ def check_capacity(
             )
             allowed = f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})"
             return [reject("communication buffer bytes per rank", got, allowed, most)]
-    multiple = token_multiple(model, launch, limits)
     if tokens % multiple:
         fix = min(most, max(multiple, ceil_to(tokens, multiple)))
         why = f"a multiple of {multiple}: captured buckets are multiples of {GRAPH_MULTIPLE}"

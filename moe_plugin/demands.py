@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from math import gcd
 
 from .capability import Capability, Mode
@@ -135,7 +137,7 @@ def check_needs(
         if need.rows > tokens
     ]
     if Mode.DECODE in capability.modes and decode_requests(launch, tokens) == 0:
-        least = _least_tokens(launch, multiple)
+        least = _least_tokens(launch, decode_requests, multiple)
         errors.append(
             Rejection(
                 "rows per rank and forward",
@@ -179,11 +181,11 @@ def _check_capture(launch: LaunchFacts, capability: Capability, tokens: int) -> 
     ]
 
 
-def _least_tokens(launch: LaunchFacts, multiple: int) -> int:
-    tokens = multiple
-    while not decode_requests(launch, tokens):
-        tokens += multiple
-    return tokens
+def _least_tokens(
+    launch: LaunchFacts, fitting: Callable[[LaunchFacts, int], int], multiple: int
+) -> int:
+    """Smallest T, a multiple of ``multiple``, in which anything fits."""
+    return next(tokens for tokens in count(multiple, multiple) if fitting(launch, tokens))
 
 
 def _check_chunk(
@@ -195,9 +197,7 @@ def _check_chunk(
     raw = launch.chunked_prefill_size
     errors = []
     if most == 0:
-        least = multiple
-        while not prefill_chunk(launch, least):
-            least += multiple
+        least = _least_tokens(launch, prefill_chunk, multiple)
         errors.append(
             Rejection(
                 "rows per rank and forward",
