@@ -323,6 +323,7 @@ def experts_kernel(
         # Counts and rows come from the launch before; what does not depend on it is done by now.
         gdc_wait()
         gdc_launch()
+    # Arguments are spelled out each time: constants in a tuple with a name become run-time values.
     if GROUPS == 1:
         gl.warp_specialize(
             [

@@ -10,9 +10,7 @@ import triton
 
 from .experts_torch import SCALE_BLOCK
 from .launch import Device, Tiles
-from .problem import Problem, lane_count
-
-ALIGNMENT = 16  # bytes; what Triton specialises pointers on
+from .problem import ALIGNMENT, Problem, lane_count
 
 
 class HopperLaunch:

@@ -5,7 +5,7 @@ knows the shape; elsewhere a heuristic decides.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -153,8 +153,8 @@ def weights_wide(shape: Shape, expected_m: int, split: int) -> Launch:
         gate_up = hopper_tiles(64, rows, 64, 128, True, burst=2)
         return Launch(True, gate_up, hopper_tiles(64, rows, 64, 64, True, per_sm=2, split=split))
     if shape.fp8:
-        tile = (128, rows, 64, 128, True, 8)
-        return Launch(True, hopper_tiles(*tile, burst=2), hopper_tiles(*tile, split=split, burst=2))
+        tiles = hopper_tiles(128, rows, 64, 128, True, 8, burst=2)
+        return Launch(True, tiles, replace(tiles, split=split))
     # A taller tile for hot experts costs stages, which only the shortest tile misses, and spills
     # where parts of a split depth are stored.
     many = 64 if rows == 8 else 128
@@ -166,14 +166,10 @@ def weights_wide(shape: Shape, expected_m: int, split: int) -> Launch:
 def some_rows(shape: Shape, split: int) -> Launch:
     """Rows are the wide operand, and memory still binds."""
     if shape.fp8:
-        tile = (128, 64, 64, 128, True, 8, 1, False)
-        return Launch(True, hopper_tiles(*tile, burst=2), hopper_tiles(*tile, split=split, burst=2))
-    tile = (64, 128, 128, 64, False, 8, 1, False)
-    return Launch(
-        True,
-        hopper_tiles(*tile, burst=2, groups=2),
-        hopper_tiles(*tile, split=split, burst=2, groups=2),
-    )
+        tiles = hopper_tiles(128, 64, 64, 128, True, 8, swap=False, burst=2)
+    else:
+        tiles = hopper_tiles(64, 128, 128, 64, False, 8, swap=False, burst=2, groups=2)
+    return Launch(True, tiles, replace(tiles, split=split))
 
 
 def many_rows(shape: Shape, expected_m: int, split: int, sms: int) -> Launch:
@@ -209,7 +205,6 @@ def portable_launch(shape: Shape, expected_m: int) -> Launch:
     return Launch(False, tiles, tiles)
 
 
-@cache
 def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
     if not device.has_wgmma:

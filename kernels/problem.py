@@ -9,6 +9,7 @@ import triton
 
 from .launch import Device
 
+ALIGNMENT = 16  # bytes; of what the copy engine reads, and what Triton specialises pointers on
 INTERPRETER = Device("interpreter", (8, 9), 4)
 
 
@@ -99,6 +100,6 @@ def tma_ready(problem: Problem) -> bool:
     if problem.x_scale is not None:
         scale = problem.x_scale
         capacity, groups = problem.x.shape[1], scale.shape[2]
-        if scale.stride() != (groups * capacity, 1, capacity) or scale.data_ptr() % 16:
+        if scale.stride() != (groups * capacity, 1, capacity) or scale.data_ptr() % ALIGNMENT:
             return False
-    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+    return all(t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors)

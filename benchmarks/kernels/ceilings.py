@@ -48,12 +48,10 @@ def weights_read_seconds(layers: Sequence[tuple[Any, ...]]) -> float:
         for weights in pair:
             _read(weights, *reader)
 
-    times = []
-    for reader in READERS:
-        times.append(
-            graph_seconds([partial(both, reader, words[c % len(words)]) for c in range(8)])
-        )
-    return min(times)
+    return min(
+        graph_seconds([partial(both, reader, words[c % len(words)]) for c in range(8)])
+        for reader in READERS
+    )
 
 
 def copy_bytes_per_second() -> float:
