@@ -1,8 +1,4 @@
-"""Launching the SM90 kernels.
-
-An eager forward pays for every Python statement here, twice per layer: what does not change from
-call to call is worked out once, and a kernel that is compiled is called as it is.
-"""
+"""Arguments of the SM90 kernels: one GEMM, launched through Triton."""
 
 from typing import Any
 
@@ -10,13 +6,19 @@ import triton
 
 from .experts_torch import SCALE_BLOCK
 from .launch import Device, Tiles
-from .problem import ALIGNMENT, Problem, lane_count
+from .problem import Problem, lane_count
 
 
 class HopperLaunch:
-    """One GEMM for one shape, tile choice and device; called with the tensors of each forward.
+    """One GEMM for one shape, tile choice and device.
 
     `chained` overlaps its start with the end of the launch before.
+
+    Attributes:
+        descriptors: how the copy engine sees weights, rows, rows of busy experts, and row scales
+            (or rows again), without a base.
+        constants: what follows the tensors among the kernel's arguments.
+        grid: programs.
     """
 
     def __init__(self, p: Problem, tiles: Tiles, device: Device, chained: bool) -> None:
@@ -29,59 +31,43 @@ class HopperLaunch:
         to_clear = p.counters.numel() if p.fused and p.counters is not None else 0
         steps = triton.cdiv(depth, tiles.depth)
         burst = tiles.burst if steps % (tiles.split * tiles.burst) == 0 else 1
-        self._descriptors = _descriptors(p, tiles)
-        self._rest = (
+        self.descriptors = _descriptors(p, tiles)
+        self.constants = (
             to_clear, experts, capacity, tiles_n, w_rows, steps, scale_rows, scale_cols, p.width,
             tiles.channels, tiles.rows, tiles.many, tiles.depth, tiles.stages, lane_count(experts),
             tiles.split, burst, tiles.groups, fp8, tiles.swap, p.fused, aligned, chained,
         )  # fmt: skip
         bound = experts * triton.cdiv(capacity, tiles.rows) * tiles_n * tiles.split
-        self._grid = min(bound, device.sms * tiles.programs_per_sm)
+        self.grid = min(bound, device.sms * tiles.programs_per_sm)
         self._options = {
             "num_warps": tiles.warps // tiles.groups,
             # Four more warps than multiply hold the one that streams; all share the registers.
             "maxnreg": min(240, 65536 // (tiles.per_sm * (tiles.warps + 4) * 32) // 8 * 8),
             "launch_pdl": chained or p.fused,
         }
-        self._compiled: Any = None
 
     def compile(self, p: Problem) -> Any:
         """The compiled kernel; `p` may hold stand-ins for tensors."""
         from . import hopper
 
-        return hopper.experts_kernel.warmup(
-            *self._arguments(p), grid=(self._grid,), **self._options
-        )
+        return hopper.experts_kernel.warmup(*self._arguments(p), grid=(self.grid,), **self._options)
 
     def __call__(self, p: Problem) -> None:
         """Launch on the current stream."""
-        arguments = self._arguments(p)
-        # Triton compiles for the alignment of the pointers that it sees.
-        aligned = all(
-            tensor is None or tensor.data_ptr() % ALIGNMENT == 0
-            for tensor in (p.w_scale, p.masked_m, p.out, p.out_scale, p.partial, p.counters)
-        )
-        if aligned and self._compiled is not None:
-            self._compiled[self._grid, 1, 1](*arguments)
-            return
         from . import hopper
 
-        compiled = hopper.experts_kernel[(self._grid,)](*arguments, **self._options)
-        if aligned:
-            self._compiled = compiled
+        hopper.experts_kernel[(self.grid,)](*self._arguments(p), **self._options)
 
     def _arguments(self, p: Problem) -> tuple[Any, ...]:
-        weights, rows, busy_rows, scales = self._descriptors
-        x = _of(rows, p.x)
-        s = x if scales is None else _of(scales, p.x_scale)
+        weights, rows, busy_rows, scales = self.descriptors
         return (
-            _of(weights, p.w), x, _of(busy_rows, p.x), s, p.w_scale, p.masked_m, p.out,
-            p.out_scale, p.partial, p.counters, *self._rest,
+            _of(weights, p.w), _of(rows, p.x), _of(busy_rows, p.x),
+            _of(scales, p.x if p.x_scale is None else p.x_scale), p.w_scale, p.masked_m, p.out,
+            p.out_scale, p.partial, p.counters, *self.constants,
         )  # fmt: skip
 
 
 def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
-    """How the copy engine sees weights, rows, rows of busy experts, and row scales (or None)."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -93,20 +79,20 @@ def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
     def matrix(tensor: Any, rows: int, block: int) -> Any:
         return TensorDescriptor(tensor, [rows, depth], [depth, 1], [block, tiles.depth], layout)
 
-    scales = None
+    rows = matrix(p.x, experts * capacity, tiles.rows)
+    scales = rows
     if p.x_scale is not None:
         flat = NVMMASharedLayout(0, 32, rank=1)
         size = p.x_scale.numel()
         scales = TensorDescriptor(p.x_scale, [size], [1], [max(tiles.many, 32)], flat)
     found = (
         matrix(p.w, experts * p.w.shape[1], tiles.channels),
-        matrix(p.x, experts * capacity, tiles.rows),
+        rows,
         matrix(p.x, experts * capacity, tiles.many),
         scales,
     )
     for descriptor in found:
-        if descriptor is not None:
-            descriptor.base = None  # these outlive the tensors
+        descriptor.base = None  # these outlive the tensors
     return found
 
 
@@ -117,19 +103,9 @@ def _of(descriptor: Any, tensor: Any) -> Any:
     return same
 
 
-_LAUNCHES: dict[tuple[Any, ...], HopperLaunch] = {}
-
-
 def run_hopper(p: Problem, tiles: Tiles, device: Device, *, chained: bool) -> None:
     """Launch one GEMM; tensors are as `problem.tma_ready` wants them."""
-    key = (
-        p.x.shape, p.w.shape[1], p.width, p.fused, p.x_scale is None, p.counters is None,
-        None if p.w_scale is None else p.w_scale.dtype, tiles, device, chained, p.x.device.index,
-    )  # fmt: skip
-    launch = _LAUNCHES.get(key)
-    if launch is None:
-        launch = _LAUNCHES[key] = HopperLaunch(p, tiles, device, chained)
-    launch(p)
+    HopperLaunch(p, tiles, device, chained)(p)
 
 
 def compile_hopper(p: Problem, tiles: Tiles, device: Device, *, chained: bool) -> Any:

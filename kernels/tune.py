@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from .experts import act_and_scale, layer_problems, run_layer, split_buffers
+from .experts import run_layer
 from .experts_torch import SCALE_BLOCK
 from .hopper_launch import run_hopper
 from .launch import (
@@ -30,6 +30,7 @@ from .launch import (
     row_tile,
     table_key,
 )
+from .layer import Workspace, layer_problems
 from .precompile import precompile
 from .problem import device_of
 
@@ -126,16 +127,9 @@ class Buffers:
 
     def problems(self, copy: int, masked_m: torch.Tensor, launch: Launch) -> tuple[Any, Any]:
         """Both GEMMs of one copy, with a workspace of their own."""
-        group = launch.gate_up.channels
-        act, scale = act_and_scale(self.shape, group if self.shape.fp8 else None, self.out.device)
-        parts = (None, None)
-        if launch.down.split > 1:
-            parts = split_buffers(self.shape, partial(torch.empty, device=self.out.device))
+        between = Workspace.of(self.shape, launch, device_of(self.out)).tensors(self.out.device)
         layer = self.layers[copy % len(self.layers)]
-        x, x_scale, w13, w13_scale, w2, w2_scale = layer
-        return layer_problems(
-            x, x_scale, w13, w13_scale, w2, w2_scale, masked_m, act, scale, self.out, group, parts
-        )
+        return layer_problems(*layer, masked_m, between, self.out, launch.gate_up.channels)
 
 
 def random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:

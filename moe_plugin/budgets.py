@@ -88,6 +88,7 @@ def _plan_once(
             model.hidden_size,
             model.moe_intermediate_size,
             model.dtype,
+            ranks=launch.tp_size,
             fp8=model.weight_format.startswith("fp8"),
             host=runner == "host",
         ),

@@ -1,4 +1,4 @@
-"""Bytes of the batched experts: exact arithmetic, nothing measured, nothing imported.
+"""Bytes of the batched experts: exact arithmetic, nothing measured.
 
 Every batched tensor has ``local_experts * ranks * T = experts * T`` rows per rank, so none of
 these sizes depends on the number of ranks.
@@ -6,6 +6,7 @@ these sizes depends on the number of ranks.
 
 from __future__ import annotations
 
+from .kernels.launch import depth_split
 from .rows import ceil_div
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -23,10 +24,19 @@ def received_bytes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> int:
 
 
 def activation_bytes(rows: int, intermediate: int, dtype: str, *, fp8: bool) -> int:
-    """Our experts between their two GEMMs; equals ``kernels.experts.workspace_bytes``."""
+    """Our experts between their two GEMMs, and with ``split_bytes`` what they hold there: the sum
+    equals ``kernels.layer.workspace_bytes``."""
     if fp8:
         return rows * (intermediate + 4 * ceil_div(intermediate, ACT_SCALE_CHANNELS))
     return rows * intermediate * DTYPE_BYTES.get(dtype, 2)
+
+
+def split_bytes(rows: int, local_experts: int, hidden: int) -> int:
+    """Float32 parts of our second GEMM, and counters of their arrival, where its depth is split:
+    with few experts on a rank."""
+    split = depth_split(local_experts, hidden)
+    arrivals = ceil_div(rows, 8) * ceil_div(hidden, 2 * ACT_SCALE_CHANNELS)
+    return 4 * rows * split * hidden + 16 * ceil_div(arrivals, 4) if split > 1 else 0
 
 
 def workspace_bytes(
@@ -36,6 +46,7 @@ def workspace_bytes(
     intermediate: int,
     dtype: str,
     *,
+    ranks: int = 1,
     fp8: bool = False,
     host: bool = False,
 ) -> int:
@@ -47,6 +58,7 @@ def workspace_bytes(
         hidden: row width, elements.
         intermediate: inner width of one expert, elements.
         dtype: activation dtype by torch name.
+        ranks: that share the experts.
         fp8: rows are dispatched, and activations re-quantised, in FP8.
         host: the host's experts, which store gate and up (2 x intermediate, bf16) before they
             activate them; ours activate them as they are computed.
@@ -55,11 +67,13 @@ def workspace_bytes(
     """
     rows = experts * max_tokens
     size = DTYPE_BYTES.get(dtype, 2)
+    parts = 0 if host else split_bytes(rows, experts // ranks, hidden)
     gate_up = rows * 2 * intermediate * size if host else 0
     return (
         received_bytes(rows, hidden, dtype, fp8=fp8)
-        + gate_up
         + activation_bytes(rows, intermediate, dtype, fp8=fp8)
+        + gate_up
+        + parts
         + rows * hidden * size
     )
 

@@ -9,12 +9,6 @@ import torch
 
 from moe_plugin.kernels import launch as launches
 from moe_plugin.kernels import tune
-from moe_plugin.kernels.experts import (
-    act_and_scale,
-    act_and_scale_specs,
-    split_buffers,
-    workspace_bytes,
-)
 from moe_plugin.kernels.launch import (
     SM90_SHARED_BYTES,
     Device,
@@ -29,6 +23,7 @@ from moe_plugin.kernels.launch import (
     row_tile,
     table_key,
 )
+from moe_plugin.kernels.layer import Workspace, workspace_bytes
 from tests.kernel_cases import MODELS
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -107,27 +102,40 @@ def test_shipped_tables_decode() -> None:
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [16, 37])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_workspace_bytes_are_what_is_allocated(experts: int, dtype: torch.dtype) -> None:
-    shape = Shape(experts, 16, 4096, 176, dtype == torch.float8_e4m3fn)
-    act, scale = act_and_scale(shape, 64 if shape.fp8 else None, torch.device("cpu"))
-    parts = split_buffers(shape, torch.empty)
-    held = [t for t in (act, scale, *parts) if t is not None]
-    total = sum(t.untyped_storage().nbytes() for t in held)
-    assert workspace_bytes(experts, 16, 4096, 176, dtype) == total
+def test_workspace_bytes_bound_what_is_allocated(
+    experts: int, capacity: int, dtype: torch.dtype
+) -> None:
+    shape = Shape(experts, capacity, 4096, 176, dtype == torch.float8_e4m3fn)
+    most = workspace_bytes(experts, capacity, 4096, 176, dtype)
+    totals = [
+        Workspace.of(shape, heuristic(shape, rows, H100), H100).total for rows in (1, 64, 512)
+    ]
+    assert max(totals) <= most
+    assert most in totals, "it is the bytes of some launch"
 
 
+@pytest.mark.parametrize("capacity", [16, 37])
+@pytest.mark.parametrize("split", [1, 4])
 @pytest.mark.parametrize("group", [None, 64, 128])
-def test_compile_only_stand_ins_match_the_tensors(group: int | None) -> None:
-    shape = Shape(2, 16, 256, 176, group is not None)
-    real = act_and_scale(shape, group, torch.device("cpu"))
-    for tensor, spec in zip(real, act_and_scale_specs(shape, group), strict=True):
+def test_workspace_tensors_lie_side_by_side_as_their_stand_ins_say(
+    group: int | None, split: int, capacity: int
+) -> None:
+    space = Workspace(Shape(3, capacity, 256, 176, group is not None), group, split)
+    tensors, end = space.tensors("cpu"), 0
+    base = tensors[0].data_ptr()
+    for tensor, spec, address in zip(tensors, space.specs(), space.addresses(base), strict=True):
         if tensor is None:
-            assert spec is None
+            assert spec is address is None
             continue
         assert tuple(tensor.shape) == spec.shape
         assert tensor.stride() == spec.stride()
         assert tensor.dtype == spec.dtype
+        assert tensor.data_ptr() == address == base + end
+        assert address % 16 == base % 16
+        end += tensor.numel() * tensor.element_size()
+    assert end == space.total
 
 
 def test_skew_decides_between_launches_that_tie() -> None:

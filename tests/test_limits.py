@@ -15,7 +15,7 @@ from moe_plugin.deepep_limits import (
     low_latency_rdma_bytes,
 )
 from moe_plugin.limits import Limits
-from moe_plugin.memory import activation_bytes, received_bytes, workspace_bytes
+from moe_plugin.memory import activation_bytes, received_bytes, split_bytes, workspace_bytes
 
 GIB = 1 << 30
 
@@ -113,8 +113,12 @@ def test_activation_bytes_equal_the_kernels_own(fp8: bool) -> None:
     from moe_plugin.kernels.experts import workspace_bytes as kernel_bytes
 
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    for experts, capacity, hidden, inter in [(8, 2048, 7168, 2048), (16, 64, 2048, 768)]:
-        ours = activation_bytes(experts * capacity, inter, "bfloat16", fp8=fp8)
+    for experts, capacity, hidden, inter in [
+        (8, 2048, 7168, 2048), (16, 64, 2048, 768), (1, 2048, 4096, 14336), (2, 37, 2048, 176),
+    ]:  # fmt: skip
+        rows = experts * capacity
+        ours = activation_bytes(rows, inter, "bfloat16", fp8=fp8)
+        ours += split_bytes(rows, experts, hidden)
         assert ours == kernel_bytes(experts, capacity, hidden, inter, dtype)
 
 

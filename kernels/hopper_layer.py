@@ -1,0 +1,234 @@
+"""A layer that has run before, launched past Triton's Python.
+
+The MoE part of the host's prefill graphs is eager: once per layer and forward the GPU waits for
+Python. So what a layer's shape and the addresses of its weights decide is laid out once. A call is
+two allocations, a look at the tensors it was given, and Triton's own C function for each launch.
+"""
+
+from copy import copy
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from .hopper_launch import HopperLaunch
+from .launch import Device, Launch, Shape, pick_launch
+from .layer import Workspace, layer_specs
+from .problem import ALIGNMENT, Problem
+
+MOST_ADDRESSES = 256  # of rows that are remembered; the allocator repeats a few
+MOST_LAYERS = 4096
+LAUNCHER_HAS = (
+    "arg_annotations", "kernel_signature", "launch_cooperative_grid", "launch_pdl",
+    "global_scratch_size", "profile_scratch_size", "gsan_enabled",
+)  # fmt: skip
+
+
+class _At:
+    """Stands for a tensor where only its address is asked for."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class DirectLaunch:
+    """One compiled GEMM, called with addresses.
+
+    Args:
+        gemm: its constants, and how the copy engine sees its tensors.
+        p: stand-ins for its tensors.
+
+    Raises:
+        NotImplementedError: Triton does not launch this kernel as it is known here.
+    """
+
+    def __init__(self, gemm: HopperLaunch, p: Problem) -> None:
+        self._kernel = gemm.compile(p)  # kept: one that is dropped is unloaded
+        launcher = self._kernel.run
+        try:
+            from triton.backends.nvidia.driver import make_tensordesc_arg
+
+            self._launch = triton.runtime.driver.active.utils.launch
+        except (ImportError, AttributeError) as error:
+            raise NotImplementedError(str(error)) from error
+        missing = [name for name in LAUNCHER_HAS if not hasattr(launcher, name)]
+        if missing or any(getattr(launcher, name) for name in LAUNCHER_HAS[4:]):
+            raise NotImplementedError(f"launcher without {missing}, or with scratch memory")
+        self._encode = make_tensordesc_arg
+        self._formats = self._kernel.metadata.tensordesc_meta
+        self._descriptors = gemm.descriptors
+        self._grid, self._constants = gemm.grid, gemm.constants
+        # Two hooks and two scratch buffers, all absent, after the launch's metadata.
+        self._fixed = (
+            self._kernel.function, launcher.launch_cooperative_grid, launcher.launch_pdl,
+            self._kernel.packed_metadata, None, None, None, None, None, launcher.arg_annotations,
+            launcher.kernel_signature,
+        )  # fmt: skip
+        self._rows: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    def weights(self, address: int) -> tuple[Any, ...]:
+        """The arguments that describe weights at an address."""
+        return self._described(0, address)
+
+    def rows(self, address: int, scales: int) -> tuple[Any, ...]:
+        """The arguments that describe rows at an address, and their scales (0: none)."""
+        found = self._rows.get((address, scales))
+        if found is None:
+            if len(self._rows) >= MOST_ADDRESSES:
+                self._rows.clear()
+            found = self._described(1, address) + self._described(2, address)
+            found += self._described(3, scales or address)
+            self._rows[address, scales] = found
+        return found
+
+    def _described(self, index: int, address: int) -> tuple[Any, ...]:
+        described = copy(self._descriptors[index])
+        described.base = _At(address)
+        return tuple(self._encode(described, self._formats[index], None))
+
+    def __call__(
+        self,
+        stream: int,
+        weights: tuple[Any, ...],
+        rows: tuple[Any, ...],
+        addresses: tuple[int | None, ...],
+    ) -> None:
+        """Launch. `addresses`: weight scales, counts, out, its scales, parts, arrivals."""
+        self._launch(
+            self._grid, 1, 1, stream, *self._fixed,
+            (*weights, *rows, *addresses, *self._constants),
+        )  # fmt: skip
+
+
+class LaunchPair:
+    """A layer's two launches and its workspace, whatever its weights."""
+
+    def __init__(self, shape: Shape, launch: Launch, device: Device) -> None:
+        first, second = layer_specs(shape, launch, device)
+        self.gate_up = DirectLaunch(HopperLaunch(first, launch.gate_up, device, False), first)
+        self.down = DirectLaunch(HopperLaunch(second, launch.down, device, True), second)
+        self.workspace = Workspace.of(shape, launch, device)
+
+
+@cache
+def launch_pair(shape: Shape, launch: Launch, device: Device, index: int) -> LaunchPair | None:
+    """What the layers of one shape share on GPU `index`; None where it cannot be had."""
+    del index  # of the GPU that holds the kernels
+    try:
+        return LaunchPair(shape, launch, device)
+    except NotImplementedError:
+        return None
+
+
+class HopperLayer:
+    """The experts of one layer, known by the addresses of its weights and their scales (or 0)."""
+
+    def __init__(self, shape: Shape, device: Device, addresses: tuple[int, int, int, int]) -> None:
+        self._shape, self._device = shape, device
+        self._w13, self._w13_scale, self._w2, self._w2_scale = addresses
+        groups = shape.hidden // 128
+        self._scale_strides = (groups * shape.capacity, 1, shape.capacity)
+        self._ready: dict[int, tuple[LaunchPair, tuple[Any, ...], tuple[Any, ...]] | None] = {}
+
+    def _prepare(self, expected_m: int, index: int) -> None:
+        launch = pick_launch(self._shape, expected_m, self._device)
+        pair = launch_pair(self._shape, launch, self._device, index) if launch.hopper else None
+        self._ready[expected_m] = None
+        if pair is not None:
+            weights = pair.gate_up.weights(self._w13), pair.down.weights(self._w2)
+            self._ready[expected_m] = (pair, *weights)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        masked_m: torch.Tensor,
+        expected_m: int,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """As `batched_experts`; None, and nothing done, where the tensors are not as usual."""
+        index = x.get_device()
+        if expected_m not in self._ready:
+            self._prepare(expected_m, index)
+        ready = self._ready[expected_m]
+        rows, counts = x.data_ptr(), masked_m.data_ptr()
+        scales = 0 if x_scale is None else x_scale.data_ptr()
+        # Triton compiled for aligned pointers, and the copy engine wants dense rows.
+        usual = not (rows | scales | counts) % ALIGNMENT and x.is_contiguous()
+        if x_scale is not None:
+            usual = usual and x_scale.stride() == self._scale_strides
+        if ready is None or not usual:
+            return None
+        pair, w13, w2 = ready
+        if out is None:
+            out = torch.empty_like(x, dtype=torch.bfloat16)
+        result = out.data_ptr()
+        if result % ALIGNMENT:
+            return None
+        memory = torch.empty(pair.workspace.total, dtype=torch.uint8, device=x.device)
+        act, parts, arrivals, act_scale = pair.workspace.addresses(memory.data_ptr())
+        stream = triton.runtime.driver.active.get_current_stream(index)
+        pair.gate_up(
+            stream, w13, pair.gate_up.rows(rows, scales),
+            (self._w13_scale or None, counts, act, act_scale, None, arrivals),
+        )  # fmt: skip
+        pair.down(
+            stream, w2, pair.down.rows(act, act_scale or 0),
+            (self._w2_scale or None, counts, result, None, parts, arrivals),
+        )  # fmt: skip
+        return out
+
+
+_LAYERS: dict[tuple[Any, ...], HopperLayer] = {}
+_HOOKS = triton.knobs.runtime
+
+
+def _key(
+    x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor | None, w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    scales = (0, 0) if w13_scale is None or w2_scale is None else (
+        w13_scale.data_ptr(), w2_scale.data_ptr()
+    )  # fmt: skip
+    return (
+        w13.data_ptr(), scales[0], w2.data_ptr(), scales[1], x.shape, x.dtype, w13.shape,
+        w13.dtype, w2.shape, w2.dtype, x.get_device(),
+    )  # fmt: skip
+
+
+def remember_layer(
+    x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor | None, w2: torch.Tensor,
+    w2_scale: torch.Tensor | None, shape: Shape, device: Device,
+) -> None:  # fmt: skip
+    """Note a layer that has been checked and launched, so that it can go the short way next."""
+    key = _key(x, w13, w13_scale, w2, w2_scale)
+    if key in _LAYERS:  # and could not go the short way
+        return
+    first, second = (
+        p.w_scale for p in layer_specs(shape, pick_launch(shape, 1, device), device)
+    )  # fmt: skip
+    for scale, usual in ((w13_scale, first), (w2_scale, second)):
+        if scale is not None and (
+            (tuple(scale.shape), scale.dtype) != (usual.shape, usual.dtype)
+            or scale.data_ptr() % ALIGNMENT
+        ):
+            return
+    if len(_LAYERS) >= MOST_LAYERS:
+        _LAYERS.clear()
+    _LAYERS[key] = HopperLayer(shape, device, key[:4])
+
+
+def run_remembered(
+    x: torch.Tensor, x_scale: torch.Tensor | None, w13: torch.Tensor,
+    w13_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None,
+    masked_m: torch.Tensor, expected_m: int, out: torch.Tensor | None,
+) -> torch.Tensor | None:  # fmt: skip
+    """The layer's result, or None where it has to go the long way."""
+    layer = _LAYERS.get(_key(x, w13, w13_scale, w2, w2_scale))
+    if layer is None or _HOOKS.launch_enter_hook.calls or _HOOKS.launch_exit_hook.calls:
+        return None
+    return layer.run(x, x_scale, masked_m, expected_m, out)
