@@ -218,7 +218,7 @@ def tune_cell(
     # Alone, a launch that shares its multiprocessors cannot show what that gains.
     finalists = [p for p in pairs if not p.down.shared][:FINALISTS]
     finalists += [p for p in pairs if p.down.shared][: FINALISTS // 2]
-    sparse = rows <= FEWEST_ROWS
+    sparse = rows <= FEWEST_ROWS and shape.experts > 1
     skewed = (rows,) + (0,) * (shape.experts - 1)
     if not sparse:
         skewed = zipf_counts(shape.experts, rows, shape.capacity)

@@ -3,6 +3,7 @@
     start   ours alone, with no flag about sizes: start-up phases, mixed prompts, memory
     up      start variants that stay: phases of the start, mixed prompts, log-probabilities
     rounds  alternating rounds of load against the servers that are up
+    checks  idle ranks, unequal load and the plan of ours that is up; or a rank killed, by --kill
     down    stop them by their process ids; what was compiled since they were ready
     pair    up, rounds and down in one
     stock   launches that fail on the stock host: what happens, and after how long
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
+sys.path.append(str(Path(__file__).parents[2]))  # last: its `kernels/` must hide no package
 import served
 import startup
 from load import STREAM_INTERVAL, Clients, Job
@@ -268,18 +270,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stages = ("start", "up", "rounds", "down", "pair", "stock", "merge")
+    stages = ("start", "up", "rounds", "checks", "down", "pair", "stock", "merge")
     parser.add_argument("stage", choices=stages)
     parser.add_argument("files", type=Path, nargs="*", help="merge: JSON files to join")
     parser.add_argument("--out", type=Path, required=True, help="folder; for merge a file")
     parser.add_argument("--work", type=Path, default=WORK, help="logs, caches and state")
-    parser.add_argument("--model", default="qwen3-bf16", help="qwen3-fp8, deepseek-v3, tiny (CPU)")
+    parser.add_argument(
+        "--model",
+        default="qwen3-bf16",
+        help="qwen3-fp8, qwen3-bf16-16 (layers), deepseek-v3, tiny (CPU)",
+    )
     parser.add_argument("--variants", nargs="+", default=["a", "b", "c"])
     parser.add_argument("--gpus", type=int, default=1, help="of each server; with tiny, CPU ranks")
     parser.add_argument("--cold", action="store_true", help="up: empty the caches of kernels first")
     parser.add_argument("--one-by-one", action="store_true", help="up: wait for each to be ready")
     parser.add_argument("--quick", action="store_true", help="up: phases and memory alone")
     parser.add_argument("--timeout", type=float, default=400.0, help="up: of one start")
+    parser.add_argument("--kill", action="store_true", help="checks: of a rank of ours, instead")
     parser.add_argument("--more", nargs="+", default=[], help="up: more flags for every server")
     parser.add_argument("--points", type=int, nargs="+", default=[1, 16, 64, 128, 256])
     parser.add_argument("--rounds", type=int, default=5)
@@ -297,11 +304,17 @@ def main() -> int:
         return 0
     bench = Bench(options)
     try:
-        if options.stage in ("start", "stock"):
+        if options.stage in ("start", "stock", "checks"):
             import alone
+            import rank_checks
             import stock
 
-            {"start": alone.stage_start, "stock": stock.stage_stock}[options.stage](bench)
+            stages_of_their_own = {
+                "start": alone.stage_start,
+                "stock": stock.stage_stock,
+                "checks": rank_checks.stage_checks,
+            }
+            stages_of_their_own[options.stage](bench)
         else:
             getattr(bench, options.stage)()
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,17 +73,17 @@ class Block:
 
 
 def write_model(name: str, folder: Path, device: str) -> Path:
-    """Write a model by its name on the command line, unless it is there; returns its folder."""
+    """Write a model by its name on the command line, unless it is there; returns its folder.
+
+    ``qwen3-bf16`` or ``qwen3-fp8`` with eight layers, ``qwen3-bf16-16`` with sixteen, and
+    ``deepseek-v3``.
+    """
     if (folder / "written").exists():
         return folder
-    if name == "qwen3-bf16":
-        write_qwen3(folder, QWEN3_30B_LAYERS, device, fp8=False)
-    elif name == "qwen3-fp8":
-        write_qwen3(folder, QWEN3_30B_LAYERS, device, fp8=True)
-    elif name == "qwen3-bf16-2":  # for launches that are expected to die
-        write_qwen3(folder, replace(QWEN3_30B_LAYERS, num_hidden_layers=2), device, fp8=False)
-    elif name == "qwen3-fp8-2":
-        write_qwen3(folder, replace(QWEN3_30B_LAYERS, num_hidden_layers=2), device, fp8=True)
+    if found := re.fullmatch(r"qwen3-(bf16|fp8)(?:-(\d+))?", name):
+        layers = int(found[2] or QWEN3_30B_LAYERS.num_hidden_layers)
+        shape = replace(QWEN3_30B_LAYERS, num_hidden_layers=layers)
+        write_qwen3(folder, shape, device, fp8=found[1] == "fp8")
     elif name == "deepseek-v3":
         write_deepseek(folder, DeepSeekShape(), device)
     else:
