@@ -1,9 +1,12 @@
 """Entry points of the batched-expert layer: two launches, no host synchronisation."""
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import triton
 
 from .experts_torch import batched_experts_torch
 from .hopper_launch import compile_hopper, run_hopper
@@ -14,6 +17,8 @@ from .masked_gemm import launch_portable
 from .problem import Problem, device_of, probe, tma_ready
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
+
+MOST_COMPILING = 8  # threads, of each rank of a host
 
 
 def run_layer(
@@ -116,6 +121,15 @@ def compile_layer(shape: Shape, launch: Launch, device: Device) -> list[Any]:
     return run_layer(*layer_specs(shape, launch, device), launch, device, compile_only=True)
 
 
+def compile_at_once(shape: Shape, launches: Iterable[Launch], device: Device) -> list[Any]:
+    """The kernels of several launches, compiled in threads: passes and assembler hold no lock."""
+    with (
+        ThreadPoolExecutor(min(MOST_COMPILING, os.cpu_count() or 1)) as pool,
+        triton.AsyncCompileMode(pool),
+    ):
+        return [kernel for each in launches for kernel in compile_layer(shape, each, device)]
+
+
 def warmup(
     experts: int,
     capacity: int,
@@ -134,8 +148,8 @@ def warmup(
     shape = Shape(experts, capacity, hidden, inter, dtype == torch.float8_e4m3fn)
     compiled = set()
     with torch.cuda.device(index):
-        for launch in {pick_launch(shape, m, info) for m in expected_m}:
-            for kernel in compile_layer(shape, launch, info):
-                kernel._init_handles()  # a module cannot be loaded while a graph is captured
-                compiled.add(kernel.hash)
+        launches = {pick_launch(shape, m, info) for m in expected_m}
+        for kernel in compile_at_once(shape, launches, info):
+            kernel._init_handles()  # a module cannot be loaded while a graph is captured
+            compiled.add(kernel.hash)
     return len(compiled)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +95,35 @@ def test_every_candidate_of_the_tuner_fits(tmp_path: object) -> None:
     shapes = [(*s, fp8) for s in (DEEPSEEK, MIXTRAL) for fp8 in (False, True)]
     kernels = compile_for((9, 0), shapes, [8, 16, 64, 512], True, str(tmp_path))
     check_sm90(kernels, CANDIDATE_SPILL_BYTES)
+
+
+AT_ONCE = """
+import hashlib, json, sys
+import triton
+from moe_plugin.kernels.experts import compile_at_once, compile_layer
+from moe_plugin.kernels.launch import Device, Shape, heuristic
+from moe_plugin.kernels.precompile import OfflineDriver
+
+device = Device("offline", (9, 0), 132)
+triton.runtime.driver.set_active(OfflineDriver(device.capability))
+shape = Shape(4, 64, 512, 256, True)
+launches = list(dict.fromkeys(heuristic(shape, rows, device) for rows in (1, 64)))
+if sys.argv[1] == "at once":
+    kernels = compile_at_once(shape, launches, device)
+else:
+    kernels = [kernel for launch in launches for kernel in compile_layer(shape, launch, device)]
+print(json.dumps([[k.hash, hashlib.sha256(k.asm["cubin"]).hexdigest()] for k in kernels]))
+"""
+
+
+def test_kernels_compiled_at_once_are_those_compiled_one_by_one(tmp_path: Path) -> None:
+    found = []
+    for how in ("at once", "one by one"):
+        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / how)}
+        run = subprocess.run(
+            [sys.executable, "-P", "-c", AT_ONCE, how], capture_output=True, text=True, env=env
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(json.loads(run.stdout.splitlines()[-1]))
+    assert found[0] == found[1]
+    assert len({kernel for kernel, _ in found[0]}) > 2
