@@ -106,6 +106,13 @@ MOE_INIT = HostSymbol(
     "upstream registers masked Triton experts for deepep_ll",
     runtime=True,
 )
+MOE_FORWARD = HostSymbol(
+    "layers.moe.ep_moe.layer.DeepEPMoE.forward",
+    ("self", "hidden_states", "topk_output"),
+    "capture low-latency layers with the rest of a prefill graph, where asked for",
+    "upstream breaks prefill graphs at normal-mode DeepEP only",
+    runtime=True,
+)
 MOE_CORE = HostSymbol(
     "layers.moe.ep_moe.layer.DeepEPMoE.run_moe_core",
     ("self", "dispatch_output"),
@@ -161,6 +168,7 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     SCHEDULER_INIT,
     INTERNAL_STATE,
     MOE_INIT,
+    MOE_FORWARD,
     MOE_CORE,
     GET_BUFFER,
     LL_OUTPUT,

@@ -56,6 +56,38 @@ def _attach_runner(
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
 
 
+def around_moe_forward(
+    original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any
+) -> Any:
+    """AROUND hook on ``DeepEPMoE.forward``, where ``MOE_PLUGIN_CAPTURE_PREFILL`` asks for it.
+
+    The host breaks its prefill graphs at every MoE layer, because DeepEP's normal mode cannot be
+    captured; low latency can, as its decode graphs show, and Python then pays for no layer.
+    """
+    plan = buffer.current_plan()
+    ours = plan is not None and plan.bounds_prefill and getattr(layer, _RUNNER, None) is not None
+    if not ours or not _in_prefill_graph():
+        return original(layer, hidden_states, topk_output)
+    from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
+
+    before = get_is_extend_in_batch()  # the host says no while it captures
+    set_is_extend_in_batch(True)
+    try:
+        return layer.forward_impl(hidden_states, topk_output)
+    finally:
+        set_is_extend_in_batch(before)
+
+
+def _in_prefill_graph() -> bool:
+    try:
+        from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
+            is_in_breakable_cuda_graph,
+        )
+    except ImportError:  # hosts without such graphs
+        return False
+    return bool(is_in_breakable_cuda_graph())
+
+
 def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_output: Any) -> Any:
     """AROUND hook on ``DeepEPMoE.run_moe_core``: batched output goes to our experts."""
     runner: BatchedMoERunner | None = getattr(layer, _RUNNER, None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..capability import Mode, get_backend
 from ..deepep_limits import NVSHMEM_FIXED_BYTES, NVSHMEM_GRANULE, limits_of
+from ..envs import CAPTURE_PREFILL
 from ..memory import gib
 from ..plan import Change, Plan, Rejection, refusal
 from ..rows import floor_to
@@ -33,11 +34,14 @@ def reserved_bytes(plan: Plan, *, after_capture: bool, decode_graphs: bool) -> i
     """Bytes per rank to keep back, beyond what the host already measures.
 
     The experts' working memory exists once per allocator pool that runs them: once in the pool
-    of the captured decode graphs, and once in the ordinary pool for eager forwards (the MoE part
-    of a breakable prefill graph runs eagerly). After capture the graphs' pool is measured.
+    of the captured graphs, which decode and prefill share, and once in the ordinary pool for eager
+    forwards (the MoE part of a breakable prefill graph runs eagerly, unless it is captured, and
+    then forwards that fit no graph do). After capture the graphs' pool is measured.
     """
     eager = 1 if Mode.EXTEND in plan.capability.modes or not decode_graphs else 0
     captured = 1 if plan.bounds_decode and decode_graphs else 0
+    if CAPTURE_PREFILL.read() and plan.bounds_prefill:
+        captured = 1
     if after_capture:
         return eager * plan.workspace_bytes
     return (eager + captured) * plan.workspace_bytes

@@ -123,3 +123,13 @@ def test_what_cannot_fit_is_refused_before_loading(worker: Worker, models: dict[
     flag, value = answer["errors"][0]["changes"][0]
     assert flag == argv[-1]
     assert worker.ask([{"argv": [*argv, value]}])[0]["ok"]
+
+
+def test_captured_prefill_graphs_need_a_workspace_as_decode_graphs_do(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """Both capture into one pool: with decode graphs the same two, without them two as well."""
+    captured = {"MOE_PLUGIN_CAPTURE_PREFILL": "1"}
+    for flags in ((), ("--disable-decode-cuda-graph",)):
+        _, ours = both(worker, models["qwen3"], *flags, env=captured)
+        assert ours["plan"]["reserved_bytes"] == 2 * ours["plan"]["workspace_bytes"]

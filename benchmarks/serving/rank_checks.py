@@ -49,7 +49,7 @@ def stage_checks(bench: Bench) -> None:
     longest = 1000 if bench.cpu else 4000
     lengths = tuple(n for n in LENGTHS if n <= longest)
     ranks, outcomes = options.gpus, bench.report.setdefault("checks", {})
-    for record in [s.record for s in load_state(options.work) if s.record.variant[0] in "cd"]:
+    for record in [s.record for s in load_state(options.work) if s.record.variant[0] in "cde"]:
         server = Running(record)
         checks: dict[str, Callable[[], Any]] = {
             "64 concurrent prompts": lambda s=server: server_checks.check_mixed_prompts(

@@ -1,0 +1,68 @@
+"""`MOE_PLUGIN_CAPTURE_PREFILL`: our layers take part in the host's prefill graphs, no others do.
+
+The graphs need a GPU; here the host's own flags around them are real, and the layer is a stand-in.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .hosts import host_result
+
+HOOKED = """
+import sglang.srt.managers.scheduler  # a process that runs model code
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from moe_plugin.integration.plugin import STATUS
+emit(STATUS.hooked)
+"""
+
+FORWARD = """
+from types import SimpleNamespace
+from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
+from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
+    enable_breakable_cuda_graph,
+)
+from moe_plugin.integration import buffer, layer
+
+class Layer:
+    def forward_impl(self, hidden_states, topk_output):
+        return f"captured, extend {get_is_extend_in_batch()}"
+
+def host(layer, hidden_states, topk_output):
+    return "the host's"
+
+def forward(bounds_prefill=True, runner=True):
+    buffer.current_plan = lambda: SimpleNamespace(bounds_prefill=bounds_prefill)
+    ours = Layer()
+    if runner:
+        ours._moe_plugin_runner = object()
+    return layer.around_moe_forward(host, ours, None, None)
+
+set_is_extend_in_batch(False)
+found = {"outside": forward()}
+with enable_breakable_cuda_graph():
+    found["inside"] = forward()
+    found["normal mode for prefill"] = forward(bounds_prefill=False)
+    found["the host's experts"] = forward(runner=False)
+found["extend afterwards"] = get_is_extend_in_batch()
+emit(found)
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_forward_is_hooked_only_where_asked_for(asked: bool) -> None:
+    env = {"MOE_PLUGIN_CAPTURE_PREFILL": "1"} if asked else {}
+    hooked = [name.rpartition(".")[2] for name in host_result(HOOKED, env=env)]
+    assert ("forward" in hooked) == asked
+    assert "run_moe_core" in hooked
+
+
+def test_only_our_low_latency_layers_are_captured() -> None:
+    assert host_result(FORWARD) == {
+        "outside": "the host's",
+        "inside": "captured, extend True",
+        "normal mode for prefill": "the host's",
+        "the host's experts": "the host's",
+        "extend afterwards": False,
+    }
