@@ -43,7 +43,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0].legend(loc="upper left", fontsize=8)
-    figure.suptitle(f"{result['model']}, {result['environment']['device']}", fontsize=10)
+    devices = f"{result.get('gpus', 1)} × {result['environment']['device']}"
+    figure.suptitle(f"{result['model']}, {devices}", fontsize=10)
     figure.savefig(path)
     plt.close(figure)
 

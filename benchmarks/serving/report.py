@@ -35,11 +35,20 @@ def merge(parts: Iterable[Report]) -> Report:
             if key in LISTS:
                 merged.setdefault(key, []).extend(value)
             elif isinstance(value, dict):
-                merged.setdefault(key, {}).update(value)
+                _join(merged.setdefault(key, {}), value)
             elif key != "summary":
                 merged[key] = value
     merged.pop("_fixed", None)
     return merged | {"summary": summary(merged)}
+
+
+def _join(into: Report, more: Report) -> None:
+    """One table into another, table by table."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _join(into[key], value)
+        else:
+            into[key] = value
 
 
 def summary(report: Report, base: str = "b") -> Report:
