@@ -73,7 +73,8 @@ def batched_experts(
     _check(hidden_states, hidden_states_scale, *weights, masked_m)
     device = device_of(hidden_states)
     fp8 = hidden_states_scale is not None
-    shape = Shape(*hidden_states.shape, w2.shape[-1], fp8)
+    experts, capacity, hidden = hidden_states.shape
+    shape = Shape(experts, capacity, hidden, w2.shape[-1], fp8)
     if out is None:
         out = torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=hidden_states.device)
     chosen = launch or pick_launch(shape, expected_m, device)

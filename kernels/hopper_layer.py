@@ -131,6 +131,7 @@ class HopperLayer:
         self._shape, self._device = shape, device
         self._w13, self._w13_scale, self._w2, self._w2_scale = addresses
         groups = shape.hidden // 128
+        self._counts = (shape.experts,)
         self._scale_strides = (groups * shape.capacity, 1, shape.capacity)
         self._ready: dict[int, tuple[LaunchPair, tuple[Any, ...], tuple[Any, ...]] | None] = {}
 
@@ -159,8 +160,11 @@ class HopperLayer:
         scales = 0 if x_scale is None else x_scale.data_ptr()
         # Triton compiled for aligned pointers, and the copy engine wants dense rows.
         usual = not (rows | scales | counts) % ALIGNMENT and x.is_contiguous()
-        if x_scale is not None:
-            usual = usual and x_scale.stride() == self._scale_strides
+        usual = usual and masked_m.dtype == torch.int32 and masked_m.shape == self._counts
+        if x_scale is None:
+            usual = usual and not self._shape.fp8
+        else:
+            usual = usual and self._shape.fp8 and x_scale.stride() == self._scale_strides
         if ready is None or not usual:
             return None
         pair, w13, w2 = ready

@@ -128,8 +128,11 @@ class Buffers:
     def problems(self, copy: int, masked_m: torch.Tensor, launch: Launch) -> tuple[Any, Any]:
         """Both GEMMs of one copy, with a workspace of their own."""
         between = Workspace.of(self.shape, launch, device_of(self.out)).tensors(self.out.device)
-        layer = self.layers[copy % len(self.layers)]
-        return layer_problems(*layer, masked_m, between, self.out, launch.gate_up.channels)
+        x, x_scale, w13, w13_scale, w2, w2_scale = self.layers[copy % len(self.layers)]
+        return layer_problems(
+            x, x_scale, w13, w13_scale, w2, w2_scale, masked_m, between, self.out,
+            launch.gate_up.channels,
+        )  # fmt: skip
 
 
 def random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:

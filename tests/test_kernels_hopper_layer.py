@@ -95,26 +95,35 @@ for call in range(3):
         "direct": [args[9] is None for args in launched],
     })
     launched.clear()
-print(json.dumps(calls))
+refused = []
+x, scale, counts, _ = kept[-1]
+for bad in ((x, scale, counts.long()), (x, scale, counts[:-1]), (x, None if fp8 else x, counts)):
+    try:
+        experts.batched_experts(bad[0], bad[1], w13, w13_scale, w2, w2_scale, bad[2], 8)
+    except AssertionError as error:
+        refused.append(str(error))
+print(json.dumps({"calls": calls, "refused": refused}))
 """
 
 
-def calls(shape: tuple[int, int, int, int], dtype: str, what: str = "usual") -> list[Any]:
-    """What three calls of one layer launch: the same weights, other rows and counts."""
-    run = subprocess.run(
+def run(shape: tuple[int, int, int, int], dtype: str, what: str = "usual") -> dict[str, Any]:
+    """What three calls of one layer launch: the same weights, other rows and counts; and what
+    bad calls after them are refused for."""
+    done = subprocess.run(
         [sys.executable, "-P", "-c", CODE, json.dumps(shape), dtype, what],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "0"},
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("shape", [(4, 64, 256, 384), (1, 64, 512, 1024)], ids=["many", "split"])
 def test_direct_launches_equal_tritons(shape: tuple[int, int, int, int], dtype: str) -> None:
-    through_triton, direct, again = calls(shape, dtype)
+    found = run(shape, dtype)
+    through_triton, direct, again = found["calls"]
     assert through_triton["direct"] == [False, False]
     assert direct["direct"] == again["direct"] == [True, True]
     assert through_triton["launches"] == direct["launches"] == again["launches"]
@@ -124,10 +133,11 @@ def test_direct_launches_equal_tritons(shape: tuple[int, int, int, int], dtype: 
     for name in ("'w2'", "'counts'", "'out'"):
         assert name in down
     assert "'x'" not in down
+    assert len(found["refused"]) == 3, "a layer that has run before is checked all the same"
 
 
 @pytest.mark.parametrize("what", ["misaligned", "hooked"])
 def test_unusual_calls_go_through_triton(what: str) -> None:
     """Counts that kernels were not compiled for; a profiler that wants to see every launch."""
-    for call in calls((4, 64, 256, 384), "bf16", what):
+    for call in run((4, 64, 256, 384), "bf16", what)["calls"]:
         assert call["direct"] == [False, False]
