@@ -1,107 +1,23 @@
-"""A layer that has run before, launched past Triton's Python.
+"""A layer that has run before, launched the short way.
 
 The MoE part of the host's prefill graphs is eager: once per layer and forward the GPU waits for
 Python. So what a layer's shape and the addresses of its weights decide is laid out once. A call is
-two allocations, a look at the tensors it was given, and Triton's own C function for each launch.
+two allocations, a look at the tensors it was given, and two launches past Triton's Python.
 """
 
-from copy import copy
 from functools import cache
 from typing import Any
 
 import torch
 import triton
 
+from .direct_launch import DirectLaunch
 from .hopper_launch import HopperLaunch
 from .launch import Device, Launch, Shape, pick_launch
 from .layer import Workspace, layer_specs
-from .problem import ALIGNMENT, Problem
+from .problem import ALIGNMENT
 
-MOST_ADDRESSES = 256  # of rows that are remembered; the allocator repeats a few
 MOST_LAYERS = 4096
-LAUNCHER_HAS = (
-    "arg_annotations", "kernel_signature", "launch_cooperative_grid", "launch_pdl",
-    "global_scratch_size", "profile_scratch_size", "gsan_enabled",
-)  # fmt: skip
-
-
-class _At:
-    """Stands for a tensor where only its address is asked for."""
-
-    def __init__(self, address: int) -> None:
-        self._address = address
-
-    def data_ptr(self) -> int:
-        return self._address
-
-
-class DirectLaunch:
-    """One compiled GEMM, called with addresses.
-
-    Args:
-        gemm: its constants, and how the copy engine sees its tensors.
-        p: stand-ins for its tensors.
-
-    Raises:
-        NotImplementedError: Triton does not launch this kernel as it is known here.
-    """
-
-    def __init__(self, gemm: HopperLaunch, p: Problem) -> None:
-        self._kernel = gemm.compile(p)  # kept: one that is dropped is unloaded
-        launcher = self._kernel.run
-        try:
-            from triton.backends.nvidia.driver import make_tensordesc_arg
-
-            self._launch = triton.runtime.driver.active.utils.launch
-        except (ImportError, AttributeError) as error:
-            raise NotImplementedError(str(error)) from error
-        missing = [name for name in LAUNCHER_HAS if not hasattr(launcher, name)]
-        if missing or any(getattr(launcher, name) for name in LAUNCHER_HAS[4:]):
-            raise NotImplementedError(f"launcher without {missing}, or with scratch memory")
-        self._encode = make_tensordesc_arg
-        self._formats = self._kernel.metadata.tensordesc_meta
-        self._descriptors = gemm.descriptors
-        self._grid, self._constants = gemm.grid, gemm.constants
-        # Two hooks and two scratch buffers, all absent, after the launch's metadata.
-        self._fixed = (
-            self._kernel.function, launcher.launch_cooperative_grid, launcher.launch_pdl,
-            self._kernel.packed_metadata, None, None, None, None, None, launcher.arg_annotations,
-            launcher.kernel_signature,
-        )  # fmt: skip
-        self._rows: dict[tuple[int, int], tuple[Any, ...]] = {}
-
-    def weights(self, address: int) -> tuple[Any, ...]:
-        """The arguments that describe weights at an address."""
-        return self._described(0, address)
-
-    def rows(self, address: int, scales: int) -> tuple[Any, ...]:
-        """The arguments that describe rows at an address, and their scales (0: none)."""
-        found = self._rows.get((address, scales))
-        if found is None:
-            if len(self._rows) >= MOST_ADDRESSES:
-                self._rows.clear()
-            found = self._described(1, address) + self._described(2, address)
-            found += self._described(3, scales or address)
-            self._rows[address, scales] = found
-        return found
-
-    def _described(self, index: int, address: int) -> tuple[Any, ...]:
-        described = copy(self._descriptors[index])
-        described.base = _At(address)
-        return tuple(self._encode(described, self._formats[index], None))
-
-    def __call__(
-        self,
-        stream: int,
-        weights: tuple[Any, ...],
-        rows: tuple[Any, ...],
-        addresses: tuple[int | None, ...],
-    ) -> None:
-        """Launch. `addresses`: weight scales, counts, out, its scales, parts, arrivals."""
-        self._launch(
-            self._grid, 1, 1, stream, *self._fixed,
-            (*weights, *rows, *addresses, *self._constants),
-        )  # fmt: skip
 
 
 class LaunchPair:
