@@ -171,6 +171,18 @@ def test_servers_of_several_gpus() -> None:
         assert variants.variant(name, gpus=4).env["NCCL_NVLS_ENABLE"] == "0"
 
 
+def test_merge_keeps_the_checks_of_every_command() -> None:
+    parts: list[report.Report] = [
+        {"checks": {"c": {"idle ranks": "ok"}}},
+        {"checks": {"c": {"seconds": 6.5}, "e": {"idle ranks": "ok"}}},
+    ]
+    merged = report.merge(parts)
+    assert merged["checks"] == {
+        "c": {"idle ranks": "ok", "seconds": 6.5},
+        "e": {"idle ranks": "ok"},
+    }
+
+
 def test_merge_refuses_results_of_two_machines() -> None:
     other = _part([]) | {"environment": {"device": "y", "date": "d"}}
     with pytest.raises(ValueError, match="not of one machine"):
@@ -220,6 +232,29 @@ def _header(folder: Path) -> dict[str, tuple[str, list[int]]]:
                 piece = file.get_slice(name)
                 found[name] = (piece.get_dtype(), piece.get_shape())
     return found
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "fp8"),
+    [("qwen3-bf16", 8, False), ("qwen3-fp8-2", 2, True), ("qwen3-bf16-16", 16, False)],
+)
+def test_model_names_say_how_deep(
+    name: str, layers: int, fp8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def write(folder: Path, shape: Shape, device: str, *, fp8: bool) -> None:
+        asked.append((shape.num_hidden_layers, fp8))
+
+    monkeypatch.setattr(models, "write_qwen3", write)
+    models.write_model(name, tmp_path, "cpu")
+    assert asked == [(layers, fp8)]
+    assert (tmp_path / "written").exists()
+
+
+def test_unknown_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="qwen3-int4"):
+        models.write_model("qwen3-int4", tmp_path, "cpu")
 
 
 def test_fast_writer_writes_what_the_plain_one_does(tmp_path: Path) -> None:

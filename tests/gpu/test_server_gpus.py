@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,26 +59,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(model: Path) -> list[list[float]]:
-    """Teacher-forced log-probabilities of the stock host: on one GPU, and tensor-parallel."""
-    values = []
-    for size in (1, GPUS):
-        args = (
-            *BACKENDS,
-            "--tp-size",
-            str(size),
-            "--disable-prefill-cuda-graph",
-            "--disable-decode-cuda-graph",
-        )
-        with Server(
-            args, model, ranks=0, env=gpu_environment.DEEPEP | STOCK, command=LAUNCH_SERVER
-        ) as server:
-            values.append(forced_logprobs(server.wait_ready(), PROMPTS))
-    return values
+    """Teacher-forced log-probabilities of the stock host: on one GPU, and tensor-parallel.
+
+    Both at once, since a start is mostly imports; so neither may size its KV cache by what is free.
+    """
+    graphs_off = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
+    small = ("--mem-fraction-static", "0.95", "--max-total-tokens", "16384")
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(
+                Server(
+                    (*BACKENDS, *graphs_off, *small, "--tp-size", str(size)),
+                    model,
+                    ranks=0,
+                    env=gpu_environment.DEEPEP | STOCK,
+                    command=LAUNCH_SERVER,
+                )
+            )
+            for size in (1, GPUS)
+        ]
+        return [forced_logprobs(server.wait_ready(400), PROMPTS) for server in servers]
 
 
 @pytest.fixture(scope="module")
 def served(model: Path, stock: list[list[float]]) -> Iterator[Server]:
-    """Ours on all GPUs; ``stock`` first, so that one server runs at a time."""
+    """Ours on all GPUs; after ``stock``, so that it has them to itself."""
     size = str(GPUS)
     args = (*BACKENDS, "--tp-size", size, "--attn-dp-size", size, "--use-batched-dp-moe", "on")
     with Server(args, model, ranks=0, env=gpu_environment.DEEPEP, command=LAUNCH_SERVER) as server:
