@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .rows import ceil_div
 
@@ -24,10 +25,7 @@ class DPMetadata:
         cls, global_num_tokens: Sequence[int], attn_tp_size: int
     ) -> DPMetadata:
         """From the host's tokens per attention-DP group (``global_num_tokens_cpu``)."""
-        sizes: list[int] = []
-        for tokens in global_num_tokens:
-            sizes += [ceil_div(int(tokens), attn_tp_size)] * attn_tp_size
-        return cls(tuple(sizes))
+        return _scattered(tuple(map(int, global_num_tokens)), attn_tp_size)
 
     @property
     def max_tokens(self) -> int:
@@ -37,3 +35,11 @@ class DPMetadata:
     def expected_rows(self, top_k: int, num_experts: int) -> int:
         """Mean live rows per expert, at least 1: for the choice of tiles, never correctness."""
         return max(1, ceil_div(sum(self.sp_local_sizes) * top_k, num_experts))
+
+
+@lru_cache(maxsize=64)  # every layer of a forward asks for the same
+def _scattered(tokens_of_groups: tuple[int, ...], attn_tp_size: int) -> DPMetadata:
+    sizes: list[int] = []
+    for tokens in tokens_of_groups:
+        sizes += [ceil_div(tokens, attn_tp_size)] * attn_tp_size
+    return DPMetadata(tuple(sizes))

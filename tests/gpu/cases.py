@@ -225,7 +225,8 @@ def buffer_bytes(world: World) -> None:
     """DeepEP's hint is what was planned; memory taken is at most planned.
 
     In a server it is also within one granule of it (server_checks); in a process that has done
-    nothing else the fixed part is smaller.
+    nothing else the fixed part is smaller. Needs the GPU for itself: what others take meanwhile
+    counts as taken.
     """
     if world.hint is None or world.taken is None:
         return
