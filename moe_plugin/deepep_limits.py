@@ -16,9 +16,9 @@ NVSHMEM_GRANULE = 512 << 20
 NVSHMEM_FIXED_BYTES = 4480 << 20
 """Bound of what creating a buffer takes beyond its granules; docs/gpu.md has the likely reason.
 
-Measured in a server of one rank, T = 256, 128 experts, hidden 2048: 4240 MiB on an H200, 4246 MiB
-on an H100 (benchmarks/results/*-serving-*.json). In processes that have done little else before it
-was 2640 MiB, and 172 MiB for each of two ranks on one GPU."""
+Measured in servers with T = 256, 128 experts, hidden 2048: one rank 4240 MiB on an H200 and 4246
+MiB on an H100, two ranks 4298 and 4354 MiB (benchmarks/results/*serving*.json). In processes that
+have done little else before it was 2640 MiB, and 172 MiB for each of two ranks on one GPU."""
 
 
 def low_latency_rdma_bytes(max_tokens: int, hidden: int, ranks: int, experts: int) -> int:
