@@ -113,6 +113,8 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
 
 def expert_weights(layer: Any) -> ExpertWeights:
     """The layer's weights as our runner takes them; no copy."""
+    if layer.quant_config is None:  # asking a module for what it has not costs an exception
+        return ExpertWeights(layer.w13_weight, layer.w2_weight)
     return ExpertWeights(
         w13=layer.w13_weight,
         w2=layer.w2_weight,
