@@ -10,13 +10,11 @@ from typing import Any
 import triton
 
 from .hopper_launch import HopperLaunch
-from .problem import Problem
 
 MOST_ADDRESSES = 256  # of rows that are remembered; the allocator repeats a few
-LAUNCHER_HAS = (
-    "arg_annotations", "kernel_signature", "launch_cooperative_grid", "launch_pdl",
-    "global_scratch_size", "profile_scratch_size", "gsan_enabled",
-)  # fmt: skip
+USED = ("arg_annotations", "kernel_signature", "launch_cooperative_grid", "launch_pdl")
+UNUSED = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+"""Attributes of Triton's launcher that are passed on, and that ask for more than is passed."""
 
 
 class _At:
@@ -33,15 +31,14 @@ class DirectLaunch:
     """One compiled GEMM, called with addresses.
 
     Args:
-        gemm: its constants, and how the copy engine sees its tensors.
-        p: stand-ins for its tensors.
+        gemm: its launch for stand-ins of its tensors.
 
     Raises:
         NotImplementedError: Triton does not launch this kernel as it is known here.
     """
 
-    def __init__(self, gemm: HopperLaunch, p: Problem) -> None:
-        self._kernel = gemm.compile(p)  # kept: one that is dropped is unloaded
+    def __init__(self, gemm: HopperLaunch) -> None:
+        self._kernel = gemm.compile()  # kept: one that is dropped is unloaded
         launcher = self._kernel.run
         try:
             from triton.backends.nvidia.driver import make_tensordesc_arg
@@ -49,8 +46,8 @@ class DirectLaunch:
             self._launch = triton.runtime.driver.active.utils.launch
         except (ImportError, AttributeError) as error:
             raise NotImplementedError(str(error)) from error
-        missing = [name for name in LAUNCHER_HAS if not hasattr(launcher, name)]
-        if missing or any(getattr(launcher, name) for name in LAUNCHER_HAS[4:]):
+        missing = [name for name in (*USED, *UNUSED) if not hasattr(launcher, name)]
+        if missing or any(getattr(launcher, name) for name in UNUSED):
             raise NotImplementedError(f"launcher without {missing}, or with scratch memory")
         self._encode = make_tensordesc_arg
         self._formats = self._kernel.metadata.tensordesc_meta

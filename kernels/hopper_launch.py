@@ -10,13 +10,11 @@ from .problem import Problem, lane_count
 
 
 class HopperLaunch:
-    """One GEMM for one shape, tile choice and device.
-
-    `chained` overlaps its start with the end of the launch before.
+    """One GEMM's launch; `chained` overlaps its start with the end of the launch before.
 
     Attributes:
         descriptors: how the copy engine sees weights, rows, rows of busy experts, and row scales
-            (or rows again), without a base.
+            (or rows again).
         constants: what follows the tensors among the kernel's arguments.
         grid: programs.
     """
@@ -45,26 +43,22 @@ class HopperLaunch:
             "maxnreg": min(240, 65536 // (tiles.per_sm * (tiles.warps + 4) * 32) // 8 * 8),
             "launch_pdl": chained or p.fused,
         }
+        self._arguments = (
+            *self.descriptors, p.w_scale, p.masked_m, p.out, p.out_scale, p.partial, p.counters,
+            *self.constants,
+        )  # fmt: skip
 
-    def compile(self, p: Problem) -> Any:
-        """The compiled kernel; `p` may hold stand-ins for tensors."""
+    def compile(self) -> Any:
+        """The compiled kernel; stand-ins for tensors will do."""
         from . import hopper
 
-        return hopper.experts_kernel.warmup(*self._arguments(p), grid=(self.grid,), **self._options)
+        return hopper.experts_kernel.warmup(*self._arguments, grid=(self.grid,), **self._options)
 
-    def __call__(self, p: Problem) -> None:
+    def run(self) -> None:
         """Launch on the current stream."""
         from . import hopper
 
-        hopper.experts_kernel[(self.grid,)](*self._arguments(p), **self._options)
-
-    def _arguments(self, p: Problem) -> tuple[Any, ...]:
-        weights, rows, busy_rows, scales = self.descriptors
-        return (
-            _of(weights, p.w), _of(rows, p.x), _of(busy_rows, p.x),
-            _of(scales, p.x if p.x_scale is None else p.x_scale), p.w_scale, p.masked_m, p.out,
-            p.out_scale, p.partial, p.counters, *self.constants,
-        )  # fmt: skip
+        hopper.experts_kernel[(self.grid,)](*self._arguments, **self._options)
 
 
 def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
@@ -85,29 +79,19 @@ def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
         flat = NVMMASharedLayout(0, 32, rank=1)
         size = p.x_scale.numel()
         scales = TensorDescriptor(p.x_scale, [size], [1], [max(tiles.many, 32)], flat)
-    found = (
+    return (
         matrix(p.w, experts * p.w.shape[1], tiles.channels),
         rows,
         matrix(p.x, experts * capacity, tiles.many),
         scales,
     )
-    for descriptor in found:
-        descriptor.base = None  # these outlive the tensors
-    return found
-
-
-def _of(descriptor: Any, tensor: Any) -> Any:
-    """The same description of another tensor, without validating it again."""
-    same = object.__new__(type(descriptor))
-    same.__dict__ = {**descriptor.__dict__, "base": tensor}
-    return same
 
 
 def run_hopper(p: Problem, tiles: Tiles, device: Device, *, chained: bool) -> None:
     """Launch one GEMM; tensors are as `problem.tma_ready` wants them."""
-    HopperLaunch(p, tiles, device, chained)(p)
+    HopperLaunch(p, tiles, device, chained).run()
 
 
 def compile_hopper(p: Problem, tiles: Tiles, device: Device, *, chained: bool) -> Any:
     """The compiled kernel of one GEMM, not run."""
-    return HopperLaunch(p, tiles, device, chained).compile(p)
+    return HopperLaunch(p, tiles, device, chained).compile()

@@ -14,8 +14,8 @@ import triton
 from .direct_launch import DirectLaunch
 from .hopper_launch import HopperLaunch
 from .launch import Device, Launch, Shape, pick_launch
-from .layer import Workspace, layer_specs
-from .problem import ALIGNMENT
+from .layer import Workspace, layer_specs, scale_specs
+from .problem import ALIGNMENT, Spec
 
 MOST_LAYERS = 4096
 
@@ -25,8 +25,8 @@ class LaunchPair:
 
     def __init__(self, shape: Shape, launch: Launch, device: Device) -> None:
         first, second = layer_specs(shape, launch, device)
-        self.gate_up = DirectLaunch(HopperLaunch(first, launch.gate_up, device, False), first)
-        self.down = DirectLaunch(HopperLaunch(second, launch.down, device, True), second)
+        self.gate_up = DirectLaunch(HopperLaunch(first, launch.gate_up, device, False))
+        self.down = DirectLaunch(HopperLaunch(second, launch.down, device, True))
         self.workspace = Workspace.of(shape, launch, device)
 
 
@@ -46,9 +46,9 @@ class HopperLayer:
     def __init__(self, shape: Shape, device: Device, addresses: tuple[int, int, int, int]) -> None:
         self._shape, self._device = shape, device
         self._w13, self._w13_scale, self._w2, self._w2_scale = addresses
-        groups = shape.hidden // 128
         self._counts = (shape.experts,)
-        self._scale_strides = (groups * shape.capacity, 1, shape.capacity)
+        x_scale = scale_specs(shape)[0]
+        self._scale_strides = None if x_scale is None else x_scale.stride()
         self._ready: dict[int, tuple[LaunchPair, tuple[Any, ...], tuple[Any, ...]] | None] = {}
 
     def _prepare(self, expected_m: int, index: int) -> None:
@@ -77,10 +77,7 @@ class HopperLayer:
         # Triton compiled for aligned pointers, and the copy engine wants dense rows.
         usual = not (rows | scales | counts) % ALIGNMENT and x.is_contiguous()
         usual = usual and masked_m.dtype == torch.int32 and masked_m.shape == self._counts
-        if x_scale is None:
-            usual = usual and not self._shape.fp8
-        else:
-            usual = usual and self._shape.fp8 and x_scale.stride() == self._scale_strides
+        usual = usual and self._scale_strides == (None if x_scale is None else x_scale.stride())
         if ready is None or not usual:
             return None
         pair, w13, w2 = ready
@@ -103,7 +100,7 @@ class HopperLayer:
         return out
 
 
-_LAYERS: dict[tuple[Any, ...], HopperLayer] = {}
+_LAYERS: dict[tuple[Any, ...], HopperLayer | None] = {}  # None: always the long way
 _HOOKS = triton.knobs.runtime
 
 
@@ -128,18 +125,21 @@ def remember_layer(
     key = _key(x, w13, w13_scale, w2, w2_scale)
     if key in _LAYERS:  # and could not go the short way
         return
-    first, second = (
-        p.w_scale for p in layer_specs(shape, pick_launch(shape, 1, device), device)
-    )  # fmt: skip
-    for scale, usual in ((w13_scale, first), (w2_scale, second)):
-        if scale is not None and (
-            (tuple(scale.shape), scale.dtype) != (usual.shape, usual.dtype)
-            or scale.data_ptr() % ALIGNMENT
-        ):
-            return
     if len(_LAYERS) >= MOST_LAYERS:
         _LAYERS.clear()
-    _LAYERS[key] = HopperLayer(shape, device, key[:4])
+    usual = all(
+        _as_usual(scale, spec)
+        for scale, spec in zip((w13_scale, w2_scale), scale_specs(shape)[1:], strict=True)
+    )
+    _LAYERS[key] = HopperLayer(shape, device, key[:4]) if usual else None
+
+
+def _as_usual(scale: torch.Tensor | None, spec: Spec | None) -> bool:
+    """Whether kernels compiled for the stand-in take this tensor."""
+    if scale is None or spec is None:
+        return scale is None and spec is None
+    same = (tuple(scale.shape), scale.dtype) == (spec.shape, spec.dtype)
+    return same and scale.data_ptr() % ALIGNMENT == 0
 
 
 def run_remembered(

@@ -27,7 +27,7 @@ class Workspace:
             Spec((shape.experts, shape.capacity, shape.inter), act), None, None, None
         ]  # fmt: skip
         if split > 1:
-            # Four to a multiple, so that the scales after them stay aligned.
+            # Rounded up to four, so that the scales after them stay aligned.
             arrivals = triton.cdiv(rows, 8) * triton.cdiv(shape.hidden, 2 * MIN_GROUP)
             self._specs[1] = Spec((rows, split, shape.hidden), torch.float32)
             self._specs[2] = Spec((triton.cdiv(arrivals, 4) * 4,), torch.int32)
@@ -58,8 +58,9 @@ class Workspace:
         memory = torch.empty(self.total, dtype=torch.uint8, device=device)
         return [
             None if spec is None
-            else memory[offset : offset + spec.numel() * spec.dtype.itemsize]
-            .view(spec.dtype).as_strided(spec.shape, spec.stride(), offset // spec.dtype.itemsize)
+            else memory.view(spec.dtype).as_strided(
+                spec.shape, spec.stride(), offset // spec.dtype.itemsize
+            )
             for spec, offset in zip(self._specs, self._offsets, strict=True)
         ]  # fmt: skip
 
@@ -93,17 +94,25 @@ def layer_problems(
     return gate_up, down
 
 
+def scale_specs(shape: Shape) -> tuple[Spec | None, Spec | None, Spec | None]:
+    """Scales of rows, w13 and w2 as the kernels want them; None in bf16."""
+    if not shape.fp8:
+        return None, None, None
+    experts, capacity, hidden, inter = shape.experts, shape.capacity, shape.hidden, shape.inter
+    across, inner = triton.cdiv(hidden, SCALE_BLOCK), triton.cdiv(inter, SCALE_BLOCK)
+    outer = triton.cdiv(2 * inter, SCALE_BLOCK)
+    return (
+        Spec((experts, capacity, hidden // SCALE_BLOCK), torch.float32, columns=True),
+        Spec((experts, outer, across), torch.float32),
+        Spec((experts, across, inner), torch.float32),
+    )
+
+
 def layer_specs(shape: Shape, launch: Launch, device: Device) -> tuple[Problem, Problem]:
     """The same of stand-ins, for compiling."""
     dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
     rows, hidden, inter = (shape.experts, shape.capacity), shape.hidden, shape.inter
-    x_scale = w13_scale = w2_scale = None
-    if shape.fp8:
-        x_scale = Spec((*rows, hidden // SCALE_BLOCK), torch.float32, columns=True)
-        across, inner = triton.cdiv(hidden, SCALE_BLOCK), triton.cdiv(inter, SCALE_BLOCK)
-        outer = triton.cdiv(2 * inter, SCALE_BLOCK)
-        w13_scale = Spec((shape.experts, outer, across), torch.float32)
-        w2_scale = Spec((shape.experts, across, inner), torch.float32)
+    x_scale, w13_scale, w2_scale = scale_specs(shape)
     return layer_problems(
         Spec((*rows, hidden), dtype), x_scale, Spec((shape.experts, 2 * inter, hidden), dtype),
         w13_scale, Spec((shape.experts, hidden, inter), dtype), w2_scale,

@@ -66,7 +66,8 @@ def rows(call):
     return x, scale, counts
 
 w13, w2 = made(E, 2 * I, H, dtype=dtype), made(E, H, I, dtype=dtype)
-w13_scale = made(E, 2 * I // 128, H // 128) if fp8 else None
+shift = int(what == "misaligned scales")
+w13_scale = made(E * 2 * I // 128 * H // 128 + shift)[shift:].view(E, -1, H // 128) if fp8 else None
 w2_scale = made(E, H // 128, I // 128) if fp8 else None
 for name in ("w13", "w2", "w13_scale", "w2_scale"):
     if globals()[name] is not None:
@@ -136,8 +137,10 @@ def test_direct_launches_equal_tritons(shape: tuple[int, int, int, int], dtype: 
     assert len(found["refused"]) == 3, "a layer that has run before is checked all the same"
 
 
-@pytest.mark.parametrize("what", ["misaligned", "hooked"])
-def test_unusual_calls_go_through_triton(what: str) -> None:
-    """Counts that kernels were not compiled for; a profiler that wants to see every launch."""
-    for call in run((4, 64, 256, 384), "bf16", what)["calls"]:
+@pytest.mark.parametrize(
+    ("what", "dtype"), [("misaligned", "bf16"), ("misaligned scales", "fp8"), ("hooked", "bf16")]
+)
+def test_unusual_calls_go_through_triton(what: str, dtype: str) -> None:
+    """Counts or scales that kernels were not compiled for; a profiler that wants to see it."""
+    for call in run((4, 64, 256, 384), dtype, what)["calls"]:
         assert call["direct"] == [False, False]
