@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from served import LENGTHS
 from servers import Detached, load_state, save_state
 
 from tests import rank_killed, server_checks
@@ -19,8 +21,9 @@ from tests import rank_killed, server_checks
 if TYPE_CHECKING:
     from bench import Bench
 
-LENGTHS = (1, 7, 63, 256, 257, 1000, 4000)
 NEW_TOKENS = 32
+
+Checks = dict[str, Callable[[], Any]]
 
 
 class Running(Detached):
@@ -46,33 +49,38 @@ def stage_checks(bench: Bench) -> None:
     """Every check of ours; or, with ``--kill``, what becomes of it when a rank is killed."""
     options = bench.options
     layers = json.loads((bench.model() / "config.json").read_text())["num_hidden_layers"]
-    longest = 1000 if bench.cpu else 4000
-    lengths = tuple(n for n in LENGTHS if n <= longest)
-    ranks, outcomes = options.gpus, bench.report.setdefault("checks", {})
+    outcomes = bench.report.setdefault("checks", {})
     for record in [s.record for s in load_state(options.work) if s.record.variant[0] in "cde"]:
         server = Running(record)
-        checks: dict[str, Callable[[], Any]] = {
-            "64 concurrent prompts": lambda s=server: server_checks.check_mixed_prompts(
-                s, 64, lengths, NEW_TOKENS
-            ),
-            "idle ranks": lambda s=server: server_checks.check_idle_ranks(s, NEW_TOKENS),
-            "unequal load": lambda s=server: server_checks.check_unequal_load(
-                s, ranks, longest, NEW_TOKENS
-            ),
-            "within the plan": lambda s=server: server_checks.check_within_plan(s, ranks, layers),
-        }
         if options.kill:
-            checks = {
-                "seconds from a rank's kill to the server's end": lambda s=server: round(
-                    rank_killed.check_killed_rank_ends_the_server(s, ranks, peers_hang=False), 1
-                )
-            }
+            checks = _killing(server, options.gpus)
+        else:
+            checks = _serving(server, options.gpus, layers, 1000 if bench.cpu else 4000)
         found = {name: _outcome(check) for name, check in checks.items()}
         outcomes[record.variant] = found
         print(record.variant, json.dumps(found, indent=1), flush=True)
         bench.save()
     if options.kill:
         save_state(options.work, [s for s in load_state(options.work) if s.alive()])
+
+
+def _serving(server: Running, ranks: int, layers: int, longest: int) -> Checks:
+    lengths = [n for n in LENGTHS if n <= longest]
+    ask = server_checks
+    return {
+        "64 concurrent prompts": partial(ask.check_mixed_prompts, server, 64, lengths, NEW_TOKENS),
+        "idle ranks": partial(ask.check_idle_ranks, server, NEW_TOKENS),
+        "unequal load": partial(ask.check_unequal_load, server, ranks, longest, NEW_TOKENS),
+        "within the plan": partial(ask.check_within_plan, server, ranks, layers),
+    }
+
+
+def _killing(server: Running, ranks: int) -> Checks:
+    def seconds() -> float:
+        ended = rank_killed.check_killed_rank_ends_the_server(server, ranks, peers_hang=False)
+        return round(ended, 1)
+
+    return {"seconds from a rank's kill to the server's end": seconds}
 
 
 def _outcome(check: Callable[[], Any]) -> Any:
