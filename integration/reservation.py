@@ -39,9 +39,8 @@ def reserved_bytes(plan: Plan, *, after_capture: bool, decode_graphs: bool) -> i
     then forwards that fit no graph do). After capture the graphs' pool is measured.
     """
     eager = 1 if Mode.EXTEND in plan.capability.modes or not decode_graphs else 0
-    captured = 1 if plan.bounds_decode and decode_graphs else 0
-    if CAPTURE_PREFILL.read() and plan.bounds_prefill:
-        captured = 1
+    captures_prefill = plan.bounds_prefill and CAPTURE_PREFILL.read()
+    captured = 1 if captures_prefill or (plan.bounds_decode and decode_graphs) else 0
     if after_capture:
         return eager * plan.workspace_bytes
     return (eager + captured) * plan.workspace_bytes

@@ -199,7 +199,7 @@ def test_live_plan_equals_the_named_devices(models: dict[str, str]) -> None:
     names = {target.name: key for key, target in TARGETS.items()}
     found = torch.cuda.get_device_name(0)
     if found not in names:
-        pytest.skip(f"{found} is not one of {sorted(names)}")
+        pytest.skip(reason=f"requires one of {sorted(names)}, got {found}")
     launch = ("--model-path", models["deepseek-v3"], "--use-batched-dp-moe", "on")
     live, named = (plan_json("--target", key, *launch) for key in ("local", names[found]))
     assert live == named

@@ -29,8 +29,8 @@ def refusing_fp8_rows(buffer: type) -> type:
             *args: Any, use_fp8: bool = True, **options: Any,
         ) -> Any:  # fmt: skip
             tokens, ranks = num_max_dispatch_tokens_per_rank, self.group_size
-            multiple = DEEPEP_LIMITS.token_multiple(ranks, 1, fp8=True)
-            if use_fp8 and tokens % multiple:
+            if use_fp8 and ranks * tokens % DEEPEP_LIMITS.fp8_row_multiple:
+                multiple = DEEPEP_LIMITS.token_multiple(ranks, 1, fp8=True)
                 raise BudgetError(
                     explain(
                         "tokens per rank of an FP8 dispatch",
