@@ -116,7 +116,8 @@ def _multiply_bf16(
         mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > first)
         stage, phase = ring.advance(stage, phase)
     acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
-    mbarrier.arrive(ring.empty.index(ring.before(stage)))
+    # A part without steps (a split that does not divide them) has taken no stage to give back.
+    mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=last > first)
     return acc0, acc1, stage, phase
 
 
