@@ -109,7 +109,7 @@ MOE_INIT = HostSymbol(
 MOE_FORWARD = HostSymbol(
     "layers.moe.ep_moe.layer.DeepEPMoE.forward",
     ("self", "hidden_states", "topk_output"),
-    "capture low-latency layers with the rest of a prefill graph, where asked for",
+    "capture low-latency layers with the rest of a prefill graph",
     "upstream breaks prefill graphs at normal-mode DeepEP only",
     runtime=True,
 )

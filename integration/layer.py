@@ -59,10 +59,11 @@ def _attach_runner(
 def around_moe_forward(
     original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any
 ) -> Any:
-    """AROUND hook on ``DeepEPMoE.forward``, where ``MOE_PLUGIN_CAPTURE_PREFILL`` asks for it.
+    """AROUND hook on ``DeepEPMoE.forward``: our layers are captured in the host's prefill graphs.
 
-    The host breaks its prefill graphs at every MoE layer, because DeepEP's normal mode cannot be
-    captured; low latency can, as its decode graphs show, and Python then pays for no layer.
+    The host breaks these graphs at every MoE layer, because DeepEP's normal mode cannot be
+    captured. Low latency can, as its decode graphs show, and then a prefill step that replays a
+    graph waits for Python at no layer.
     """
     plan = buffer.current_plan()
     ours = plan is not None and plan.bounds_prefill and getattr(layer, _RUNNER, None) is not None

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..envs import CAPTURE_PREFILL, DISABLE, USE_BATCHED_DP_MOE
+from ..envs import DISABLE, USE_BATCHED_DP_MOE
 from ..errors import ConfigError, HostMismatchError
 from . import flags, hosts
 
@@ -103,8 +103,7 @@ def _hook_runtime() -> None:
     _hook(hosts.INTERNAL_STATE, state.after_get_internal_state, "AFTER")
     _hook(hosts.MOE_INIT, layer.around_moe_init, "AROUND")
     _hook(hosts.MOE_CORE, layer.around_run_moe_core, "AROUND")
-    if CAPTURE_PREFILL.read():
-        _hook(hosts.MOE_FORWARD, layer.around_moe_forward, "AROUND")
+    _hook(hosts.MOE_FORWARD, layer.around_moe_forward, "AROUND")
     _hook(hosts.GET_BUFFER, buffer.around_get_buffer, "AROUND")
 
 

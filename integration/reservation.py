@@ -16,7 +16,6 @@ from typing import Any
 
 from ..capability import Mode, get_backend
 from ..deepep_limits import NVSHMEM_FIXED_BYTES, NVSHMEM_GRANULE, limits_of
-from ..envs import CAPTURE_PREFILL
 from ..memory import gib
 from ..plan import Change, Plan, Rejection, refusal
 from ..rows import floor_to
@@ -30,16 +29,17 @@ LEAST_FRACTION = 0.05
 """Below this there is no room for weights and KV cache: refuse rather than fail after loading."""
 
 
-def reserved_bytes(plan: Plan, *, after_capture: bool, decode_graphs: bool) -> int:
+def reserved_bytes(
+    plan: Plan, *, after_capture: bool, decode_graphs: bool, prefill_graphs: bool
+) -> int:
     """Bytes per rank to keep back, beyond what the host already measures.
 
     The experts' working memory exists once per allocator pool that runs them: once in the pool
-    of the captured graphs, which decode and prefill share, and once in the ordinary pool for eager
-    forwards (the MoE part of a breakable prefill graph runs eagerly, unless it is captured, and
-    then forwards that fit no graph do). After capture the graphs' pool is measured.
+    of the captured graphs, which decode and prefill share, and once in the ordinary pool for
+    forwards that fit no graph. After capture the graphs' pool is measured.
     """
     eager = 1 if Mode.EXTEND in plan.capability.modes or not decode_graphs else 0
-    captures_prefill = plan.bounds_prefill and CAPTURE_PREFILL.read()
+    captures_prefill = plan.runner == "moe_plugin" and plan.bounds_prefill and prefill_graphs
     captured = 1 if captures_prefill or (plan.bounds_decode and decode_graphs) else 0
     if after_capture:
         return eager * plan.workspace_bytes
@@ -62,9 +62,14 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
     total = get_device_memory_capacity(cfg.device)
     if total is None:
         return plan
-    decode_graphs = cfg.cuda_graph_config.decode.backend != "disabled"
+    graphs = cfg.cuda_graph_config
     after_capture = _sized_after_capture(server_args)
-    ours = reserved_bytes(plan, after_capture=after_capture, decode_graphs=decode_graphs)
+    ours = reserved_bytes(
+        plan,
+        after_capture=after_capture,
+        decode_graphs=graphs.decode.backend != "disabled",
+        prefill_graphs=graphs.prefill.backend != "disabled",
+    )
     kept = total * (1 - cfg.mem_fraction_static)
     if not after_capture:
         kept = _without_guess(kept, total, plan, server_args, cfg)

@@ -49,12 +49,14 @@ def batched_experts_torch(
     expected_m: int,
     *,
     out: torch.Tensor | None = None,
+    group: int = SCALE_BLOCK,
 ) -> torch.Tensor:
     """SwiGLU experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
 
     bf16, fp32, or float8_e4m3fn with scales; products accumulate in float32 and the activation is
     rounded to the input's precision between the two GEMMs. Rows past the count may hold NaN: they
-    reach no result and are not changed in `out`. `expected_m` has no effect here.
+    reach no result and are not changed in `out`. `expected_m` has no effect here. In fp8, `group`
+    channels of the activation share a scale; in the kernels the launch decides how many.
     """
     del expected_m
     experts, capacity, hidden = hidden_states.shape
@@ -75,7 +77,10 @@ def batched_experts_torch(
         x = torch.where(live, x.float(), 0.0)
         both = x @ gate_up.float().T
         act = silu(both[:, :inter]) * both[:, inter:]
-        act = dequantise_groups_torch(*quantise_groups_torch(act)) if fp8 else act.to(dtype).float()
+        if fp8:
+            act = dequantise_groups_torch(*quantise_groups_torch(act, group), group)
+        else:
+            act = act.to(dtype).float()
         y = (act @ down.float().T).to(dtype)
         out[e, :rows] = torch.where(live, y, out[e, :rows])
     return out

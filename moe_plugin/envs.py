@@ -133,16 +133,9 @@ TRANSPORT = Variable(
     _choice("auto", "deepep", "torch"),
     "auto (DeepEP on GPUs, torch on CPU), deepep, or torch (torch.distributed; development).",
 )
-CAPTURE_PREFILL = Variable(
-    "MOE_PLUGIN_CAPTURE_PREFILL",
-    False,
-    parse_bool,
-    "1: MoE layers become part of the host's prefill graphs (experimental, not yet run on a GPU).",
-)
 VARIABLES: tuple[Variable[Any], ...] = (
     DISABLE,
     USE_BATCHED_DP_MOE,
     MAX_TOKENS,
     TRANSPORT,
-    CAPTURE_PREFILL,
 )

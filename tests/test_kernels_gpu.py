@@ -110,7 +110,7 @@ def test_model_size_with_skewed_routing(fp8: bool) -> None:
 def test_unfused_layer(fp8: bool) -> None:
     layer = make_layer(128, 512, 384, (5, 0, 128), fp8, "cuda")
     out = batched_experts_unfused(*layer.args(), 8, out=layer.poisoned_output())
-    check("unfused", out, layer, twin=batched_experts_unfused_torch)
+    check("unfused", out, layer, twins=[batched_experts_unfused_torch])
 
 
 def test_unaligned_rows_take_the_portable_kernels() -> None:

@@ -117,7 +117,7 @@ def test_fp8_decoded_from_bytes(inter: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_unfused_layer(fp8: bool) -> None:
     layer = make_layer(16, 256, 112, (5, 0, 16), fp8, "cpu")
     out = batched_experts_unfused(*layer.args(), 4, out=layer.poisoned_output())
-    check("unfused", out, layer, twin=batched_experts_unfused_torch)
+    check("unfused", out, layer, twins=[batched_experts_unfused_torch])
 
 
 @inside

@@ -103,14 +103,13 @@ def test_an_explicit_fraction_is_the_users(worker: Worker, models: dict[str, str
     assert ours["plan"]["reserved_bytes"] == 0
 
 
-def test_without_decode_graphs_there_is_one_workspace(
-    worker: Worker, models: dict[str, str]
-) -> None:
-    """And the host made no 2 GiB guess that could be taken back, only the other one."""
-    stock, ours = both(worker, models["qwen3"], "--disable-decode-cuda-graph")
+def test_without_graphs_there_is_one_workspace(worker: Worker, models: dict[str, str]) -> None:
+    """And the host made no guess that could be taken back."""
+    graphs_off = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")
+    stock, ours = both(worker, models["qwen3"], *graphs_off)
     workspace = ours["plan"]["workspace_bytes"]
     assert ours["plan"]["reserved_bytes"] == workspace
-    kept = max(10240, H100_MIB * (1 - fraction(stock)) - 1024) + workspace / 2**20
+    kept = H100_MIB * (1 - fraction(stock)) + workspace / 2**20
     assert fraction(ours) == pytest.approx(rounded(kept), abs=0.0011)
 
 
@@ -125,11 +124,10 @@ def test_what_cannot_fit_is_refused_before_loading(worker: Worker, models: dict[
     assert worker.ask([{"argv": [*argv, value]}])[0]["ok"]
 
 
-def test_captured_prefill_graphs_need_a_workspace_as_decode_graphs_do(
-    worker: Worker, models: dict[str, str]
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_graphs_of_either_kind_need_a_second_workspace(
+    worker: Worker, models: dict[str, str], kind: str
 ) -> None:
-    """Both capture into one pool: with decode graphs the same two, without them two as well."""
-    captured = {"MOE_PLUGIN_CAPTURE_PREFILL": "1"}
-    for flags in ((), ("--disable-decode-cuda-graph",)):
-        _, ours = both(worker, models["qwen3"], *flags, env=captured)
-        assert ours["plan"]["reserved_bytes"] == 2 * ours["plan"]["workspace_bytes"]
+    """Decode and prefill graphs capture into one pool."""
+    _, ours = both(worker, models["qwen3"], f"--disable-{kind}-cuda-graph")
+    assert ours["plan"]["reserved_bytes"] == 2 * ours["plan"]["workspace_bytes"]

@@ -174,12 +174,12 @@ def test_servers_of_several_gpus() -> None:
 def test_merge_keeps_the_checks_of_every_command() -> None:
     parts: list[report.Report] = [
         {"checks": {"c": {"idle ranks": "ok"}}},
-        {"checks": {"c": {"seconds": 6.5}, "e": {"idle ranks": "ok"}}},
+        {"checks": {"c": {"seconds": 6.5}, "d512": {"idle ranks": "ok"}}},
     ]
     merged = report.merge(parts)
     assert merged["checks"] == {
         "c": {"idle ranks": "ok", "seconds": 6.5},
-        "e": {"idle ranks": "ok"},
+        "d512": {"idle ranks": "ok"},
     }
 
 
