@@ -113,6 +113,14 @@ MOE_FORWARD = HostSymbol(
     "upstream breaks prefill graphs at normal-mode DeepEP only",
     runtime=True,
 )
+PREFILL_VOTE = HostSymbol(
+    "managers.scheduler_components.dp_attn._local_prefill_cuda_graph_vote",
+    ("local_batch",),
+    "replay prefill graphs while another group decodes, where asked for",
+    "upstream converts decode batches under all-to-all backends",
+    runtime=True,
+)
+"""Checked only where it is used: optional."""
 MOE_CORE = HostSymbol(
     "layers.moe.ep_moe.layer.DeepEPMoE.run_moe_core",
     ("self", "dispatch_output"),

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..envs import DISABLE, USE_BATCHED_DP_MOE
+from ..envs import DISABLE, REPLAY_MIXED_STEPS, USE_BATCHED_DP_MOE
 from ..errors import ConfigError, HostMismatchError
 from . import flags, hosts
 
@@ -97,7 +97,7 @@ def _hook_flags() -> None:
 
 
 def _hook_runtime() -> None:
-    from . import buffer, guard, layer, state
+    from . import buffer, guard, layer, mixed_steps, state
 
     _hook(hosts.SCHEDULER_INIT, guard.before_scheduler_init, "BEFORE")
     _hook(hosts.INTERNAL_STATE, state.after_get_internal_state, "AFTER")
@@ -105,6 +105,11 @@ def _hook_runtime() -> None:
     _hook(hosts.MOE_CORE, layer.around_run_moe_core, "AROUND")
     _hook(hosts.MOE_FORWARD, layer.around_moe_forward, "AROUND")
     _hook(hosts.GET_BUFFER, buffer.around_get_buffer, "AROUND")
+    if REPLAY_MIXED_STEPS.read():
+        if problem := hosts.check_symbol(hosts.PREFILL_VOTE):
+            logger.warning("%s has no effect: %s", REPLAY_MIXED_STEPS.name, problem)
+        else:
+            _hook(hosts.PREFILL_VOTE, mixed_steps.around_prefill_graph_vote, "AROUND")
 
 
 def _register_inert() -> None:

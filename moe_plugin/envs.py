@@ -133,9 +133,16 @@ TRANSPORT = Variable(
     _choice("auto", "deepep", "torch"),
     "auto (DeepEP on GPUs, torch on CPU), deepep, or torch (torch.distributed; development).",
 )
+REPLAY_MIXED_STEPS = Variable(
+    "MOE_PLUGIN_REPLAY_MIXED_STEPS",
+    False,
+    parse_bool,
+    "1: while one group prefills, decoding ones join its graphs (experimental, not run on a GPU).",
+)
 VARIABLES: tuple[Variable[Any], ...] = (
     DISABLE,
     USE_BATCHED_DP_MOE,
     MAX_TOKENS,
     TRANSPORT,
+    REPLAY_MIXED_STEPS,
 )

@@ -50,7 +50,7 @@ def stage_checks(bench: Bench) -> None:
     options = bench.options
     layers = json.loads((bench.model() / "config.json").read_text())["num_hidden_layers"]
     outcomes = bench.report.setdefault("checks", {})
-    for record in [s.record for s in load_state(options.work) if s.record.variant[0] in "cd"]:
+    for record in [s.record for s in load_state(options.work) if s.record.variant[0] in "cde"]:
         server = Running(record)
         if options.kill:
             checks = _killing(server, options.gpus)

@@ -28,7 +28,7 @@ class Variant:
     """One way to launch the server.
 
     Attributes:
-        name: ``a``, ``b``, ``c``, or ``d`` followed by its T.
+        name: ``a``, ``b``, ``c``, ``e``, or ``d`` followed by its T.
         title: for people.
         args: its flags.
         env: its variables.
@@ -53,7 +53,7 @@ def by_hand(gpus: int) -> tuple[str, ...]:
 
 
 def variant(name: str, *, cpu: bool = False, gpus: int = 1) -> Variant:
-    """A variant by name; ``d512`` is ours with T = 512.
+    """A variant by name; ``d512`` is ours with T = 512, ``e`` replays mixed steps.
 
     Args:
         name: of the variant.
@@ -76,10 +76,13 @@ def variant(name: str, *, cpu: bool = False, gpus: int = 1) -> Variant:
         return Variant(name, title, args, env | BY_HAND_ENV | STOCK_ENV)
     if name == "c":
         return Variant(name, "ours", (*ranks, *ON), env)
+    if name == "e":
+        replay = {"MOE_PLUGIN_REPLAY_MIXED_STEPS": "1"}
+        return Variant(name, "ours, mixed steps replayed", (*ranks, *ON), env | replay)
     if name[0] == "d" and name[1:].isdigit():
         tokens = ("--batched-dp-moe-max-tokens", name[1:])
         return Variant(name, f"ours, T = {name[1:]}", (*ranks, *ON, *tokens), env)
-    raise ValueError(f"unknown variant {name!r}: a, b, c, or d and its T, such as d512")
+    raise ValueError(f"unknown variant {name!r}: a, b, c, e, or d and its T, such as d512")
 
 
 def cache_env(folder: Path) -> dict[str, str]:

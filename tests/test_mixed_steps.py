@@ -1,0 +1,84 @@
+"""`MOE_PLUGIN_REPLAY_MIXED_STEPS`: how a decoding group votes while another one prefills.
+
+The vote is the host's own function; graphs need a GPU, so the runner that holds them is a stand-in.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .hosts import host_result
+
+HOOKED = """
+import sglang.srt.managers.scheduler  # a process that runs model code
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from moe_plugin.integration.plugin import STATUS
+emit(STATUS.hooked)
+"""
+
+VOTES = """
+from types import SimpleNamespace
+from sglang.srt.layers.moe.utils import MoeA2ABackend
+from sglang.srt.managers.scheduler_components import dp_attn
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.runner import PrefillCudaGraphRunner
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from moe_plugin.integration import buffer, mixed_steps
+
+def deepep():
+    return MoeA2ABackend.DEEPEP
+
+dp_attn.get_moe_a2a_backend = deepep
+dp_attn.uses_ssm_state = lambda config: False
+dp_attn.get_cp_strategy = lambda: None
+dp_attn.get_memory = lambda: SimpleNamespace(enable_hisparse=False)
+overlap = SimpleNamespace(enable_two_batch_overlap=False)
+dp_attn.get_exec = lambda: SimpleNamespace(overlap=overlap)
+runner = object.__new__(PrefillCudaGraphRunner)
+runner.enable_lora = False
+runner.max_context_size = runner.max_seq_len = None
+runner._backend_vote_prefill_cuda_graph = None
+runner.can_replay_locally = lambda **found: found["num_tokens"] == 40
+
+def vote(mode=ForwardMode.DECODE, bounds_prefill=True, ours="moe_plugin", **batch):
+    plan = SimpleNamespace(bounds_prefill=bounds_prefill, runner=ours)
+    buffer.current_plan = lambda: plan
+    found = dict(forward_mode=mode, return_logprob=False, has_grammar=False, reqs=[],
+                 multimodal_inputs=None, batch_size=lambda: 40, input_embeds=None,
+                 replace_embeds=None, prefix_lens=None)
+    return mixed_steps.around_prefill_graph_vote(
+        dp_attn._local_prefill_cuda_graph_vote, local_batch=SimpleNamespace(**found | batch),
+        num_tokens=40, prefill_graph_runner=runner, coordinated_prefill=True,
+        breakable_prefill=True, spec_algorithm=SpeculativeAlgorithm.NONE, model_config=None)
+
+found = {
+    "decode": vote(),
+    "with a grammar": vote(has_grammar=True),
+    "normal mode for prefill": vote(bounds_prefill=False),
+    "the host's experts": vote(ours="host"),
+    "more rows than a graph": vote(batch_size=lambda: 300),
+    "prefill": vote(mode=ForwardMode.EXTEND),
+}
+found["the host's question afterwards"] = dp_attn.get_moe_a2a_backend is deepep
+emit(found)
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_vote_is_hooked_only_where_asked_for(asked: bool) -> None:
+    env = {"MOE_PLUGIN_REPLAY_MIXED_STEPS": "1"} if asked else {}
+    hooked = [name.rpartition(".")[2] for name in host_result(HOOKED, env=env)]
+    assert ("_local_prefill_cuda_graph_vote" in hooked) == asked
+
+
+def test_a_decoding_group_may_join_prefill_graphs() -> None:
+    assert host_result(VOTES) == {
+        "decode": True,
+        "with a grammar": False,
+        "normal mode for prefill": False,
+        "the host's experts": False,
+        "more rows than a graph": False,
+        "prefill": True,
+        "the host's question afterwards": True,
+    }
