@@ -14,6 +14,15 @@ ROOT = Path(__file__).parents[1]
 _MARK = "RESULT:"
 _EMIT = f"import json\ndef emit(value): print({_MARK!r} + json.dumps(value))\n"
 
+HOOKED = """
+import sglang.srt.managers.scheduler  # a process that runs model code
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from moe_plugin.integration.plugin import STATUS
+emit(STATUS.hooked)
+"""
+"""Code for `host_result`: what of the host is hooked in a scheduler process."""
+
 
 def run_host(
     code: str | Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None

@@ -7,15 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from .hosts import host_result
-
-HOOKED = """
-import sglang.srt.managers.scheduler  # a process that runs model code
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from moe_plugin.integration.plugin import STATUS
-emit(STATUS.hooked)
-"""
+from .hosts import HOOKED, host_result
 
 VOTES = """
 from types import SimpleNamespace

@@ -5,15 +5,7 @@ The graphs need a GPU; here the host's own flags around them are real, and the l
 
 from __future__ import annotations
 
-from .hosts import host_result
-
-HOOKED = """
-import sglang.srt.managers.scheduler  # a process that runs model code
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from moe_plugin.integration.plugin import STATUS
-emit(STATUS.hooked)
-"""
+from .hosts import HOOKED, host_result
 
 FORWARD = """
 from types import SimpleNamespace

@@ -1,0 +1,86 @@
+"""Mixed steps in the real server on CPU: a group that decodes joins the step of one that prefills.
+
+There are no CUDA graphs on a CPU, so a stand-in says that there are; what then votes, converts the
+decoding requests and serves them is the host's, through our layers and transport.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .serving.fixture_plugin import write_plugin
+from .serving.prompts import NEW_TOKENS, SHORT_PROMPTS
+from .serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+STAND_IN = """
+import os, sys
+
+class Graphs:
+    enable_lora, max_context_size, max_seq_len = False, None, None
+    _backend_vote_prefill_cuda_graph = None
+
+    def can_replay_locally(self, **batch):
+        return not batch["return_logprob"]
+
+def register():
+    if "sglang.srt.managers.scheduler" not in sys.modules:
+        return
+    from sglang.srt.managers.scheduler_components import dp_attn
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def with_graphs(original, batch, **others):
+        runner = others["model_runner"]
+        kept, runner.prefill_cuda_graph_runner = runner.prefill_cuda_graph_runner, Graphs()
+        try:
+            return original(batch, **others)
+        finally:
+            runner.prefill_cuda_graph_runner = kept
+
+    def counted(original, batch):
+        with open(os.path.join(os.environ["CONVERTED"], str(os.getpid())), "a") as file:
+            file.write("converted\\n")
+        return original(batch)
+
+    dp_attn.PrefillCudaGraphRunner = Graphs
+    dp_attn.check_cuda_graph_backend = lambda phase, backend: backend == Backend.BREAKABLE
+    around = HookType.AROUND
+    managers = "sglang.srt.managers."
+    HookRegistry.register(
+        managers + "scheduler_components.dp_attn.prepare_mlp_sync_batch_raw", with_graphs, around
+    )
+    HookRegistry.register(
+        managers + "schedule_batch.ScheduleBatch.convert_decode_to_extend", counted, around
+    )
+"""
+
+
+def test_converted_requests_get_the_same_tokens(
+    model: Path, stock: list[dict], tmp_path: Path
+) -> None:
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    env = write_plugin(tmp_path / "graphs", "graphs", STAND_IN, {"sglang.srt.plugins": "register"})
+    env |= {"CONVERTED": str(converted), "MOE_PLUGIN_REPLAY_MIXED_STEPS": "1"}
+    args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on")
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    with Server(args, model, ranks=2, env=env) as server:
+        server.wait_ready()
+
+        def tokens(index: int) -> list[int]:
+            prompt = SHORT_PROMPTS[index % len(SHORT_PROMPTS)]
+            # Log-probabilities would keep a request from being converted.
+            return server.post("/generate", {"text": prompt, "sampling_params": sampling})[
+                "output_ids"
+            ]
+
+        with ThreadPoolExecutor(11) as pool:  # more than one step's worth, and no whole rounds
+            answers = list(pool.map(tokens, range(66)))
+    expected = [stock[index % len(SHORT_PROMPTS)]["tokens"] for index in range(66)]
+    assert answers == expected
+    assert len(list(converted.iterdir())) == 2, "a rank never joined the other's prefill"
