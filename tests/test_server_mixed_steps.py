@@ -15,6 +15,8 @@ from .serving.fixture_plugin import write_plugin
 from .serving.prompts import NEW_TOKENS, SHORT_PROMPTS
 from .serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
 
+FEW, MANY = 8, 120  # tokens of an answer; the many outlast all of the few
+
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 STAND_IN = """
@@ -68,19 +70,23 @@ def test_converted_requests_get_the_same_tokens(
     env = write_plugin(tmp_path / "graphs", "graphs", STAND_IN, {"sglang.srt.plugins": "register"})
     env |= {"CONVERTED": str(converted), "MOE_PLUGIN_REPLAY_MIXED_STEPS": "1"}
     args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on")
-    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     with Server(args, model, ranks=2, env=env) as server:
         server.wait_ready()
 
-        def tokens(index: int) -> list[int]:
-            prompt = SHORT_PROMPTS[index % len(SHORT_PROMPTS)]
+        def tokens(index: int, count: int) -> list[int]:
+            body = {
+                "text": SHORT_PROMPTS[index],
+                "sampling_params": {"temperature": 0, "max_new_tokens": count, "ignore_eos": True},
+                "routed_dp_rank": index % 2,
+            }
             # Log-probabilities would keep a request from being converted.
-            return server.post("/generate", {"text": prompt, "sampling_params": sampling})[
-                "output_ids"
-            ]
+            return server.post("/generate", body)["output_ids"][:NEW_TOKENS]
 
-        with ThreadPoolExecutor(11) as pool:  # more than one step's worth, and no whole rounds
-            answers = list(pool.map(tokens, range(66)))
-    expected = [stock[index % len(SHORT_PROMPTS)]["tokens"] for index in range(66)]
-    assert answers == expected
+        with ThreadPoolExecutor(2) as pool:
+            # One on each rank, decoding for as long as the others arrive one by one.
+            many = [pool.submit(tokens, index, MANY) for index in range(2)]
+            few = [tokens(index, FEW) for index in range(2, len(SHORT_PROMPTS))]
+            answers = [request.result() for request in many] + few
+    expected = [answer["tokens"] for answer in stock[: len(SHORT_PROMPTS)]]
+    assert answers == expected[:2] + [tokens[:FEW] for tokens in expected[2:]]
     assert len(list(converted.iterdir())) == 2, "a rank never joined the other's prefill"
