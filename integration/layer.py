@@ -66,8 +66,7 @@ def around_moe_forward(
     graph waits for Python at no layer.
     """
     plan = buffer.current_plan()
-    ours = plan is not None and plan.bounds_prefill and getattr(layer, _RUNNER, None) is not None
-    if not ours or not _in_prefill_graph():
+    if plan is None or not plan.captures_prefill or not _in_prefill_graph():
         return original(layer, hidden_states, topk_output)
     from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
 

@@ -20,8 +20,8 @@ def around_prefill_graph_vote(original: Callable[..., bool], **kwargs: Any) -> b
     The host's other conditions (no speculation, grammar, log-probabilities, ...) stay its own.
     """
     batch, plan = kwargs["local_batch"], buffer.current_plan()
-    ours = plan is not None and plan.runner == "moe_plugin" and plan.bounds_prefill
-    if not ours or batch is None or not batch.forward_mode.is_decode():
+    ours = plan is not None and plan.captures_prefill
+    if not (ours and batch is not None and batch.forward_mode.is_decode()):
         return original(**kwargs)
     from sglang.srt.layers.moe.utils import MoeA2ABackend
     from sglang.srt.managers.scheduler_components import dp_attn

@@ -14,7 +14,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ..capability import Mode, get_backend
+from ..capability import get_backend
 from ..deepep_limits import NVSHMEM_FIXED_BYTES, NVSHMEM_GRANULE, limits_of
 from ..memory import gib
 from ..plan import Change, Plan, Rejection, refusal
@@ -38,9 +38,9 @@ def reserved_bytes(
     of the captured graphs, which decode and prefill share, and once in the ordinary pool for
     forwards that fit no graph. After capture the graphs' pool is measured.
     """
-    eager = 1 if Mode.EXTEND in plan.capability.modes or not decode_graphs else 0
-    captures_prefill = plan.runner == "moe_plugin" and plan.bounds_prefill and prefill_graphs
-    captured = 1 if captures_prefill or (plan.bounds_decode and decode_graphs) else 0
+    eager = 1 if plan.bounds_prefill or not decode_graphs else 0
+    in_graphs = (plan.captures_prefill and prefill_graphs) or (plan.bounds_decode and decode_graphs)
+    captured = 1 if in_graphs else 0
     if after_capture:
         return eager * plan.workspace_bytes
     return (eager + captured) * plan.workspace_bytes

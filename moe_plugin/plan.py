@@ -137,6 +137,12 @@ class Plan:
         """Whether decode, verify and draft rows go through the bounded buffer."""
         return Mode.DECODE in self.capability.modes
 
+    @property
+    def captures_prefill(self) -> bool:
+        """Whether MoE layers are part of the host's prefill graphs, where it captures any: ours
+        can be, in low latency. What is reserved and what is captured both stand on this."""
+        return self.runner == "moe_plugin" and self.bounds_prefill
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         raw = asdict(self)

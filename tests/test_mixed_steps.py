@@ -16,7 +16,9 @@ from sglang.srt.managers.scheduler_components import dp_attn
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner import PrefillCudaGraphRunner
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from moe_plugin.capability import Capability, Mode
 from moe_plugin.integration import buffer, mixed_steps
+from moe_plugin.plan import Plan
 
 def deepep():
     return MoeA2ABackend.DEEPEP
@@ -34,7 +36,8 @@ runner._backend_vote_prefill_cuda_graph = None
 runner.can_replay_locally = lambda **found: found["num_tokens"] == 40
 
 def vote(mode=ForwardMode.DECODE, bounds_prefill=True, ours="moe_plugin", **batch):
-    plan = SimpleNamespace(bounds_prefill=bounds_prefill, runner=ours)
+    modes = frozenset(Mode) if bounds_prefill else frozenset({Mode.DECODE})
+    plan = Plan(capability=Capability(True, "", modes), runner=ours)
     buffer.current_plan = lambda: plan
     found = dict(forward_mode=mode, return_logprob=False, has_grammar=False, reqs=[],
                  multimodal_inputs=None, batch_size=lambda: 40, input_embeds=None,

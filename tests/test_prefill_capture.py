@@ -8,12 +8,13 @@ from __future__ import annotations
 from .hosts import HOOKED, host_result
 
 FORWARD = """
-from types import SimpleNamespace
 from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
     enable_breakable_cuda_graph,
 )
+from moe_plugin.capability import Capability, Mode
 from moe_plugin.integration import buffer, layer
+from moe_plugin.plan import Plan
 
 class Layer:
     def forward_impl(self, hidden_states, topk_output):
@@ -23,11 +24,10 @@ def host(layer, hidden_states, topk_output):
     return "the host's"
 
 def forward(bounds_prefill=True, runner=True):
-    buffer.current_plan = lambda: SimpleNamespace(bounds_prefill=bounds_prefill)
-    ours = Layer()
-    if runner:
-        ours._moe_plugin_runner = object()
-    return layer.around_moe_forward(host, ours, None, None)
+    modes = frozenset(Mode) if bounds_prefill else frozenset({Mode.DECODE})
+    plan = Plan(capability=Capability(True, "", modes), runner="moe_plugin" if runner else "host")
+    buffer.current_plan = lambda: plan
+    return layer.around_moe_forward(host, Layer(), None, None)
 
 set_is_extend_in_batch(False)
 found = {"outside": forward()}
