@@ -1,8 +1,8 @@
 """A layer that has run before, launched the short way.
 
-The MoE part of the host's prefill graphs is eager: once per layer and forward the GPU waits for
-Python. So what a layer's shape and the addresses of its weights decide is laid out once. A call is
-two allocations, a look at the tensors it was given, and two launches past Triton's Python.
+In a forward that replays no graph the GPU waits for Python once per layer. So what a layer's shape
+and the addresses of its weights decide is laid out once. A call is two allocations, a look at the
+tensors it was given, and two launches past Triton's Python.
 """
 
 from functools import cache
