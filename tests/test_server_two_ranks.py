@@ -19,18 +19,25 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 BUDGET = 256  # the default: no flag about sizes is given
 
-# Writes what became of the plugin in each process of the host, a moment after it loaded.
+PROCESSES = 5  # launcher, data-parallel controller, two schedulers, detokenizer
+
+# Keeps a record of what has become of the plugin in each process of the host.
 PROBE = """
 import json, os, sys, threading, time
 def register():
-    def look():
-        time.sleep(3)
-        from moe_plugin.integration.plugin import STATUS
-        record = {"pid": os.getpid(), "state": STATUS.state, "hooked": STATUS.hooked,
-                  "detokenizer": "sglang.srt.managers.detokenizer_manager" in sys.modules}
-        with open(os.path.join(os.environ["PROBE_DIR"], f"{os.getpid()}.json"), "w") as file:
-            json.dump(record, file)
-    threading.Thread(target=look, daemon=True).start()
+    def keep_record():
+        path = os.path.join(os.environ["PROBE_DIR"], f"{os.getpid()}.json")
+        while True:
+            plugin = sys.modules.get("moe_plugin.integration.plugin")
+            record = {"pid": os.getpid(),
+                      "state": plugin.STATUS.state if plugin else "not imported",
+                      "hooked": plugin.STATUS.hooked if plugin else [],
+                      "detokenizer": "sglang.srt.managers.detokenizer_manager" in sys.modules}
+            with open(path + ".part", "w") as file:
+                json.dump(record, file)
+            os.replace(path + ".part", path)
+            time.sleep(1)
+    threading.Thread(target=keep_record, daemon=True).start()
 """
 
 
@@ -97,11 +104,14 @@ def test_no_dispatch_was_larger_than_the_plan(served: Server) -> None:
 
 def test_plugin_is_loaded_in_every_process(served: Server, probes: Path) -> None:
     """Launcher, both schedulers and the detokenizer; only schedulers carry runtime hooks."""
-    deadline = time.monotonic() + 30
-    while len(list(probes.glob("*.json"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.5)
-    records = [json.loads(path.read_text()) for path in probes.glob("*.json")]
-    assert {record["state"] for record in records} == {"active"}
+    deadline = time.monotonic() + 60
+    while True:
+        records = [json.loads(path.read_text()) for path in probes.glob("*.json")]
+        states = [record["state"] for record in records]
+        if states == ["active"] * PROCESSES or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert states == ["active"] * PROCESSES, records
     assert served.process.pid in {record["pid"] for record in records}
     runtime = [r for r in records if any("run_moe_core" in target for target in r["hooked"])]
     assert len(runtime) >= 2  # one per rank
