@@ -34,7 +34,7 @@ def run_host(
         env={**os.environ, "SGLANG_PLATFORM": "moe_plugin_cpu", **(env or {})},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
 
 

@@ -50,6 +50,7 @@ def check_killed_rank_ends_the_server(server: Server, ranks: int, peers_hang: bo
     assert len(pids) == ranks, pids
     family = psutil.Process(server.process.pid).children(recursive=True)
     with ThreadPoolExecutor(2 * ranks) as pool:
+        server.lines.clear()  # what is read below is of these requests
         prompts = [SHORT_PROMPTS[i % len(SHORT_PROMPTS)] for i in range(2 * ranks)]
         running = [pool.submit(server.generate, prompt, 1000) for prompt in prompts]
         _wait_until_running(server)
@@ -61,7 +62,7 @@ def check_killed_rank_ends_the_server(server: Server, ranks: int, peers_hang: bo
         errors = [request.exception(30) for request in running]
     assert code != 0
     assert all(isinstance(error, OSError | EOFError) or _is_http(error) for error in errors), errors
-    log = "\n".join(server.lines)
+    log = "\n".join(list(server.lines))
     told = rf"\(pid={pids[-1]}\) crashed with exit code -9"
     if not peers_hang:
         told += "|Scheduler hit an exception"  # a peer's own error came first
@@ -78,10 +79,10 @@ def _is_http(error: BaseException | None) -> bool:
 
 
 def _wait_until_running(server: Server, timeout_s: float = 60.0) -> None:
-    """Until the host's log shows a decode batch, or a while has passed."""
+    """Until the log, cleared before the requests, shows a decode batch: one line in 40 steps."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if any("Decode batch" in line for line in server.lines):
+        if any("Decode batch" in line for line in list(server.lines)):
             return
         time.sleep(0.2)
     raise AssertionError(f"no decode batch seen\n{server.tail()}")

@@ -54,7 +54,7 @@ def test_a_failing_rank_takes_its_peers_with_it(
     began = time.monotonic()
     with pytest.raises(AssertionError, match=says):
         run_ranks(2, _fail_alone, how)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
 
 
 def test_a_process_that_ends_badly_after_its_answer_is_a_failure() -> None:

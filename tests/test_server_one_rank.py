@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from .hosts import host_script_result
+from .rank_killed import EXIT_LIMIT_S, NO_CORE_DUMPS
 from .serving.checkpoint import Shape
 from .serving.compare import check_equal, uncounted_layers
 from .serving.fixture_plugin import write_plugin
@@ -40,12 +41,12 @@ def test_one_rank_equals_the_stock_host(model: Path, stock: list[dict]) -> None:
 def test_without_budgets_the_same_launch_dies(model: Path, tmp_path: Path) -> None:
     """A/B: everything equal but the budgets; the long prompt then ends the server at n <= T."""
     env = write_plugin(tmp_path, "no_budgets", NO_BUDGETS, {"sglang.srt.plugins": "register"})
-    with Server(ON, model, env=env) as server:
+    with Server(ON, model, env=env | NO_CORE_DUMPS) as server:
         server.wait_ready()
         server.generate(PROMPTS[0], 4)  # short prompts are served, as they are today
         with pytest.raises(OSError):
             server.generate(LONG_PROMPT, 4)
-        assert server.wait_exit(60) != 0
+        assert server.wait_exit(EXIT_LIMIT_S) != 0
         log = "\n".join(server.lines)
     assert "tokens in one all-to-all dispatch (n <= T): got" in log
     assert f"allowed <= {BUDGET}" in log

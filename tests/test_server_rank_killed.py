@@ -20,7 +20,7 @@ from .serving.fixture_plugin import write_plugin
 from .serving.prompts import SHORT_PROMPTS
 from .serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 # gloo sees a broken connection at once and its rank reports an error. DeepEP's ranks wait in a GPU
 # kernel for a peer that is gone, for 100 s: here, whatever error a rank meets, it waits as well.

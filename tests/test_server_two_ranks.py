@@ -28,10 +28,11 @@ def register():
     def keep_record():
         path = os.path.join(os.environ["PROBE_DIR"], f"{os.getpid()}.json")
         while True:
-            plugin = sys.modules.get("moe_plugin.integration.plugin")
+            module = sys.modules.get("moe_plugin.integration.plugin")
+            status = getattr(module, "STATUS", None)  # None until its import is over
             record = {"pid": os.getpid(),
-                      "state": plugin.STATUS.state if plugin else "not imported",
-                      "hooked": plugin.STATUS.hooked if plugin else [],
+                      "state": status.state if status else "not imported",
+                      "hooked": status.hooked if status else [],
                       "detokenizer": "sglang.srt.managers.detokenizer_manager" in sys.modules}
             with open(path + ".part", "w") as file:
                 json.dump(record, file)

@@ -7,6 +7,7 @@ outside the checkout (``MOE_PLUGIN_TEST_CACHE``, default ``~/.cache/moe-plugin/h
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -24,7 +25,7 @@ def cache() -> Path:
 def overlay(version: str) -> Path:
     """A directory that holds ``sglang`` of this version; downloads and unpacks it once."""
     target = cache() / version
-    if (target / "sglang" / "version.py").exists() or (target / "sglang" / "srt").is_dir():
+    if target.is_dir():
         return target
     wheels = cache() / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
@@ -38,6 +39,9 @@ def overlay(version: str) -> Path:
             timeout=600,
         )
     (wheel,) = wheels.glob(f"sglang-{version}-*.whl")
+    part = target.with_name(f"{version}.part")
+    shutil.rmtree(part, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
+        archive.extractall(part)
+    part.rename(target)  # complete, or not there
     return target

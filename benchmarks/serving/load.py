@@ -63,7 +63,8 @@ class Counts:
     Attributes:
         tokens: output tokens.
         done: requests that ended, complete.
-        lost: requests that failed or ended short, at any time.
+        lost: requests that failed or ended short, at any time; and workers that heard nothing
+            between the two points in time.
         first_s: time to first token of requests sent and answered within.
         between_s: time per token of each stream, between its first and last event within.
         error: of one lost request.
@@ -75,6 +76,8 @@ class Counts:
     first_s: list[float] = field(default_factory=list)
     between_s: list[float] = field(default_factory=list)
     error: str = ""
+    heard: set[int] = field(default_factory=set)
+    """Workers with an event, or an error, within."""
 
     def add(self, other: Counts) -> None:
         """Another process's counts."""
@@ -167,6 +170,10 @@ async def share_of_round(job: Job) -> Counts:
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+    if silent := set(job.workers) - counts.heard:
+        # A request that hangs neither fails nor ends before its round is over.
+        counts.lost += len(silent)
+        counts.error = counts.error or f"no token in {job.seconds} s"
     return counts
 
 
@@ -179,13 +186,14 @@ async def _worker(
         ids = [rng.randint(*TOKEN_IDS) for _ in range(rng.randint(*PROMPT_TOKENS))]
         tokens = rng.randint(*NEW_TOKENS)
         try:
-            seen = await _request(session, job, ids, tokens, begin, end, counts)
+            seen = await _request(session, job, ids, tokens, number, begin, end, counts)
             problem = "" if seen == tokens else f"{seen} of {tokens} tokens"
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             problem = repr(error)
         if problem:
             counts.lost += 1
             counts.error = problem
+            counts.heard.add(number)
             await asyncio.sleep(0.1)  # a server that refuses must not make this loop spin
 
 
@@ -194,6 +202,7 @@ async def _request(
     job: Job,
     ids: list[int],
     new_tokens: int,
+    number: int,
     begin: float,
     end: float,
     counts: Counts,
@@ -220,6 +229,7 @@ async def _request(
                 now, tokens = time.perf_counter(), int(found[1])
                 if begin <= now < end:
                     counts.tokens += tokens - seen
+                    counts.heard.add(number)
                     within.append((now, tokens))
                 if seen == 0 and sent >= begin:
                     counts.first_s.append(now - sent)

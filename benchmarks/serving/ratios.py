@@ -37,7 +37,10 @@ def by_round(rounds: Iterable[Round], variant: str, point: int, metric: str) -> 
 
 
 def paired(rounds: Sequence[Round], one: str, other: str, point: int, metric: str) -> list[float]:
-    """Ratios one / other of the rounds that both ran."""
+    """Ratios one / other of the rounds that both ran.
+
+    A round without a token has none; its requests are among the lost ones (:mod:`load`).
+    """
     ones, others = (by_round(rounds, name, point, metric) for name in (one, other))
     return [ones[key] / others[key] for key in ones if key in others]
 

@@ -40,7 +40,7 @@ DISTANCE_FACTOR = 4.0
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.server,
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(1300),  # the first fixture waits for two servers
     pytest.mark.skipif(GPUS < 2, reason=f"requires 2 or more GPUs, got {GPUS}"),
     pytest.mark.skipif(
         importlib.util.find_spec("deep_ep") is None, reason="requires the deep_ep package"

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -41,14 +42,31 @@ TWO_EP_RANKS = (
 )  # fmt: skip
 
 
+_PORTS = range(10000, 22000)
+"""Below those that Linux gives to outgoing connections, and below the host's own for its ranks."""
+_DERIVED = range(233, 250)
+"""Added to the server's port: its processes' sockets (`PortArgs.init_new`)."""
+
+
 def free_port() -> int:
-    """A free loopback port with room above it: the host derives more ports from it."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if 20000 < port < 60000:
+    """A loopback port that is free, and those that the host derives from it.
+
+    The host binds it many seconds later, so no other process may get it by chance meanwhile.
+    """
+    ports = random.SystemRandom().sample(_PORTS, 100)
+    for port in ports:
+        if all(_is_free(port + more) for more in (0, *_DERIVED)):
             return port
+    raise OSError(f"no free port: tried {len(ports)} of {_PORTS}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def cpu_env(ranks: int) -> dict[str, str]:
