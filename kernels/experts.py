@@ -12,7 +12,7 @@ from .experts_torch import batched_experts_torch
 from .hopper_launch import compile_hopper, run_hopper
 from .hopper_layer import remember_layer, run_remembered
 from .launch import Device, Launch, Shape, pick_launch, portable_launch
-from .layer import Workspace, layer_problems, layer_specs, workspace_bytes
+from .layer import Workspace, layer_problems, layer_specs, scale_specs, workspace_bytes
 from .masked_gemm import launch_portable
 from .problem import Problem, device_of, probe, tma_ready
 
@@ -70,7 +70,7 @@ def batched_experts(
         )
         if done is not None:
             return done
-    _check(hidden_states, hidden_states_scale, *weights, masked_m)
+    _check(hidden_states, hidden_states_scale, *weights, masked_m, out)
     device = device_of(hidden_states)
     fp8 = hidden_states_scale is not None
     experts, capacity, hidden = hidden_states.shape
@@ -99,7 +99,7 @@ def batched_experts(
 def _check(
     x: torch.Tensor, x_scale: torch.Tensor | None, w13: torch.Tensor,
     w13_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None,
-    masked_m: torch.Tensor,
+    masked_m: torch.Tensor, out: torch.Tensor | None,
 ) -> None:  # fmt: skip
     experts, _, hidden = x.shape
     inter = w2.shape[-1]
@@ -115,6 +115,16 @@ def _check(
     dtype = torch.bfloat16 if x_scale is None else torch.float8_e4m3fn
     assert x.dtype == w13.dtype == w2.dtype == dtype, f"{x.dtype}, {w13.dtype}, {w2.dtype}"
     assert x.stride(2) == w13.stride(2) == w2.stride(2) == 1, "channels must be contiguous"
+    specs = scale_specs(Shape(*x.shape, inter, x_scale is not None))
+    for scale, spec in zip(scales, specs, strict=True):
+        if scale is not None and spec is not None:
+            got = f"scales are {tuple(scale.shape)} {scale.dtype}, not {spec.shape} {spec.dtype}"
+            assert (tuple(scale.shape), scale.dtype) == (spec.shape, spec.dtype), got
+            assert spec.columns or scale.is_contiguous(), "scales of weights must be dense"
+    if out is not None:
+        got = f"out is {tuple(out.shape)} {out.dtype}, strides {out.stride()}"
+        assert (out.shape, out.dtype) == (x.shape, torch.bfloat16), got
+        assert out.is_contiguous(), got
 
 
 def compile_layer(shape: Shape, launch: Launch, device: Device) -> list[Any]:

@@ -42,7 +42,8 @@ def _block_scale(base, row, job, ALIGNED: gl.constexpr, MMA: gl.constexpr, W_AXI
     """Pointer(s) to the scales of weight rows [row, row + BI) of one expert: one if they share a
     128-row block, else one per row."""
     if ALIGNED:
-        at = base + row // SCALE_BLOCK * job.scale_cols
+        # The second tile of the last channels may lie past the weights; it is not stored.
+        at = base + gl.minimum(row, job.w_rows - 1) // SCALE_BLOCK * job.scale_cols
     else:
         rows = row + gl.arange(0, job.BI, gl.SliceLayout(1 - W_AXIS, MMA))
         blocks = gl.minimum(rows, job.w_rows - 1) // SCALE_BLOCK
@@ -220,7 +221,8 @@ def _deposit(
         offsets, live = _places(job, row, rows, col + job.second, pitch, MMA, acc0.shape, W_AXIS)
         gl.store(mine + offsets, acc1, mask=live)
         gl.barrier()
-        at = first // 8 * job.tiles_n + n
+        # Counted within the expert: with an odd capacity two experts share eight rows.
+        at = (expert * ((job.capacity + 7) // 8) + row // 8) * job.tiles_n + n
         if gl.atomic_add(counters + at, 1, sem="acq_rel", scope="gpu") == job.SPLIT - 1:
             _add_parts(parts, base, job, row, rows, col, acc0, W_AXIS)
             _add_parts(parts, base, job, row, rows, col + job.second, acc1, W_AXIS)
@@ -270,6 +272,9 @@ def _consume(
         lanes = gl.arange(0, THREADS, LINE)
         for at in range(gl.program_id(0) * THREADS, to_clear, gl.num_programs(0) * THREADS):
             gl.store(counters + at + lanes, 0, mask=at + lanes < to_clear)
+    if not FUSED and job.SPLIT > 1:
+        # A part without steps waits for no rows, and must not arrive before counters are cleared.
+        gdc_wait()
     schedule = Schedule.create(counts_ptr, job, gl.num_warps())
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)

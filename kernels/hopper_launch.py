@@ -26,6 +26,9 @@ class HopperLaunch:
         _step, second, tiles_n = p.geometry(tiles.channels)
         aligned = not fp8 or (SCALE_BLOCK % tiles.channels == 0 and second % tiles.channels == 0)
         scale_rows, scale_cols = p.w_scale.shape[1:] if fp8 else (0, 0)
+        if fp8:  # a table written by hand may say otherwise, and the result would be wrong
+            got = f"steps of {tiles.depth} channels, rows scaled by {p.x_group}"
+            assert tiles.depth == p.x_group, got
         to_clear = p.counters.numel() if p.fused and p.counters is not None else 0
         steps = triton.cdiv(depth, tiles.depth)
         burst = tiles.burst if steps % (tiles.split * tiles.burst) == 0 else 1

@@ -28,7 +28,8 @@ class Workspace:
         ]  # fmt: skip
         if split > 1:
             # Rounded up to four, so that the scales after them stay aligned.
-            arrivals = triton.cdiv(rows, 8) * triton.cdiv(shape.hidden, 2 * MIN_GROUP)
+            tiles = shape.experts * triton.cdiv(shape.capacity, 8)
+            arrivals = tiles * triton.cdiv(shape.hidden, 2 * MIN_GROUP)
             self._specs[1] = Spec((rows, split, shape.hidden), torch.float32)
             self._specs[2] = Spec((triton.cdiv(arrivals, 4) * 4,), torch.int32)
         if group is not None:

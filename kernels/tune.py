@@ -21,6 +21,7 @@ from .experts import run_layer
 from .experts_torch import SCALE_BLOCK
 from .hopper_launch import run_hopper
 from .launch import (
+    Device,
     Launch,
     Shape,
     Tiles,
@@ -32,7 +33,7 @@ from .launch import (
 )
 from .layer import Workspace, layer_problems
 from .precompile import precompile
-from .problem import device_of
+from .problem import Problem, device_of
 
 ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
@@ -188,10 +189,18 @@ def measure(
         if which == "gate_up":
             work.append(partial(run_hopper, gate_up, launch.gate_up, device, chained=False))
         elif which == "down":
-            work.append(partial(run_hopper, down, launch.down, device, chained=True))
+            work.append(partial(_run_down, down, launch.down, device))
         else:
             work.append(partial(run_layer, gate_up, down, launch, device))
     return graph_seconds(work)
+
+
+def _run_down(down: Problem, tiles: Tiles, device: Device) -> None:
+    """The second GEMM alone: nothing else clears its counters, and without that no part would be
+    the last one, which adds the others up."""
+    if down.counters is not None:
+        down.counters.zero_()
+    run_hopper(down, tiles, device, chained=True)
 
 
 def tune_cell(

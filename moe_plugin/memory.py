@@ -35,7 +35,8 @@ def split_bytes(rows: int, local_experts: int, hidden: int) -> int:
     """Float32 parts of our second GEMM, and counters of their arrival, where its depth is split:
     with few experts on a rank."""
     split = depth_split(local_experts, hidden)
-    arrivals = ceil_div(rows, 8) * ceil_div(hidden, 2 * ACT_SCALE_CHANNELS)
+    tiles = local_experts * ceil_div(rows // local_experts, 8)
+    arrivals = tiles * ceil_div(hidden, 2 * ACT_SCALE_CHANNELS)
     return 4 * rows * split * hidden + 16 * ceil_div(arrivals, 4) if split > 1 else 0
 
 

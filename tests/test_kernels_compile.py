@@ -28,6 +28,8 @@ for shape in (Shape(*s) for s in shapes):
             for kernel, tiles in zip(pair, (launch.gate_up, launch.down), strict=True):
                 found[kernel.hash] = {
                     "fp8": shape.fp8, "tiles": str(tiles), "per_sm": tiles.per_sm,
+                    "counts_parts": kernel is pair[1] and tiles.split > 1,
+                    "first": kernel is pair[0],
                     "shared": kernel.metadata.shared, "ptx": kernel.asm["ptx"],
                 }
 for entry in found.values():
@@ -35,6 +37,8 @@ for entry in found.values():
     entry["wgmma"] = "wgmma.mma_async" in ptx
     entry["tcgen05"] = "tcgen05.mma" in ptx
     entry["tma"] = "cp.async.bulk.tensor" in ptx
+    # The code of the multiplying warps comes first, that of the streaming one last.
+    entry["waits_first"] = "griddepcontrol.wait" in ptx.partition("wgmma.mma_async")[0]
     if (major, minor) == (9, 0):
         args = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", "/dev/null", "-"]
         Path("k.ptx").write_text(ptx)
@@ -83,6 +87,9 @@ def check_sm90(kernels: list[dict], spill_bytes: int) -> None:
         assert k["tma"], k
         assert not k["serialised"], k
         assert k["spilled"] <= spill_bytes, k
+        # Parts of a depth count their arrival in what the launch before has cleared; otherwise the
+        # warps of a second launch need not wait, since the rows that they are given have.
+        assert k["waits_first"] == (k["first"] or k["counts_parts"]), k
 
 
 def test_hopper_kernels_fit_and_stay_asynchronous(tmp_path: object) -> None:
