@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ..metadata import DPMetadata
@@ -74,8 +75,24 @@ def _create(
         from ..transports.torch_dist import TorchTransport
 
         return TorchTransport(group)
-    if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
-        return original(cls, *args, plan.max_dispatch_tokens_per_rank, num_experts)
+    with _outside_memory_saver():
+        if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
+            return original(cls, *args, plan.max_dispatch_tokens_per_rank, num_experts)
+        return _create_low_latency(plan, group, hidden_size, num_experts)
+
+
+def _outside_memory_saver() -> AbstractContextManager[Any]:
+    """With ``--enable-memory-saver`` the model is built in a region whose memory is given back and
+    remapped with its weights; the buffer's counters must outlive that."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.runtime_context import get_server_args
+    from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+
+    enabled = bool(resolving_view(get_server_args()).enable_memory_saver)
+    return TorchMemorySaverAdapter.create(enable=enabled).disable()
+
+
+def _create_low_latency(plan: Plan, group: Any, hidden_size: int, num_experts: int) -> Any:
     import torch
     from sglang.srt.layers.moe.token_dispatcher.deepep import _is_mnnvl_fabric_supported
 
@@ -111,14 +128,21 @@ def current_plan() -> Plan | None:
 
 
 def current_metadata() -> DPMetadata | None:
-    """Tokens per all-to-all rank in this forward; None where the host does not gather them."""
+    """Tokens per all-to-all rank in this forward; None where the host does not say.
+
+    With ``--moe-dense-tp-size 1 --enable-dp-lm-head`` the host tells each group its own tokens
+    only (``require_mlp_tp_gather``). Then the best guess is that the others hold as many.
+    """
     from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
 
     tokens = get_dp_global_num_tokens()
     plan = current_plan()
     if tokens is None or plan is None:
         return None
-    return DPMetadata.from_global_num_tokens(tokens, plan.attn_tp_size)
+    metadata = DPMetadata.from_global_num_tokens(tokens, plan.attn_tp_size)
+    if len(metadata.sp_local_sizes) < plan.ep_size:
+        return DPMetadata((metadata.max_tokens,) * plan.ep_size)
+    return metadata
 
 
 def current_mode() -> str:

@@ -17,6 +17,7 @@ from ..stats import STATS
 from . import buffer
 
 _RUNNER = "_moe_plugin_runner"
+_LIMITED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
 
 
@@ -50,9 +51,9 @@ def _attach_runner(
     setattr(layer, _RUNNER, runner)
     if layer.w13_weight.is_cuda:
         warm_up(runner.config, layer.w13_weight.dtype)
-    if layer.quant_config is None:
-        # Unset, the host would quantise activations to FP8 for bf16 weights as well. An explicit
-        # --deepep-dispatcher-output-dtype still wins over this.
+    if layer.w13_weight.dtype.itemsize > 1:
+        # Unset, the host would quantise activations to FP8 for bf16 weights as well, such as those
+        # of a layer that an FP8 checkpoint leaves out.
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
 
 
@@ -135,6 +136,16 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
                     fix="--use-batched-dp-moe off",
                 )
             )
+    scaled = [name for name in _LIMITED if getattr(moe, name, None)]
+    if scaled:
+        raise UnsupportedError(
+            explain(
+                f"MoE layer {layer.layer_id}: activation",
+                got=f"{moe.activation} with {', '.join(scaled)}",
+                allowed="plain silu: ours would leave the limit out",
+                fix="--moe-runner-backend deep_gemm",
+            )
+        )
     config = BatchedMoEConfig(
         num_experts=layer.num_experts,
         num_ranks=layer.moe_ep_size,

@@ -115,7 +115,7 @@ def _check(
     dtype = torch.bfloat16 if x_scale is None else torch.float8_e4m3fn
     assert x.dtype == w13.dtype == w2.dtype == dtype, f"{x.dtype}, {w13.dtype}, {w2.dtype}"
     assert x.stride(2) == w13.stride(2) == w2.stride(2) == 1, "channels must be contiguous"
-    specs = scale_specs(Shape(*x.shape, inter, x_scale is not None))
+    specs = scale_specs(Shape(experts, x.shape[1], hidden, inter, x_scale is not None))
     for scale, spec in zip(scales, specs, strict=True):
         if scale is not None and spec is not None:
             got = f"scales are {tuple(scale.shape)} {scale.dtype}, not {spec.shape} {spec.dtype}"

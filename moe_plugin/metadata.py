@@ -11,7 +11,7 @@ from .rows import ceil_div
 
 @dataclass(frozen=True, slots=True)
 class DPMetadata:
-    """Tokens per all-to-all rank in one forward; the same on every rank.
+    """Tokens per all-to-all rank in one forward; the same on every rank, where each knows them.
 
     Attributes:
         sp_local_sizes: one entry per rank: the tokens that it dispatches after its data-parallel

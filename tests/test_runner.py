@@ -7,6 +7,7 @@ import pytest
 from moe_plugin.config import BatchedMoEConfig
 from moe_plugin.errors import ConfigError
 from moe_plugin.metadata import DPMetadata
+from moe_plugin.runner import BatchedMoERunner, ExpertWeights, expected_rows
 
 GOOD = {
     "num_experts": 16,
@@ -59,3 +60,13 @@ def test_expected_rows_is_a_mean_and_at_least_one() -> None:
     """64 tokens x top-8 over 256 experts: 2 rows; an idle forward still asks for one."""
     assert DPMetadata((32, 32)).expected_rows(8, 256) == 2
     assert DPMetadata((0, 0)).expected_rows(8, 256) == 1
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 1), (128, 128), (129, 128)])
+def test_no_more_rows_are_expected_than_kernels_were_compiled_for(asked: int, given: int) -> None:
+    """The host's own estimate rounds a full batch up to one row more."""
+    config = BatchedMoEConfig(**GOOD)
+    assert expected_rows(config)[-1] == 128
+    runner = BatchedMoERunner(config, lambda *args: args[-1])
+    weights = ExpertWeights(None, None)  # type: ignore[arg-type]
+    assert runner.run_experts(None, None, None, weights, asked) == given  # type: ignore[arg-type]

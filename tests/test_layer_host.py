@@ -1,0 +1,133 @@
+"""What our hooks in the host's model code decide, with the host's own functions around them."""
+
+from __future__ import annotations
+
+from .hosts import host_result
+
+METADATA = """
+from sglang.srt.layers import dp_attention
+from moe_plugin.capability import Capability
+from moe_plugin.integration import buffer
+from moe_plugin.plan import Plan
+
+def sizes(tokens, **plan):
+    dp_attention.get_dp_global_num_tokens = lambda: tokens
+    buffer.current_plan = lambda: Plan(capability=Capability(True, ""), **plan)
+    metadata = buffer.current_metadata()
+    return metadata and metadata.sp_local_sizes
+
+emit([
+    sizes([5, 2], ep_size=4, attn_tp_size=2),
+    sizes([5], ep_size=4, attn_tp_size=2),
+    sizes([7], ep_size=4, attn_tp_size=4),
+    sizes(None, ep_size=4, attn_tp_size=4),
+])
+"""
+
+
+def test_ranks_that_the_host_does_not_tell_are_taken_to_hold_as_many() -> None:
+    """With --moe-dense-tp-size 1 and --enable-dp-lm-head a rank knows its own group only."""
+    assert host_result(METADATA) == [[3, 3, 1, 1], [3, 3, 3, 3], [2, 2, 2, 2], None]
+
+
+ROWS = """
+import torch
+from moe_plugin.integration import layer
+
+class Layer:
+    deprecate_flag = False
+    quant_config = object()  # of the checkpoint, which may leave this layer out
+
+    def __init__(self, dtype):
+        self.w13_weight = torch.empty(1, dtype=dtype)
+        self.asked = None
+        self.dispatcher = self
+
+    def set_quant_config(self, config):
+        self.asked = config["dispatcher_output_dtype"]
+
+def asked(dtype):
+    made = Layer(dtype)
+    layer._attach_runner(lambda *args: None, made, None, (), {})
+    return made.asked
+
+layer._make_runner = lambda made, plan: None
+emit([asked(torch.float8_e4m3fn), asked(torch.bfloat16)])
+"""
+
+
+def test_rows_are_dispatched_in_the_dtype_of_the_layers_weights() -> None:
+    """Layers that an FP8 checkpoint leaves in bf16 get bf16 rows."""
+    assert host_result(ROWS) == [None, "bf16"]
+
+
+LIMITED = """
+from types import SimpleNamespace
+from moe_plugin.integration import layer
+
+def refusal(**limits):
+    moe = SimpleNamespace(activation="silu", is_gated=True, apply_router_weight_on_input=False,
+                          **limits)
+    made = SimpleNamespace(layer_id=3, moe_runner_config=moe)
+    try:
+        layer._make_runner(made, None)
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
+
+emit([refusal(swiglu_limit=10.0), refusal(gemm1_alpha=1.7, gemm1_clamp_limit=7.0),
+      refusal(swiglu_limit=None, gemm1_clamp_limit=0)])
+"""
+
+
+def test_a_limited_activation_never_reaches_our_experts() -> None:
+    """Whatever the model's config calls it: the layer knows."""
+    first, second, unlimited = host_result(LIMITED)
+    assert first.startswith("UnsupportedError MoE layer 3: activation")
+    assert "silu with swiglu_limit" in first
+    assert "gemm1_alpha, gemm1_clamp_limit" in second
+    assert unlimited.startswith("AttributeError")  # it went on, to what this layer lacks
+
+
+SAVER = """
+from contextlib import contextmanager
+from types import SimpleNamespace
+from sglang.srt import runtime_context
+from sglang.srt.arg_groups import model_override_base
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+from moe_plugin.capability import Capability
+from moe_plugin.integration import buffer
+from moe_plugin.plan import Plan
+
+log = []
+
+class Adapter:
+    @contextmanager
+    def disable(self):
+        log.append("off")
+        yield
+        log.append("on")
+
+def create(enable):
+    log.append(enable)
+    return Adapter()
+
+TorchMemorySaverAdapter.create = staticmethod(create)
+runtime_context.get_server_args = lambda: None
+model_override_base.resolving_view = lambda args: SimpleNamespace(enable_memory_saver=True)
+buffer._create_low_latency = lambda *args: log.append("made")
+plan = Plan(capability=Capability(True, ""))
+
+def mode(normal):
+    return SimpleNamespace(enable_normal=lambda: normal)
+
+for normal in (False, True):
+    buffer._create(lambda *args: log.append("made"), None, plan,
+                   (None, 2048, 2, mode(normal)), 8)
+emit(log)
+"""
+
+
+def test_the_buffer_is_outside_the_memory_savers_region() -> None:
+    """The model is built inside it; what is remapped with the weights loses DeepEP's counters."""
+    once = [True, "off", "made", "on"]
+    assert host_result(SAVER) == [*once, *once]
