@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from typing import Any
 
 from ..envs import TRANSPORT
 from ..facts import LaunchFacts, ModelFacts
+from ..support import FLASHINFER_TILE
 from .flags import requested
 from .speculation import draft_has_routed_moe, draft_shape, draft_width
 
@@ -16,10 +18,18 @@ _TOP_K = (
     "num_experts_per_tok",
     "num_experts_per_token",
     "moe_topk",
+    "moe_top_k",
     "moe_k",
     "top_k_experts",
     "experts_per_token",
 )
+# Clamped or scaled SwiGLU (DeepSeek-V4, Step-3.5, MiniMax-M3, ...): the models hand these to the
+# host's experts as swiglu_limit, gemm1_alpha or gemm1_clamp_limit.
+_ACTIVATION_LIMITS = (
+    "swiglu_limit", "swiglu_limits", "swiglu_alpha", "expert_swiglu_limit_list",
+    "activation_situ_beta",
+)  # fmt: skip
+_TRANSFORMERS = "TransformersMoEForCausalLM"
 _INTERMEDIATE = ("moe_intermediate_size", "moe_hidden_size", "intermediate_size")
 
 
@@ -47,7 +57,7 @@ def model_facts(server_args: Any) -> ModelFacts:
     experts = routed_experts(text)
     top_k = _first(text, _TOP_K)
     return ModelFacts(
-        architecture=(getattr(model.hf_config, "architectures", None) or [""])[0],
+        architecture=architecture(model),
         hidden_size=_first(text, ("routed_expert_hidden_size", "hidden_size")),
         num_experts=experts,
         top_k=top_k,
@@ -55,9 +65,25 @@ def model_facts(server_args: Any) -> ModelFacts:
         context_length=int(getattr(model, "context_len", 0) or 0),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_format=weight_format(server_args, model),
-        hidden_act=str(getattr(text, "hidden_act", None) or "silu"),
+        hidden_act=activation(text),
         has_routed_moe=experts > 1 and top_k > 0,
     )
+
+
+def architecture(model: Any) -> str:
+    """Class name in the checkpoint, or of the host's wrapper around transformers' own model."""
+    if str(getattr(model, "model_impl", "")).rpartition(".")[2].lower() == "transformers":
+        return _TRANSFORMERS
+    return str((getattr(model.hf_config, "architectures", None) or [""])[0])
+
+
+def activation(text: Any) -> str:
+    """Name of the experts' activation, marked where the host clamps or scales it."""
+    name = str(getattr(text, "hidden_act", None) or "silu")
+    limits = [getattr(text, attribute, None) for attribute in _ACTIVATION_LIMITS]
+    # Lists are per layer, with nothing or zero where a layer has no limit.
+    limited = any(any(value) if isinstance(value, (list, tuple)) else value for value in limits)
+    return f"{name}, limited" if limited else name
 
 
 def weight_format(server_args: Any, model: Any) -> str:
@@ -72,6 +98,8 @@ def weight_format(server_args: Any, model: Any) -> str:
     name = name or config.get("quant_method")
     if not name:
         return "unquantized"
+    if getattr(model, "is_fp4_experts", False):
+        return "fp8_fp4" if name == "fp8" else "mxfp4"
     if name == "fp8":
         block = config.get("weight_block_size")
         return "fp8_tensor" if not block else f"fp8_block{'' if block == [128, 128] else block}"
@@ -116,9 +144,10 @@ def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
     if getattr(server_args, "_cuda_graph_config_locked", None) is not None:
         config = cfg.cuda_graph_config
         return config is not None and getattr(config, phase).backend != "disabled"
+    backend = getattr(cfg, f"cuda_graph_backend_{phase}", None)
+    if backend is not None:  # named, it wins over the flag for both phases
+        return bool(backend != "disabled")
     if getattr(cfg, "disable_cuda_graph", False):
-        return False
-    if getattr(cfg, f"cuda_graph_backend_{phase}", None) == "disabled":
         return False
     return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
 
@@ -138,6 +167,24 @@ def environment_bool(name: str) -> bool | None:
     if text in ("1", "true", "yes", "y"):
         return True
     return False if text in ("0", "false", "no", "n") else None
+
+
+def dispatch_dtype(cfg: Any) -> tuple[str, str]:
+    """(dtype of dispatched rows that the user asked for, or ``auto``; flag or variable)."""
+    flag, variable = "--deepep-dispatcher-output-dtype", "SGLANG_DEEPEP_BF16_DISPATCH"
+    asked = getattr(cfg, "deepep_dispatcher_output_dtype", None) or "auto"
+    if asked == "auto" and environment_bool(variable):
+        return "bf16", variable
+    return str(asked), flag
+
+
+def chunk_alignment(cfg: Any) -> int:
+    """Tokens of a prefill chunk below which the host's scheduler refuses to start
+    (``Scheduler.check_truncation_align_fits_chunk``)."""
+    prefill = getattr(cfg, "prefill_attention_backend", None) or cfg.attention_backend
+    if not getattr(cfg, "enable_deterministic_inference", False) or prefill != "flashinfer":
+        return 1
+    return environment_int(FLASHINFER_TILE) or 4096
 
 
 def compute_capability(cfg: Any) -> tuple[int, int] | None:
@@ -173,6 +220,8 @@ def launch_facts(
     """
     request = requested(server_args)
     draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None)
+    groups = attn_dp_size(cfg)
+    dtype, dtype_source = dispatch_dtype(cfg)
     return LaunchFacts(
         a2a_backend=backend or cfg.moe_a2a_backend,
         deepep_mode=mode or cfg.deepep_mode,
@@ -180,7 +229,7 @@ def launch_facts(
         device=str(cfg.device),
         transport=transport_of(cfg),
         tp_size=cfg.tp_size,
-        attn_dp_size=attn_dp_size(cfg),
+        attn_dp_size=groups,
         attn_cp_size=max(1, int(getattr(cfg, "attn_cp_size", 1) or 1)),
         pp_size=cfg.pp_size,
         redundant_experts=cfg.ep_num_redundant_experts,
@@ -206,10 +255,15 @@ def launch_facts(
         moe_runner_backend=cfg.moe_runner_backend,
         has_deep_gemm=find_spec("deep_gemm") is not None,
         deep_gemm_switched_off=environment_bool("SGLANG_ENABLE_JIT_DEEPGEMM") is False,
+        dispatch_dtype=dtype,
+        dispatch_dtype_source=dtype_source,
         compute_capability=compute_capability(cfg),
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
+        ray=bool(getattr(cfg, "use_ray", False)) or "sglang.srt.ray.engine" in sys.modules,
+        whole_rows=bool(getattr(cfg, "disable_attn_tp_gather", False)) and groups == 1,
+        chunk_alignment=chunk_alignment(cfg),
         diffusion=bool(getattr(cfg, "dllm_algorithm", None)),
         pipeline_warmup=environment_bool("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP") is True,
         draft_shape=draft_shape(server_args, cfg, backend or cfg.moe_a2a_backend),

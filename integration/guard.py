@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
+from ..capability import get_backend
+from ..deepep_limits import limits_of
 from ..errors import HostMismatchError, UnsupportedError, explain
 from . import flags, resolution
+from .facts import environment_int
+from .verification import check_final
+
+logger = logging.getLogger(__name__)
+
+HOST_TOKENS_PER_RANK = 128
+"""The host's default of ``SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK``."""
 
 
 def before_scheduler_init(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -13,7 +24,8 @@ def before_scheduler_init(_self: Any, server_args: Any, *_args: Any, **_kwargs: 
 
     Raises:
         HostMismatchError: one of our hooks did not get in, and a plan relies on it.
-        UnsupportedError: the arguments were resolved in a process without the plugin.
+        UnsupportedError: the arguments were resolved in a process without the plugin, and do not
+            fit the host's own buffer either, or the plugin was asked for.
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
@@ -25,16 +37,33 @@ def before_scheduler_init(_self: Any, server_args: Any, *_args: Any, **_kwargs: 
         return
     cfg = resolving_view(server_args)
     capability = resolution.capability_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode)
-    if capability.ok:
-        raise UnsupportedError(
-            explain(
-                "batched-DP MoE budgets",
-                got=f"arguments resolved without the plugin, although {capability.reason}",
-                allowed="arguments resolved after sglang.srt.plugins.load_plugins()",
-                fix="call load_plugins() before ServerArgs.resolve_once(), or pass "
-                f"{flags.SWITCH_FLAG} off to run without budgets",
-            )
+    if not capability.ok:
+        return
+    if flags.requested(server_args).switch == "auto" and _fits_by_hand(server_args, cfg):
+        logger.warning("moe_plugin leaves this launch alone: its arguments were resolved before")
+        return
+    raise UnsupportedError(
+        explain(
+            "batched-DP MoE budgets",
+            got=f"arguments resolved without the plugin, although {capability.reason}",
+            allowed="arguments resolved after sglang.srt.plugins.load_plugins(), or values that "
+            "fit the host's own tokens per rank",
+            fix="call load_plugins() before ServerArgs.resolve_once(), or pass "
+            f"{flags.SWITCH_FLAG} off to run without budgets",
         )
+    )
+
+
+def _fits_by_hand(server_args: Any, cfg: Any) -> bool:
+    """Whether a launch that we did not plan stays within the host's own buffer: then it works as
+    it always did, on the host's experts."""
+    plan = resolution.plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
+    limits = limits_of(get_backend(plan.capability.backend), plan.transport)
+    if limits.capacity_variable is None or plan.transport != "deepep":
+        return False
+    tokens = environment_int(limits.capacity_variable) or HOST_TOKENS_PER_RANK
+    unplanned = replace(plan, max_dispatch_tokens_per_rank=tokens)
+    return not check_final(unplanned, server_args, cfg)
 
 
 def refuse_planned(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:

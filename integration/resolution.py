@@ -150,6 +150,8 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
     backend, mode = cfg.moe_a2a_backend, cfg.deepep_mode
     if requested(server_args).switch != "on":
         return backend, mode, {}
+    if role := _decided_elsewhere(cfg):
+        raise refusal([role])
     chosen = {}
     # The host cannot tell its defaults `none` and `auto` from a choice: both count as unset.
     if backend == "none":
@@ -183,6 +185,25 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
     if backend == "deepep" and mode == "auto":
         mode = chosen["deepep_mode"] = "low_latency"
     return backend, mode, chosen
+
+
+def _decided_elsewhere(cfg: Any) -> Rejection | None:
+    """Features of the host that rule out an all-to-all, and say so before ours is selected."""
+    for flag, name, off in (
+        ("--enable-pd-role-switch", "enable_pd_role_switch", 0),
+        ("--dwdp-size", "dwdp_size", 1),
+    ):
+        value = int(getattr(cfg, name, None) or off)
+        if value > off:
+            return Rejection(
+                "all-to-all backend",
+                got=f"--use-batched-dp-moe on with {flag}: the host runs no all-to-all then",
+                allowed="one of both",
+                fix=f"remove {flag}, or --use-batched-dp-moe off",
+                changes=((flag, None),),
+                kind="config",
+            )
+    return None
 
 
 def _not_batched(reason: str, architecture: str) -> Rejection:

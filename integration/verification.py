@@ -8,6 +8,7 @@ from typing import Any
 from ..capability import Capability, get_backend
 from ..plan import Change, Plan, Rejection, refusal
 from ..rows import ceil_div, ceil_to, prefill_tokens_per_group, requests_per_group
+from ..support import LEAVE, LEAVE_TEXT
 from .flags import requested
 
 
@@ -139,7 +140,11 @@ def check_final(plan: Plan, server_args: Any, cfg: Any) -> list[Rejection]:
     if plan.bounds_prefill and cfg.disaggregation_mode != "decode":
         chunk = final.chunk
         most = tokens * scatter * attn_dp_size(cfg)
-        if chunk <= 0:
+        if chunk <= 0 and (server_args.chunked_prefill_size or 1) > 0:
+            got = "the host switched chunked prefill off (multi-item scoring, or this model)"
+            allowed = f"chunks of at most {most} tokens"
+            errors.append(Rejection("rows per rank and forward", got, allowed, LEAVE_TEXT, LEAVE))
+        elif chunk <= 0:
             check("--chunked-prefill-size", "chunked prefill off", tokens + 1, most)
         rows = prefill_tokens_per_group(
             chunk,

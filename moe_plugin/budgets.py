@@ -91,6 +91,7 @@ def _plan_once(
             ranks=launch.tp_size,
             fp8=model.weight_format.startswith("fp8"),
             host=runner == "host",
+            batches=2 if launch.two_batch_overlap else 1,
         ),
         errors=tuple(errors),
         runner=runner,

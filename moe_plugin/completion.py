@@ -13,7 +13,7 @@ from typing import Any
 from .facts import LaunchFacts, ModelFacts
 from .limits import Limits
 from .plan import Change, Rejection
-from .support import LEAVE
+from .support import FLASHINFER_TILE, LEAVE
 
 ROUNDS = 6
 _INTEGERS = {
@@ -26,7 +26,12 @@ _INTEGERS = {
     "--cuda-graph-max-bs-prefill": "cuda_graph_max_bs_prefill",
     "--ep-num-redundant-experts": "redundant_experts",
 }
-_TEXTS = {"--deepep-mode": "deepep_mode", "--moe-runner-backend": "moe_runner_backend"}
+_TEXTS = {
+    "--deepep-mode": "deepep_mode",
+    "--moe-runner-backend": "moe_runner_backend",
+    "--deepep-dispatcher-output-dtype": "dispatch_dtype",
+    "SGLANG_DEEPEP_BF16_DISPATCH": "dispatch_dtype",
+}
 _SWITCHES = {
     "--enable-single-batch-overlap": "single_batch_overlap",
     "--enable-lora": "lora",
@@ -113,6 +118,8 @@ def applied(
             values["capacity"] = None if value is None else int(value)
         elif name == "--speculative-moe-a2a-backend":
             values |= {"draft_a2a_backend": value, "draft_shape": None}
+        elif name == FLASHINFER_TILE and value:
+            values["chunk_alignment"] = int(value)
         elif name == "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP":
             values["pipeline_warmup"] = value is not None
         elif name == "--dtype" and value:

@@ -19,6 +19,7 @@ from .rows import (
     prefill_tokens_per_group,
     requests_per_group,
 )
+from .support import FLASHINFER_TILE
 
 HOST_MAX_PREFILL_TOKENS = 16384
 """The host's default of ``--max-prefill-tokens``: indistinguishable from the same value typed."""
@@ -238,7 +239,25 @@ def _check_chunk(
                     changes=(("--max-prefill-tokens", str(fits)),),
                 )
             )
+    errors += _check_alignment(launch, chunk)
     return errors + _check_mixed(launch, chunk, fixed if chunk < 2 else None)
+
+
+def _check_alignment(launch: LaunchFacts, chunk: int) -> list[Rejection]:
+    """A chunk below the host's truncation alignment: its scheduler refuses, after the weights."""
+    if chunk >= launch.chunk_alignment:
+        return []
+    tile = 1 << chunk.bit_length() - 1
+    return [
+        Rejection(
+            "prefill chunk with deterministic inference",
+            got=f"{chunk} tokens per DP group",
+            allowed=f">= {launch.chunk_alignment}, FlashInfer's split tile",
+            fix=f"{FLASHINFER_TILE}={tile}, or --attention-backend triton, which has none",
+            changes=((FLASHINFER_TILE, str(tile)),),
+            kind="config",
+        )
+    ]
 
 
 def _check_mixed(

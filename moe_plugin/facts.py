@@ -28,8 +28,9 @@ class ModelFacts:
         moe_intermediate_size: inner width of one expert, elements.
         context_length: longest sequence, tokens.
         dtype: activation dtype by torch name.
-        weight_format: expert weights: ``unquantized``, or the name of the quantization.
-        hidden_act: activation of the experts.
+        weight_format: expert weights: ``unquantized``, or the name of the quantization;
+            ``fp8_fp4`` are FP4 experts in an FP8 checkpoint.
+        hidden_act: activation of the experts; "silu, limited" where it is clamped or scaled.
         has_routed_moe: the model has at least one routed MoE layer.
     """
 
@@ -84,10 +85,16 @@ class LaunchFacts:
         moe_runner_backend: ``auto`` or the user's choice.
         has_deep_gemm: DeepGEMM is installed.
         deep_gemm_switched_off: ``SGLANG_ENABLE_JIT_DEEPGEMM=0``.
+        dispatch_dtype: what the user wants rows dispatched in, ``auto`` or a dtype of the host's.
+        dispatch_dtype_source: the flag or variable it came from.
         compute_capability: (major, minor) of the device; None on a CPU.
         single_batch_overlap: ``--enable-single-batch-overlap``.
         lora: LoRA adapters are served.
         waterfill: ``--enable-waterfill``.
+        ray: schedulers are Ray actors, which load no plugins.
+        whole_rows: attention-TP ranks may all dispatch all of a group's rows
+            (``--disable-attn-tp-gather`` without attention DP).
+        chunk_alignment: tokens that a prefill chunk must at least hold, or the scheduler refuses.
         diffusion: a diffusion LLM decodes blocks (``--dllm-algorithm``).
         pipeline_warmup: ``SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP`` is on.
         draft_shape: (hidden size, routed experts) of a draft model on the same all-to-all; None
@@ -126,10 +133,15 @@ class LaunchFacts:
     moe_runner_backend: str = "auto"
     has_deep_gemm: bool = True
     deep_gemm_switched_off: bool = False
+    dispatch_dtype: str = "auto"
+    dispatch_dtype_source: str = "--deepep-dispatcher-output-dtype"
     compute_capability: tuple[int, int] | None = (9, 0)
     single_batch_overlap: bool = False
     lora: bool = False
     waterfill: bool = False
+    ray: bool = False
+    whole_rows: bool = False
+    chunk_alignment: int = 1
     diffusion: bool = False
     pipeline_warmup: bool = False
     draft_shape: tuple[int, int] | None = None
@@ -137,6 +149,8 @@ class LaunchFacts:
     @property
     def attn_tp_size(self) -> int:
         """Ranks that one DP group's rows are scattered over before a dispatch."""
+        if self.whole_rows:
+            return 1
         return max(1, self.tp_size // self.attn_dp_size // self.attn_cp_size)
 
     @property

@@ -50,6 +50,7 @@ def workspace_bytes(
     ranks: int = 1,
     fp8: bool = False,
     host: bool = False,
+    batches: int = 1,
 ) -> int:
     """Bytes that one live MoE layer holds beside its weights, per rank.
 
@@ -63,6 +64,8 @@ def workspace_bytes(
         fp8: rows are dispatched, and activations re-quantised, in FP8.
         host: the host's experts, which store gate and up (2 x intermediate, bf16) before they
             activate them; ours activate them as they are computed.
+        batches: that are between dispatch and combine at once; 2 with two-batch overlap. Each
+            holds its rows and its result; their experts run one after the other.
 
     Received rows, the activation between the GEMMs, and the result that combine reads.
     """
@@ -70,13 +73,10 @@ def workspace_bytes(
     size = DTYPE_BYTES.get(dtype, 2)
     parts = 0 if host else split_bytes(rows, experts // ranks, hidden)
     gate_up = rows * 2 * intermediate * size if host else 0
-    return (
-        received_bytes(rows, hidden, dtype, fp8=fp8)
-        + activation_bytes(rows, intermediate, dtype, fp8=fp8)
-        + gate_up
-        + parts
-        + rows * hidden * size
-    )
+    received = received_bytes(rows, hidden, dtype, fp8=fp8)
+    result = rows * hidden * size
+    between = activation_bytes(rows, intermediate, dtype, fp8=fp8) + gate_up + parts
+    return batches * (received + result) + between
 
 
 def gib(size: int) -> str:

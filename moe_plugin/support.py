@@ -18,11 +18,13 @@ OUR_FORMATS = frozenset({"unquantized", "fp8_block"})
 """Weight formats that the plugin's experts compute: bf16 (fp32 on CPU), FP8 in 128x128 blocks."""
 OUR_ACTIVATIONS = frozenset({"silu"})
 
-DEEP_GEMM_FORMATS = frozenset({"unquantized", "fp8_block", "fp8_tensor", "mxfp4"})
+FLASHINFER_TILE = "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE"
+
+DEEP_GEMM_FORMATS = frozenset({"unquantized", "fp8_block", "fp8_tensor", "fp8_fp4", "mxfp4"})
 """Formats that the host's DeepGEMM runner computes on low-latency dispatch (SM90 and later)."""
 HOST_RUNNERS = {
     "deep_gemm": DEEP_GEMM_FORMATS,
-    "humming": frozenset({"unquantized", "fp8_block", "fp8_tensor", "mxfp4"}),
+    "humming": frozenset({"unquantized", "fp8_block", "fp8_tensor", "fp8_fp4", "mxfp4"}),
     "flashinfer_cutedsl": frozenset({"modelopt_fp4", "modelopt_mixed"}),
     "cutlass": frozenset({"w4afp8"}),
 }
@@ -31,7 +33,7 @@ HOST_RUNNERS = {
 Built-in pre-permute or fused functions for ``deepep_ll`` exist for these alone; every other
 runner ends in "Pre-permute function ... is not registered" at the first forward.
 """
-HOST_AUTO_FORMATS = frozenset({"fp8_block", "fp8_tensor", "w4afp8", "modelopt_fp4"})
+HOST_AUTO_FORMATS = frozenset({"fp8_block", "fp8_tensor", "fp8_fp4", "w4afp8", "modelopt_fp4"})
 """Formats for which the host's ``auto`` finds such a runner by itself."""
 
 NO_DEEPEP_FORWARD = frozenset(
@@ -41,7 +43,9 @@ NO_DEEPEP_FORWARD = frozenset(
         "Gemma4ForConditionalGeneration", "GptOssForCausalLM", "GraniteMoeForCausalLM",
         "GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM", "Grok1ForCausalLM",
         "Grok1ModelForCausalLM", "HYV3ForCausalLM", "HunYuanMoEV1ForCausalLM",
-        "IQuestQ1ForCausalLM", "InternS2MobiusForConditionalGeneration", "KimiLinearForCausalLM",
+        "IQuestQ1ForCausalLM", "InklingForConditionalGeneration",
+        "InklingForConditionalGenerationMTP", "InternS2MobiusForConditionalGeneration",
+        "KimiLinearForCausalLM",
         "LagunaForCausalLM", "Lfm2MoeForCausalLM", "Llama4ForCausalLM",
         "Llama4ForConditionalGeneration", "LongcatFlashForCausalLM", "MixtralForCausalLM",
         "OlmoeForCausalLM", "PhiMoEForCausalLM", "QuantMixtralForCausalLM",
@@ -74,9 +78,12 @@ def choose_runner(
 
 
 def dispatches_fp8(model: ModelFacts, launch: LaunchFacts) -> bool:
-    """Whether DeepEP may carry rows in FP8: always but for bf16 weights on our experts."""
+    """Whether DeepEP may carry rows in FP8: as asked, else always but for bf16 weights on our
+    experts."""
+    if launch.transport != "deepep" or launch.dispatch_dtype not in ("auto", "fp8"):
+        return False
     ours_in_bf16 = model.weight_format == "unquantized" and launch.moe_runner_backend == "auto"
-    return launch.transport == "deepep" and not ours_in_bf16
+    return launch.dispatch_dtype == "fp8" or not ours_in_bf16
 
 
 def _leave(limit: str, got: str, allowed: str) -> Rejection:
@@ -109,11 +116,11 @@ def _runner(
         # On Blackwell the host repacks block scales into a layout that only DeepGEMM reads.
         ours = weights in OUR_FORMATS and not (blackwell and weights != "unquantized")
         if ours and not normal and model.hidden_act in OUR_ACTIVATIONS:
-            return "moe_plugin", []
+            return "moe_plugin", _dispatch_dtype(model, launch)
         if normal and weights == "unquantized":
             return "host", [_auto_mode(model, "bf16 weights have no experts for normal dispatch")]
         if weights not in HOST_AUTO_FORMATS:
-            return "host", [_no_experts(model)]
+            return "host", [_no_experts(model, deep_gemm=not problem)]
         if weights in DEEP_GEMM_FORMATS and problem:
             if normal and ours:
                 return "host", [_auto_mode(model, f"normal dispatch needs DeepGEMM: {problem}")]
@@ -124,6 +131,24 @@ def _runner(
     if asked == "deep_gemm" and problem:
         return "host", [_without_deep_gemm(model, launch, problem)]
     return "host", []
+
+
+def _dispatch_dtype(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
+    """Our experts multiply rows and weights of one dtype."""
+    ours = "bf16" if model.weight_format == "unquantized" else "fp8"
+    if launch.dispatch_dtype in ("auto", ours):
+        return []
+    source = launch.dispatch_dtype_source
+    return [
+        Rejection(
+            "dtype of dispatched rows",
+            got=f"{launch.dispatch_dtype} ({source}) with {model.weight_format} weights",
+            allowed=f"{ours}, which auto selects",
+            fix=f"{'remove' if source.startswith('--') else 'unset'} {source}",
+            changes=((source, None),),
+            kind="unsupported",
+        )
+    ]
 
 
 def _auto_mode(model: ModelFacts, why: str) -> Rejection:
@@ -137,8 +162,17 @@ def _auto_mode(model: ModelFacts, why: str) -> Rejection:
     )
 
 
-def _no_experts(model: ModelFacts) -> Rejection:
+def _no_experts(model: ModelFacts, *, deep_gemm: bool) -> Rejection:
     got = f"{model.weight_format} weights, activation {model.hidden_act}"
+    if deep_gemm and model.weight_format in DEEP_GEMM_FORMATS and "silu" in model.hidden_act:
+        return Rejection(
+            "experts for the batched layout",
+            got,
+            allowed="plain silu on ours, limited silu on the host's DeepGEMM",
+            fix="--moe-runner-backend deep_gemm",
+            changes=(("--moe-runner-backend", "deep_gemm"),),
+            kind="unsupported",
+        )
     allowed = f"{sorted(OUR_FORMATS)} with silu, or {sorted(HOST_AUTO_FORMATS)} on the host's own"
     return _leave("experts for the batched layout", got, allowed)
 
@@ -223,8 +257,8 @@ def _features(model: ModelFacts, launch: LaunchFacts, runner: Runner) -> list[Re
             Rejection(
                 "waterfill",
                 got="--enable-waterfill, which adds a shared expert per rank and a top-k slot",
-                allowed="routed experts only",
-                fix="remove --enable-waterfill",
+                allowed="routed experts only, or the host's own experts",
+                fix="remove --enable-waterfill, or --moe-runner-backend deep_gemm",
                 changes=(("--enable-waterfill", None),),
                 kind="unsupported",
             )
@@ -235,6 +269,10 @@ def _features(model: ModelFacts, launch: LaunchFacts, runner: Runner) -> list[Re
 def _forwards(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
     """Forwards of the host whose rows no budget bounds, and buffers that two models share."""
     errors = []
+    if launch.ray:
+        # Ray actors build schedulers without load_plugins(), and do not inherit the variable of T.
+        got = "--use-ray (or RayEngine): its schedulers load no plugins"
+        errors.append(_leave("processes of the host", got, "sglang serve or sglang.Engine"))
     if launch.diffusion:
         got = "--dllm-algorithm, whose blocks are batched outside the chunk"
         errors.append(_leave("rows per rank and forward", got, "autoregressive decoding"))

@@ -127,6 +127,10 @@ def test_chunking_off_is_bounded_by_the_context_only() -> None:
         (V3, {"lora": True}, "LoRA", "remove --enable-lora"),
         (V3, {"single_batch_overlap": True}, "single-batch overlap", "remove"),
         (V3, {"waterfill": True}, "waterfill", "remove"),
+        (V3, {"ray": True}, "processes of the host", "none"),
+        (V3, {"dispatch_dtype": "bf16"}, "dtype of dispatched rows", "remove --deepep-dispatcher"),
+        (V3, {"chunk_alignment": 4096}, "prefill chunk", "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE"),
+        (replace(QWEN, hidden_act="silu, limited"), {}, "experts", "--moe-runner-backend deep"),
         (V3, {"diffusion": True}, "rows per rank", "none"),
         (V3, {"pipeline_warmup": True, "pp_size": 2}, "rows per rank", "unset SGLANG_PP"),
         (V3, {"draft_shape": (2048, 64)}, "one buffer", "--speculative-moe-a2a-backend none"),
@@ -151,6 +155,12 @@ def test_hard_limits_are_refused_with_the_way_out(
     errors = [error for error in found.errors if error.limit.startswith(limit)]
     assert errors, [str(error) for error in found.errors]
     assert fix in errors[0].fix
+
+
+def test_two_batch_overlap_holds_two_batches() -> None:
+    """Rows of one are received while the other's are computed; the experts take turns."""
+    one, two = plan(QWEN), plan(QWEN, two_batch_overlap=True)
+    assert two.workspace_bytes - one.workspace_bytes == 256 * 128 * 2 * 2048 * 2
 
 
 def test_suggested_capacities_suit_fp8_rows() -> None:

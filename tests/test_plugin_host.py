@@ -188,6 +188,40 @@ except Exception as error:
     assert "--use-batched-dp-moe off" in text
 
 
+BY_HAND = """
+from sglang.srt.server_args import prepare_server_args
+args = prepare_server_args({argv!r})
+args.resolve_once()
+from moe_plugin.integration import guard
+try:
+    emit(guard.before_scheduler_init(None, args))
+except Exception as error:
+    emit(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("chunk", "env", "answer"),
+    [
+        ("256", {}, None),
+        ("256", {"MOE_PLUGIN_USE_BATCHED_DP_MOE": "on"}, "UnsupportedError"),
+        ("272", {}, "UnsupportedError"),
+        ("272", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "136"}, None),
+    ],
+)
+def test_arguments_tuned_by_hand_without_us_still_work(
+    model: Path, chunk: str, env: dict[str, str], answer: str | None
+) -> None:
+    """Whoever resolves before plugins load, and fits the host's own buffer, needs none of us.
+
+    Two DP groups share a chunk; the host's buffer holds 128 rows of a rank by default.
+    """
+    argv = _argv(model, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
+    argv += ["--chunked-prefill-size", chunk, "--max-running-requests", "64"]
+    env = {"MOE_PLUGIN_TRANSPORT": "deepep", **env}  # torch on a CPU, of which no host knows
+    assert host_result(BY_HAND.format(argv=argv), env=env) == answer
+
+
 # The host's model code drifts: nothing of it is looked at before a plan is about to be made.
 MODEL_DRIFT = """
 from sglang.srt.plugins import load_plugins

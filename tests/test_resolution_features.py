@@ -1,0 +1,119 @@
+"""Features of the real host that change what a rank dispatches, or who computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .resolving import DEEPSEEK_V3, FP8_BLOCK, QWEN3_30B, Worker, variant, write_models
+
+LL = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
+DP2 = ("--tp-size", "2", "--attn-dp-size", "2")
+ON = ("--use-batched-dp-moe", "on")
+LEAVE = "--moe-a2a-backend none --use-batched-dp-moe off"
+FP4 = {**FP8_BLOCK, "routed_experts_quant_method": "mxfp4"}
+MORE = {
+    "limited-bf16": variant(QWEN3_30B, swiglu_limit=7.0),
+    "limited-fp8": variant(DEEPSEEK_V3, swiglu_limit=7.0),
+    "fp4-experts": variant(DEEPSEEK_V3, quantization_config=FP4),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Model directories, by name."""
+    return write_models(tmp_path_factory.mktemp("models"), MORE)
+
+
+@pytest.fixture(scope="module")
+def worker(models: dict[str, str]) -> Iterator[Worker]:
+    """One process with the plugin's hooks, answering for an H100."""
+    process = Worker(models["qwen3"])
+    yield process
+    process.close()
+
+
+def ask(worker: Worker, path: str, *flags: str, **case: Any) -> dict[str, Any]:
+    """One launch."""
+    return worker.ask([{"argv": ["--model-path", path, *flags], **case}])[0]
+
+
+BF16_ROWS = {"SGLANG_DEEPEP_BF16_DISPATCH": "1"}
+ROWS_FLAG = "--deepep-dispatcher-output-dtype"
+ROLES = (*("--disaggregation-mode", "prefill"), *("--disaggregation-transfer-backend", "mooncake"))
+DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "flashinfer")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "env", "fix"),
+    [
+        ("qwen3-fp8", (*DP2, *LL, ROWS_FLAG, "bf16"), {}, f"remove {ROWS_FLAG}"),
+        ("qwen3-fp8", (*DP2, *LL), BF16_ROWS, f"unset {next(iter(BF16_ROWS))}"),
+        ("qwen3", (*DP2, *LL, ROWS_FLAG, "fp8"), {}, f"remove {ROWS_FLAG}"),
+        ("limited-bf16", (*DP2, *LL), {}, "--moe-runner-backend deep_gemm"),
+        ("qwen3", (*DP2, *LL, "--use-ray"), {}, LEAVE),
+        ("qwen3", ("--tp-size", "2", *LL, "--model-impl", "transformers"), {}, LEAVE),
+        ("qwen3", (*DP2, *ON, *ROLES, "--enable-pd-role-switch"), {}, "remove --enable-pd-role"),
+        ("qwen3", ("--tp-size", "2", *ON, "--dwdp-size", "2"), {}, "remove --dwdp-size"),
+        ("qwen3", (*DP2, *LL, *DETERMINISTIC), {}, "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE=256"),
+        ("qwen3", (*DP2, *LL, "--enable-mis", "--attention-backend", "flashinfer"), {}, LEAVE),
+    ],
+)
+def test_refused_before_anything_loads(
+    worker: Worker,
+    models: dict[str, str],
+    model: str,
+    flags: tuple[str, ...],
+    env: dict[str, str],
+    fix: str,
+) -> None:
+    """Each would die after the weights, or answer wrongly: one error, and a fix that works."""
+    answer = ask(worker, models[model], *flags, env=env)
+    assert not answer["ok"]
+    assert len(answer["errors"]) == 1, answer
+    assert fix in answer["errors"][0]["fix"], answer
+
+
+@pytest.mark.parametrize("model", ["limited-fp8", "fp4-experts"])
+def test_experts_that_ours_would_compute_wrongly_stay_the_hosts(
+    worker: Worker, models: dict[str, str], model: str
+) -> None:
+    """Within our budgets: limited SwiGLU, and FP4 weights in a checkpoint that says FP8."""
+    plan = ask(worker, models[model], *DP2, *LL)["plan"]
+    assert plan["runner"] == "host"
+    assert plan["max_dispatch_tokens_per_rank"] == 256
+
+
+def test_rows_in_the_weights_own_dtype_change_nothing(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """Typed out, what `auto` selects."""
+    same = ask(worker, models["qwen3-fp8"], *DP2, *LL, ROWS_FLAG, "fp8")["plan"]
+    assert same == ask(worker, models["qwen3-fp8"], *DP2, *LL)["plan"]
+    assert ask(worker, models["qwen3"], *DP2, *LL, ROWS_FLAG, "bf16")["plan"]["verdict"] == "ok"
+
+
+def test_rows_that_are_not_scattered_are_counted_whole(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """Without the padding to attention TP every rank may dispatch all of a group's rows."""
+    flags = ("--tp-size", "2", *LL)
+    assert ask(worker, models["qwen3"], *flags)["resolved"]["chunked_prefill_size"] == 512
+    whole = ask(worker, models["qwen3"], *flags, "--disable-attn-tp-gather")
+    assert whole["resolved"]["chunked_prefill_size"] == 256
+    assert whole["resolved"]["max_running_requests"] == 256
+    scattered = ask(worker, models["qwen3"], "--tp-size", "4", "--attn-dp-size", "2", *LL,
+                    "--disable-attn-tp-gather")  # fmt: skip
+    assert scattered["plan"]["attn_tp_size"] == 2
+
+
+def test_a_named_graph_backend_wins_over_graphs_switched_off(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """As in the host; its sizes are filled then."""
+    named = ("--cuda-graph-backend-prefill", "breakable", "--cuda-graph-backend-decode", "full")
+    answer = ask(worker, models["qwen3"], *DP2, *LL, "--disable-cuda-graph", *named)
+    assert answer["prefill"]["max_bs"] == answer["decode"]["max_bs"] == 256
+    assert all(size % 8 == 0 for size in answer["prefill"]["bs"])
