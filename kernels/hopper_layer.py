@@ -40,6 +40,9 @@ def launch_pair(shape: Shape, launch: Launch, device: Device, index: int) -> Lau
         return None
 
 
+Ready = tuple[LaunchPair, tuple[Any, ...], tuple[Any, ...]]  # and both weights' tensor maps
+
+
 class HopperLayer:
     """The experts of one layer, known by the addresses of its weights and their scales (or 0)."""
 
@@ -49,15 +52,17 @@ class HopperLayer:
         self._counts = (shape.experts,)
         x_scale = scale_specs(shape)[0]
         self._scale_strides = None if x_scale is None else x_scale.stride()
-        self._ready: dict[int, tuple[LaunchPair, tuple[Any, ...], tuple[Any, ...]] | None] = {}
+        self._by_launch: dict[Launch, Ready | None] = {}
+        self._ready: dict[int, Ready | None] = {}  # by expected rows, many of which share a launch
 
     def _prepare(self, expected_m: int, index: int) -> None:
         launch = pick_launch(self._shape, expected_m, self._device)
-        pair = launch_pair(self._shape, launch, self._device, index) if launch.hopper else None
-        self._ready[expected_m] = None
-        if pair is not None:
-            weights = pair.gate_up.weights(self._w13), pair.down.weights(self._w2)
-            self._ready[expected_m] = (pair, *weights)
+        if launch not in self._by_launch:
+            pair = launch_pair(self._shape, launch, self._device, index) if launch.hopper else None
+            self._by_launch[launch] = None if pair is None else (
+                pair, pair.gate_up.weights(self._w13), pair.down.weights(self._w2)
+            )  # fmt: skip
+        self._ready[expected_m] = self._by_launch[launch]
 
     def run(
         self,
