@@ -96,7 +96,9 @@ def test_launch_survives_json(shape: Shape, rows: int) -> None:
 
 
 def test_shipped_tables_decode() -> None:
-    for path in (Path(launches.__file__).parent / "tuned").glob("*.json"):
+    paths = list((Path(launches.__file__).parent / "tuned").glob("*.json"))
+    assert paths
+    for path in paths:
         for entry in json.loads(path.read_text())["launches"].values():
             decode_launch(entry)
 
