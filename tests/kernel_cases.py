@@ -1,6 +1,6 @@
 """Inputs, exact references and the error bound of the expert kernels.
 
-Shared by the tests and the benchmarks: a number is only printed for inputs checked here.
+Shared by the tests and the benchmarks.
 """
 
 from collections.abc import Callable, Sequence

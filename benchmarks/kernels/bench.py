@@ -2,8 +2,8 @@
 
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), compile (seconds to
-compile and load all kernels of a plan, from an empty cache and from a filled one). Nothing is timed
-before its inputs passed `check`.
+compile and load all kernels of a plan, from an empty cache and from a filled one). `check` comes
+first: `all.sh` and `make bench-kernels` time nothing after a red one.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
 
 
 def run_checks(watchdog: Watchdog) -> bool:
-    """Every candidate on small ragged layers, and both dtypes at a model's size."""
+    """Every candidate, in both dtypes, on small ragged layers."""
     good = True
     device = device_of(torch.empty(0, device="cuda"))
     small = (
