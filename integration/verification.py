@@ -171,9 +171,7 @@ def check_final(plan: Plan, server_args: Any, cfg: Any) -> list[Rejection]:
         got = f"{pool} requests per DP group x {width}"
         rows = ceil_div(pool * width, scatter)
         check("--max-running-requests", got, rows, fits * groups)
-        graph = final.decode_graph
-        if cfg.disaggregation_mode != "decode":
-            graph = min(graph, ceil_to(pool, scatter))
+        graph = min(final.decode_graph, ceil_to(pool, scatter))
         got = f"decode graph {graph} x {width}"
         check("--cuda-graph-max-bs-decode", got, ceil_div(graph * width, scatter), fits)
     return errors

@@ -111,8 +111,7 @@ def _decode_needs(launch: LaunchFacts, tokens: int, per: str, over: str) -> list
         needs.append(Need("--max-running-requests", got, rows, most))
     if launch.decode_graphs and graph is not None:
         captured = graph
-        if running is not None and launch.disaggregation_mode != "decode":
-            # A decode-only instance adds pre-allocated slots to the pool: no clamp to rely on.
+        if running is not None:
             pool = requests_per_group(running, launch.attn_dp_size)
             captured = captured_requests(graph, pool, launch.host_alignment)
         rows = ceil_div(captured * width, scatter)

@@ -53,6 +53,7 @@ def captured_requests(graph_max: int, pool: int, alignment: int) -> int:
     """Largest batch a decode graph is captured at.
 
     ``base_cuda_graph_runner.py: get_batch_sizes_to_capture`` clamps the list to the request
-    pool, but rounds the pool *up* to the alignment first.
+    pool, but rounds the pool *up* to the alignment first. Slots that a decode-only instance adds
+    for transfers are not counted in the pool's size.
     """
     return min(graph_max, ceil_to(pool, alignment))
