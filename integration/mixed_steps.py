@@ -5,9 +5,9 @@ that decode view their requests as prefills of one token, and every group replay
 Under a plan whose dispatches are all low latency the layers in those graphs are the same as in
 decode graphs, and groups may differ in rows: the same is possible.
 
-The host's reason not to is accuracy: replays of small buckets were seen to amplify how an all-to-all's
-logits drift (sglang#30898). Whether that holds for low latency has to be measured before this is on
-by default.
+The host's reason not to is accuracy: replays of small buckets were seen to amplify how an
+all-to-all's logits drift (sglang#30898). Whether that holds for low latency has to be measured
+before this is on by default.
 """
 
 from __future__ import annotations
