@@ -21,12 +21,17 @@ from . import resolution
 logger = logging.getLogger(__name__)
 
 
-def device_type() -> str:
-    """The host's device in this process: ``cuda``, ``cpu``, ..."""
+def host_config() -> Any:
+    """The host's resolved arguments in this process."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.runtime_context import get_server_args
 
-    return str(resolving_view(get_server_args()).device)
+    return resolving_view(get_server_args())
+
+
+def device_type() -> str:
+    """The host's device in this process: ``cuda``, ``cpu``, ..."""
+    return str(host_config().device)
 
 
 def prepare_host(plan: Plan) -> None:
@@ -84,11 +89,9 @@ def _create(
 def _outside_memory_saver() -> AbstractContextManager[Any]:
     """With ``--enable-memory-saver`` the model is built in a region whose memory is given back and
     remapped with its weights; the buffer's counters must outlive that."""
-    from sglang.srt.arg_groups.model_override_base import resolving_view
-    from sglang.srt.runtime_context import get_server_args
     from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
-    enabled = bool(resolving_view(get_server_args()).enable_memory_saver)
+    enabled = bool(host_config().enable_memory_saver)
     return TorchMemorySaverAdapter.create(enable=enabled).disable()
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 from ..envs import TRANSPORT
 from ..facts import LaunchFacts, ModelFacts
-from ..support import FLASHINFER_TILE
+from ..support import FLASHINFER_TILE, NO_DISPATCHER
 from .flags import requested
 from .speculation import draft_has_routed_moe, draft_shape, draft_width
 
@@ -29,6 +28,8 @@ _ACTIVATION_LIMITS = (
     "swiglu_limit", "swiglu_limits", "swiglu_alpha", "expert_swiglu_limit_list",
     "activation_situ_beta",
 )  # fmt: skip
+_CLAMP_ALONE = frozenset({"Step3p5ForCausalLM", "BailingMoeV3ForCausalLM", "GigaChat35ForCausalLM"})
+"""Models that give the experts ``gemm1_clamp_limit`` alone: the host's DeepGEMM ignores it."""
 _TRANSFORMERS = "TransformersMoEForCausalLM"
 _INTERMEDIATE = ("moe_intermediate_size", "moe_hidden_size", "intermediate_size")
 
@@ -56,8 +57,9 @@ def model_facts(server_args: Any) -> ModelFacts:
     text = model.hf_text_config
     experts = routed_experts(text)
     top_k = _first(text, _TOP_K)
+    name = architecture(model)
     return ModelFacts(
-        architecture=architecture(model),
+        architecture=name,
         hidden_size=_first(text, ("routed_expert_hidden_size", "hidden_size")),
         num_experts=experts,
         top_k=top_k,
@@ -65,8 +67,8 @@ def model_facts(server_args: Any) -> ModelFacts:
         context_length=int(getattr(model, "context_len", 0) or 0),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_format=weight_format(server_args, model),
-        hidden_act=activation(text),
-        has_routed_moe=experts > 1 and top_k > 0,
+        hidden_act=activation(text, name),
+        has_routed_moe=experts > 1 and top_k > 0 and name not in NO_DISPATCHER,
     )
 
 
@@ -77,13 +79,15 @@ def architecture(model: Any) -> str:
     return str((getattr(model.hf_config, "architectures", None) or [""])[0])
 
 
-def activation(text: Any) -> str:
+def activation(text: Any, architecture: str) -> str:
     """Name of the experts' activation, marked where the host clamps or scales it."""
     name = str(getattr(text, "hidden_act", None) or "silu")
     limits = [getattr(text, attribute, None) for attribute in _ACTIVATION_LIMITS]
     # Lists are per layer, with nothing or zero where a layer has no limit.
     limited = any(any(value) if isinstance(value, (list, tuple)) else value for value in limits)
-    return f"{name}, limited" if limited else name
+    if not limited:
+        return name
+    return f"{name}, {'clamped' if architecture in _CLAMP_ALONE else 'limited'}"
 
 
 def weight_format(server_args: Any, model: Any) -> str:
@@ -98,7 +102,8 @@ def weight_format(server_args: Any, model: Any) -> str:
     name = name or config.get("quant_method")
     if not name:
         return "unquantized"
-    if getattr(model, "is_fp4_experts", False):
+    dequantised = environment_bool("SGLANG_DSV4_FP4_DEQUANT")
+    if getattr(model, "is_fp4_experts", False) and not dequantised:
         return "fp8_fp4" if name == "fp8" else "mxfp4"
     if name == "fp8":
         block = config.get("weight_block_size")
@@ -175,7 +180,7 @@ def dispatch_dtype(cfg: Any) -> tuple[str, str]:
     asked = getattr(cfg, "deepep_dispatcher_output_dtype", None) or "auto"
     if asked == "auto" and environment_bool(variable):
         return "bf16", variable
-    return str(asked), flag
+    return ("fp8" if asked == "int8" else str(asked)), flag  # as the host does off NPUs
 
 
 def chunk_alignment(cfg: Any) -> int:
@@ -261,7 +266,6 @@ def launch_facts(
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
-        ray=bool(getattr(cfg, "use_ray", False)) or "sglang.srt.ray.engine" in sys.modules,
         whole_rows=bool(getattr(cfg, "disable_attn_tp_gather", False)) and groups == 1,
         chunk_alignment=chunk_alignment(cfg),
         diffusion=bool(getattr(cfg, "dllm_algorithm", None)),

@@ -156,6 +156,13 @@ LL_COMBINE = HostSymbol(
     "never: dispatcher contract",
     runtime=True,
 )
+MEMORY_SAVER = HostSymbol(
+    "utils.torch_memory_saver_adapter.TorchMemorySaverAdapter.create",
+    ("enable",),
+    "create the transport outside the region whose memory comes and goes with the weights",
+    "the host creates its buffer before it builds the model",
+    runtime=True,
+)
 GLOBAL_TOKENS = HostSymbol(
     "layers.dp_attention.get_dp_global_num_tokens",
     (),
@@ -181,6 +188,7 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     GET_BUFFER,
     LL_OUTPUT,
     LL_COMBINE,
+    MEMORY_SAVER,
     GLOBAL_TOKENS,
 )
 

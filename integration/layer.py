@@ -14,7 +14,9 @@ from ..errors import UnsupportedError, explain
 from ..plan import Plan
 from ..runner import BatchedMoERunner, ExpertWeights, make_moe_runner, warm_up
 from ..stats import STATS
+from ..support import LEAVE_TEXT
 from . import buffer
+from .facts import dispatch_dtype
 
 _RUNNER = "_moe_plugin_runner"
 _LIMITED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
@@ -55,6 +57,21 @@ def _attach_runner(
         # Unset, the host would quantise activations to FP8 for bf16 weights as well, such as those
         # of a layer that an FP8 checkpoint leaves out.
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
+        _check_rows_in_bf16(layer)
+
+
+def _check_rows_in_bf16(layer: Any) -> None:
+    """The user's flag wins over the layer's wish; most layers may be FP8, so no plan refuses it."""
+    asked, source = dispatch_dtype(buffer.host_config())
+    if asked not in ("auto", "bf16"):
+        raise UnsupportedError(
+            explain(
+                f"MoE layer {layer.layer_id}: dtype of dispatched rows",
+                got=f"{asked} ({source}) with {layer.w13_weight.dtype} weights",
+                allowed="bf16, which auto selects for each layer",
+                fix=f"remove {source}",
+            )
+        )
 
 
 def around_moe_forward(
@@ -143,7 +160,7 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
                 f"MoE layer {layer.layer_id}: activation",
                 got=f"{moe.activation} with {', '.join(scaled)}",
                 allowed="plain silu: ours would leave the limit out",
-                fix="--moe-runner-backend deep_gemm",
+                fix=LEAVE_TEXT,
             )
         )
     config = BatchedMoEConfig(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,9 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
             architecture = model_facts(server_args).architecture
             raise refusal([_not_batched(plan.capability.reason, architecture)], plan)
         return None
+    if _schedulers_are_ray_actors(cfg):
+        _stand_down(server_args, ["--use-ray or RayEngine: its schedulers load no plugins"])
+        return None
     if plan.errors:
         raise refusal(plan.errors, plan)
     if unsound := runtime_problems():
@@ -133,13 +137,17 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
     return plan
 
 
+def _schedulers_are_ray_actors(cfg: Any) -> bool:
+    return bool(getattr(cfg, "use_ray", False)) or "sglang.srt.ray.engine" in sys.modules
+
+
 def _stand_down(server_args: Any, problems: list[str]) -> None:
-    """The host's model code changed: ``auto`` leaves the host as it is, ``on`` refuses."""
+    """Our experts cannot get in: ``auto`` leaves the host as it is, ``on`` refuses."""
     listed = "; ".join(problems)
     if requested(server_args).switch == "on":
         raise HostMismatchError(
-            f"moe_plugin cannot act on this SGLang: {listed}. Fix: remove "
-            f"{requested(server_args).switch_source}, or use a supported SGLang"
+            f"moe_plugin cannot act on this launch: {listed}. Fix: remove the cause (or use a "
+            f"supported SGLang), or {requested(server_args).switch_source}"
         )
     logger.warning("moe_plugin leaves this launch alone: %s", listed)
     stand_down(server_args)
@@ -197,7 +205,8 @@ def _decided_elsewhere(cfg: Any) -> Rejection | None:
         if value > off:
             return Rejection(
                 "all-to-all backend",
-                got=f"--use-batched-dp-moe on with {flag}: the host runs no all-to-all then",
+                got=f"--use-batched-dp-moe on with {flag}, which the host does not allow together "
+                "with an all-to-all",
                 allowed="one of both",
                 fix=f"remove {flag}, or --use-batched-dp-moe off",
                 changes=((flag, None),),

@@ -30,7 +30,8 @@ class ModelFacts:
         dtype: activation dtype by torch name.
         weight_format: expert weights: ``unquantized``, or the name of the quantization;
             ``fp8_fp4`` are FP4 experts in an FP8 checkpoint.
-        hidden_act: activation of the experts; "silu, limited" where it is clamped or scaled.
+        hidden_act: activation of the experts; "silu, limited" where it is clamped or scaled in a
+            way that the host's DeepGEMM knows, "silu, clamped" where it leaves the clamp out.
         has_routed_moe: the model has at least one routed MoE layer.
     """
 
@@ -91,7 +92,6 @@ class LaunchFacts:
         single_batch_overlap: ``--enable-single-batch-overlap``.
         lora: LoRA adapters are served.
         waterfill: ``--enable-waterfill``.
-        ray: schedulers are Ray actors, which load no plugins.
         whole_rows: attention-TP ranks may all dispatch all of a group's rows
             (``--disable-attn-tp-gather`` without attention DP).
         chunk_alignment: tokens that a prefill chunk must at least hold, or the scheduler refuses.
@@ -139,7 +139,6 @@ class LaunchFacts:
     single_batch_overlap: bool = False
     lora: bool = False
     waterfill: bool = False
-    ray: bool = False
     whole_rows: bool = False
     chunk_alignment: int = 1
     diffusion: bool = False

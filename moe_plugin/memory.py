@@ -35,6 +35,7 @@ def split_bytes(rows: int, local_experts: int, hidden: int) -> int:
     """Float32 parts of our second GEMM, and counters of their arrival, where its depth is split:
     with few experts on a rank."""
     split = depth_split(local_experts, hidden)
+    local_experts = max(1, local_experts)  # fewer experts than ranks are refused elsewhere
     tiles = local_experts * ceil_div(rows // local_experts, 8)
     arrivals = tiles * ceil_div(hidden, 2 * ACT_SCALE_CHANNELS)
     return 4 * rows * split * hidden + 16 * ceil_div(arrivals, 4) if split > 1 else 0

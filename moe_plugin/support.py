@@ -55,6 +55,11 @@ NO_DEEPEP_FORWARD = frozenset(
 )  # fmt: skip
 """Architectures of the host with routed experts but no scattered-token forward for DeepEP."""
 
+NO_DISPATCHER = frozenset(
+    {"AfmoeForCausalLM", "DbrxForCausalLM", "DeepseekForCausalLM", "XverseMoeForCausalLM"}
+)
+"""Architectures whose experts no all-to-all backend reaches: they call the fused kernel."""
+
 LEAVE: tuple[Change, ...] = (
     ("--moe-a2a-backend", "none"),
     ("--deepep-mode", None),
@@ -90,8 +95,15 @@ def _leave(limit: str, got: str, allowed: str) -> Rejection:
     return Rejection(limit, got, allowed, LEAVE_TEXT, LEAVE, "unsupported")
 
 
-def _deep_gemm_problem(launch: LaunchFacts) -> str:
+def _deep_gemm_problem(model: ModelFacts, launch: LaunchFacts) -> str:
+    """Why the host's DeepGEMM cannot compute these experts here; empty where it can."""
     capability = launch.compute_capability
+    if model.hidden_act.endswith(", clamped"):
+        return f"DeepGEMM leaves the clamp of {model.architecture} out"
+    if model.hidden_act.endswith(", limited") and model.weight_format == "unquantized":
+        return "DeepGEMM leaves the limit of the activation out with bf16 weights"
+    if "fp4" in model.weight_format and capability is not None and capability < (10, 0):
+        return f"DeepGEMM's FP4 experts need compute capability 10.0, not {_dotted(capability)}"
     if capability is not None and capability < (9, 0):
         return f"DeepGEMM needs compute capability 9.0, this device has {_dotted(capability)}"
     if launch.deep_gemm_switched_off:
@@ -108,7 +120,7 @@ def _runner(
 ) -> tuple[Runner, list[Rejection]]:
     """Whose experts, given that prefill also runs DeepEP's normal mode (``normal``) or not."""
     asked, weights = launch.moe_runner_backend, model.weight_format
-    problem = _deep_gemm_problem(launch)
+    problem = _deep_gemm_problem(model, launch)
     if launch.transport == "torch":
         return "moe_plugin", _torch_transport(model, launch)
     if asked == "auto":
@@ -120,30 +132,30 @@ def _runner(
         if normal and weights == "unquantized":
             return "host", [_auto_mode(model, "bf16 weights have no experts for normal dispatch")]
         if weights not in HOST_AUTO_FORMATS:
-            return "host", [_no_experts(model, deep_gemm=not problem)]
+            return "host", [_no_experts(model)]
         if weights in DEEP_GEMM_FORMATS and problem:
             if normal and ours:
                 return "host", [_auto_mode(model, f"normal dispatch needs DeepGEMM: {problem}")]
             return "host", [_without_deep_gemm(model, launch, problem)]
-        return "host", []
+        return "host", _dispatch_dtype(model, launch) if weights in DEEP_GEMM_FORMATS else []
     if weights not in HOST_RUNNERS.get(asked, frozenset()):
         return "host", [_wrong_runner(model, asked)]
     if asked == "deep_gemm" and problem:
         return "host", [_without_deep_gemm(model, launch, problem)]
-    return "host", []
+    return "host", _dispatch_dtype(model, launch) if asked == "deep_gemm" else []
 
 
 def _dispatch_dtype(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
-    """Our experts multiply rows and weights of one dtype."""
-    ours = "bf16" if model.weight_format == "unquantized" else "fp8"
-    if launch.dispatch_dtype in ("auto", ours):
+    """Our experts and DeepGEMM's multiply bf16 rows by bf16 weights, and FP8 rows by others."""
+    needed = "bf16" if model.weight_format == "unquantized" else "fp8"
+    if launch.dispatch_dtype in ("auto", needed):
         return []
     source = launch.dispatch_dtype_source
     return [
         Rejection(
             "dtype of dispatched rows",
             got=f"{launch.dispatch_dtype} ({source}) with {model.weight_format} weights",
-            allowed=f"{ours}, which auto selects",
+            allowed=f"{needed}, which auto selects",
             fix=f"{'remove' if source.startswith('--') else 'unset'} {source}",
             changes=((source, None),),
             kind="unsupported",
@@ -162,17 +174,8 @@ def _auto_mode(model: ModelFacts, why: str) -> Rejection:
     )
 
 
-def _no_experts(model: ModelFacts, *, deep_gemm: bool) -> Rejection:
+def _no_experts(model: ModelFacts) -> Rejection:
     got = f"{model.weight_format} weights, activation {model.hidden_act}"
-    if deep_gemm and model.weight_format in DEEP_GEMM_FORMATS and "silu" in model.hidden_act:
-        return Rejection(
-            "experts for the batched layout",
-            got,
-            allowed="plain silu on ours, limited silu on the host's DeepGEMM",
-            fix="--moe-runner-backend deep_gemm",
-            changes=(("--moe-runner-backend", "deep_gemm"),),
-            kind="unsupported",
-        )
     allowed = f"{sorted(OUR_FORMATS)} with silu, or {sorted(HOST_AUTO_FORMATS)} on the host's own"
     return _leave("experts for the batched layout", got, allowed)
 
@@ -269,10 +272,6 @@ def _features(model: ModelFacts, launch: LaunchFacts, runner: Runner) -> list[Re
 def _forwards(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
     """Forwards of the host whose rows no budget bounds, and buffers that two models share."""
     errors = []
-    if launch.ray:
-        # Ray actors build schedulers without load_plugins(), and do not inherit the variable of T.
-        got = "--use-ray (or RayEngine): its schedulers load no plugins"
-        errors.append(_leave("processes of the host", got, "sglang serve or sglang.Engine"))
     if launch.diffusion:
         got = "--dllm-algorithm, whose blocks are batched outside the chunk"
         errors.append(_leave("rows per rank and forward", got, "autoregressive decoding"))

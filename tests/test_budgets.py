@@ -127,10 +127,20 @@ def test_chunking_off_is_bounded_by_the_context_only() -> None:
         (V3, {"lora": True}, "LoRA", "remove --enable-lora"),
         (V3, {"single_batch_overlap": True}, "single-batch overlap", "remove"),
         (V3, {"waterfill": True}, "waterfill", "remove"),
-        (V3, {"ray": True}, "processes of the host", "none"),
         (V3, {"dispatch_dtype": "bf16"}, "dtype of dispatched rows", "remove --deepep-dispatcher"),
         (V3, {"chunk_alignment": 4096}, "prefill chunk", "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE"),
-        (replace(QWEN, hidden_act="silu, limited"), {}, "experts", "--moe-runner-backend deep"),
+        (V3, {"dispatch_dtype": "bf16", "moe_runner_backend": "deep_gemm"}, "dtype", "remove"),
+        (replace(QWEN, hidden_act="silu, limited"), {}, "experts", "none"),
+        (
+            replace(QWEN, hidden_act="silu, limited"),
+            {"moe_runner_backend": "deep_gemm"},
+            "experts",
+            "none",
+        ),
+        (replace(V3, hidden_act="silu, clamped"), {}, "experts", "none"),
+        (replace(V3, weight_format="fp8_fp4"), {}, "experts", "none"),
+        (replace(V3, weight_format="mxfp4"), {"moe_runner_backend": "deep_gemm"}, "exp", "none"),
+        (replace(V3, num_experts=8), {"tp_size": 16, "attn_dp_size": 16}, "experts per", "8"),
         (V3, {"diffusion": True}, "rows per rank", "none"),
         (V3, {"pipeline_warmup": True, "pp_size": 2}, "rows per rank", "unset SGLANG_PP"),
         (V3, {"draft_shape": (2048, 64)}, "one buffer", "--speculative-moe-a2a-backend none"),
@@ -155,6 +165,12 @@ def test_hard_limits_are_refused_with_the_way_out(
     errors = [error for error in found.errors if error.limit.startswith(limit)]
     assert errors, [str(error) for error in found.errors]
     assert fix in errors[0].fix
+
+
+def test_fp4_experts_run_on_blackwell() -> None:
+    """On the host's DeepGEMM, within our budgets."""
+    found = plan(replace(V3, weight_format="fp8_fp4"), compute_capability=(10, 0))
+    assert (found.verdict, found.runner) == ("ok", "host")
 
 
 def test_two_batch_overlap_holds_two_batches() -> None:

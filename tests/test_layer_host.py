@@ -32,9 +32,11 @@ def test_ranks_that_the_host_does_not_tell_are_taken_to_hold_as_many() -> None:
 
 ROWS = """
 import torch
-from moe_plugin.integration import layer
+from types import SimpleNamespace
+from moe_plugin.integration import buffer, layer
 
 class Layer:
+    layer_id = 3
     deprecate_flag = False
     quant_config = object()  # of the checkpoint, which may leave this layer out
 
@@ -46,19 +48,26 @@ class Layer:
     def set_quant_config(self, config):
         self.asked = config["dispatcher_output_dtype"]
 
-def asked(dtype):
+def asked(dtype, flag="auto"):
     made = Layer(dtype)
-    layer._attach_runner(lambda *args: None, made, None, (), {})
+    buffer.host_config = lambda: SimpleNamespace(deepep_dispatcher_output_dtype=flag)
+    try:
+        layer._attach_runner(lambda *args: None, made, None, (), {})
+    except Exception as error:
+        return str(error)
     return made.asked
 
 layer._make_runner = lambda made, plan: None
-emit([asked(torch.float8_e4m3fn), asked(torch.bfloat16)])
+emit([asked(torch.float8_e4m3fn), asked(torch.bfloat16), asked(torch.bfloat16, "fp8")])
 """
 
 
 def test_rows_are_dispatched_in_the_dtype_of_the_layers_weights() -> None:
-    """Layers that an FP8 checkpoint leaves in bf16 get bf16 rows."""
-    assert host_result(ROWS) == [None, "bf16"]
+    """Layers that an FP8 checkpoint leaves in bf16 get bf16 rows, or say which flag forbids it."""
+    fp8, bf16, forced = host_result(ROWS)
+    assert (fp8, bf16) == (None, "bf16")
+    assert "MoE layer 3" in forced
+    assert "remove --deepep-dispatcher-output-dtype" in forced
 
 
 LIMITED = """
@@ -91,8 +100,6 @@ def test_a_limited_activation_never_reaches_our_experts() -> None:
 SAVER = """
 from contextlib import contextmanager
 from types import SimpleNamespace
-from sglang.srt import runtime_context
-from sglang.srt.arg_groups import model_override_base
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 from moe_plugin.capability import Capability
 from moe_plugin.integration import buffer
@@ -112,8 +119,7 @@ def create(enable):
     return Adapter()
 
 TorchMemorySaverAdapter.create = staticmethod(create)
-runtime_context.get_server_args = lambda: None
-model_override_base.resolving_view = lambda args: SimpleNamespace(enable_memory_saver=True)
+buffer.host_config = lambda: SimpleNamespace(enable_memory_saver=True)
 buffer._create_low_latency = lambda *args: log.append("made")
 plan = Plan(capability=Capability(True, ""))
 

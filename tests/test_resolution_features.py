@@ -17,6 +17,7 @@ FP4 = {**FP8_BLOCK, "routed_experts_quant_method": "mxfp4"}
 MORE = {
     "limited-bf16": variant(QWEN3_30B, swiglu_limit=7.0),
     "limited-fp8": variant(DEEPSEEK_V3, swiglu_limit=7.0),
+    "no-dispatcher": variant(QWEN3_30B, architectures=["AfmoeForCausalLM"]),
     "fp4-experts": variant(DEEPSEEK_V3, quantization_config=FP4),
 }
 
@@ -52,8 +53,8 @@ DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "fla
         ("qwen3-fp8", (*DP2, *LL, ROWS_FLAG, "bf16"), {}, f"remove {ROWS_FLAG}"),
         ("qwen3-fp8", (*DP2, *LL), BF16_ROWS, f"unset {next(iter(BF16_ROWS))}"),
         ("qwen3", (*DP2, *LL, ROWS_FLAG, "fp8"), {}, f"remove {ROWS_FLAG}"),
-        ("limited-bf16", (*DP2, *LL), {}, "--moe-runner-backend deep_gemm"),
-        ("qwen3", (*DP2, *LL, "--use-ray"), {}, LEAVE),
+        ("limited-bf16", (*DP2, *LL), {}, LEAVE),
+        ("fp4-experts", (*DP2, *LL), {}, LEAVE),
         ("qwen3", ("--tp-size", "2", *LL, "--model-impl", "transformers"), {}, LEAVE),
         ("qwen3", (*DP2, *ON, *ROLES, "--enable-pd-role-switch"), {}, "remove --enable-pd-role"),
         ("qwen3", ("--tp-size", "2", *ON, "--dwdp-size", "2"), {}, "remove --dwdp-size"),
@@ -76,14 +77,38 @@ def test_refused_before_anything_loads(
     assert fix in answer["errors"][0]["fix"], answer
 
 
-@pytest.mark.parametrize("model", ["limited-fp8", "fp4-experts"])
-def test_experts_that_ours_would_compute_wrongly_stay_the_hosts(
-    worker: Worker, models: dict[str, str], model: str
-) -> None:
-    """Within our budgets: limited SwiGLU, and FP4 weights in a checkpoint that says FP8."""
-    plan = ask(worker, models[model], *DP2, *LL)["plan"]
+def test_limited_experts_stay_the_hosts(worker: Worker, models: dict[str, str]) -> None:
+    """Within our budgets."""
+    plan = ask(worker, models["limited-fp8"], *DP2, *LL)["plan"]
     assert plan["runner"] == "host"
     assert plan["max_dispatch_tokens_per_rank"] == 256
+
+
+def test_fp4_experts_are_told_from_the_checkpoints_fp8(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """Unless the host makes FP8 of them."""
+    env = {"SGLANG_DSV4_FP4_DEQUANT": "1"}
+    assert ask(worker, models["fp4-experts"], *DP2, *LL, env=env)["plan"]["runner"] == "moe_plugin"
+
+
+def test_ray_actors_are_left_alone_unless_we_were_asked_for(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """They load no plugins: neither our experts nor T would reach them."""
+    auto = ask(worker, models["qwen3"], *DP2, *LL, "--use-ray")
+    assert auto["ok"]
+    assert auto["plan"] is None
+    on = ask(worker, models["qwen3"], *DP2, *ON, "--use-ray")
+    assert on["type"] == "HostMismatchError"
+    assert "--use-ray" in on["error"]
+
+
+def test_models_that_reach_no_dispatcher_are_not_batched(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """The host accepts the backend and never uses it."""
+    assert ask(worker, models["no-dispatcher"], *DP2, *LL)["plan"] is None
 
 
 def test_rows_in_the_weights_own_dtype_change_nothing(
