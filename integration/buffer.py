@@ -15,6 +15,7 @@ from typing import Any
 from ..metadata import DPMetadata
 from ..plan import Plan
 from ..stats import STATS
+from ..transports.agreement import check_ranks_agree
 from ..transports.guard import GuardedTransport
 from . import resolution
 
@@ -76,13 +77,17 @@ def _create(
     original: Callable[..., Any], cls: Any, plan: Plan, args: tuple[Any, ...], num_experts: int
 ) -> Any:
     group, hidden_size, _, deepep_mode = args
+    tokens = plan.max_dispatch_tokens_per_rank
+    sizes = {"tokens per rank": tokens, "experts": num_experts, "hidden size": hidden_size}
     if plan.transport == "torch":
         from ..transports.torch_dist import TorchTransport
 
+        check_ranks_agree(group, sizes)
         return TorchTransport(group)
     with _outside_memory_saver():
+        check_ranks_agree(group, sizes)
         if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
-            return original(cls, *args, plan.max_dispatch_tokens_per_rank, num_experts)
+            return original(cls, *args, tokens, num_experts)
         return _create_low_latency(plan, group, hidden_size, num_experts)
 
 
