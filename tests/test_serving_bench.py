@@ -162,8 +162,13 @@ def test_merge_pairs_rounds_and_checks_the_bars() -> None:
     compiled = [{"variant": "c", "cold": True, "kernels": ["mine", "shared"]}]
     compiled += [{"variant": "b", "cold": True, "kernels": ["shared"]}]
     merged = report.merge(
-        [_part(one), _part(two, memory=memory), _part([], startup=starts, compiled=compiled)]
+        [
+            _part(one, commands=["rounds --points 1"]),
+            _part(two, commands=["rounds --points 64"], memory=memory),
+            _part([], startup=starts, compiled=compiled),
+        ]
     )
+    assert merged["commands"] == ["rounds --points 1", "rounds --points 64"]
     assert merged["summary"]["ratios"]["c/b"]["tokens_per_s"]["64"]["ratio"] == 0.9
     bars = _bars(merged)
     assert bars["tokens/s at 1: not wholly below 0.98"]

@@ -98,7 +98,7 @@ class Bench:
             "environment": environment(),
             "model": options.model,
             "gpus": options.gpus,
-            "command": " ".join(sys.argv[1:]),
+            "commands": [" ".join(sys.argv[1:])],
         }
         options.work.mkdir(parents=True, exist_ok=True)
         options.out.mkdir(parents=True, exist_ok=True)

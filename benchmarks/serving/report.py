@@ -14,7 +14,7 @@ ITL_BAR = 1.02
 KERNELS_BAR = 1 / 3
 GRANULE = 512 * 2**20  # of NVSHMEM's heap
 METRICS = ("tokens_per_s", "itl_ms", "ttft_ms")
-LISTS = ("startup", "rounds", "served", "compiled", "failed")
+LISTS = ("commands", "startup", "rounds", "served", "compiled", "failed")
 
 Report = dict[str, Any]
 
