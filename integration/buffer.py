@@ -79,13 +79,12 @@ def _create(
     group, hidden_size, _, deepep_mode = args
     tokens = plan.max_dispatch_tokens_per_rank
     sizes = {"tokens per rank": tokens, "experts": num_experts, "hidden size": hidden_size}
-    if plan.transport == "torch":
-        from ..transports.torch_dist import TorchTransport
-
-        check_ranks_agree(group, sizes)
-        return TorchTransport(group)
     with _outside_memory_saver():
         check_ranks_agree(group, sizes)
+        if plan.transport == "torch":
+            from ..transports.torch_dist import TorchTransport
+
+            return TorchTransport(group)
         if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
             return original(cls, *args, tokens, num_experts)
         return _create_low_latency(plan, group, hidden_size, num_experts)
@@ -139,7 +138,7 @@ def current_metadata() -> DPMetadata | None:
     """Tokens per all-to-all rank in this forward; None where the host does not say.
 
     With ``--moe-dense-tp-size 1 --enable-dp-lm-head`` the host tells each group its own tokens
-    only (``require_mlp_tp_gather``). Then the best guess is that the others hold as many.
+    only (``require_mlp_tp_gather``).
     """
     from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
 
@@ -147,10 +146,7 @@ def current_metadata() -> DPMetadata | None:
     plan = current_plan()
     if tokens is None or plan is None:
         return None
-    metadata = DPMetadata.from_global_num_tokens(tokens, plan.attn_tp_size)
-    if len(metadata.sp_local_sizes) < plan.ep_size:
-        return DPMetadata((metadata.max_tokens,) * plan.ep_size)
-    return metadata
+    return DPMetadata.from_global_num_tokens(tokens, plan.attn_tp_size, plan.ep_size)
 
 
 def current_mode() -> str:

@@ -22,10 +22,14 @@ class DPMetadata:
 
     @classmethod
     def from_global_num_tokens(
-        cls, global_num_tokens: Sequence[int], attn_tp_size: int
+        cls, global_num_tokens: Sequence[int], attn_tp_size: int, ranks: int = 0
     ) -> DPMetadata:
-        """From the host's tokens per attention-DP group (``global_num_tokens_cpu``)."""
-        return _scattered(tuple(map(int, global_num_tokens)), attn_tp_size)
+        """From the host's tokens per attention-DP group (``global_num_tokens_cpu``).
+
+        Where it holds too few groups for ``ranks``, because the host told each group its own tokens
+        only, the other ranks are taken to hold as many as the busiest known one.
+        """
+        return _scattered(tuple(map(int, global_num_tokens)), attn_tp_size, ranks)
 
     @property
     def max_tokens(self) -> int:
@@ -38,8 +42,10 @@ class DPMetadata:
 
 
 @lru_cache(maxsize=64)  # every layer of a forward asks for the same
-def _scattered(tokens_of_groups: tuple[int, ...], attn_tp_size: int) -> DPMetadata:
+def _scattered(tokens_of_groups: tuple[int, ...], attn_tp_size: int, ranks: int) -> DPMetadata:
     sizes: list[int] = []
     for tokens in tokens_of_groups:
         sizes += [ceil_div(tokens, attn_tp_size)] * attn_tp_size
+    if len(sizes) < ranks:
+        sizes = [max(sizes, default=0)] * ranks
     return DPMetadata(tuple(sizes))
