@@ -15,9 +15,6 @@ from .verification import check_final
 
 logger = logging.getLogger(__name__)
 
-HOST_TOKENS_PER_RANK = 128
-"""The host's default of ``SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK``."""
-
 
 def before_scheduler_init(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE hook on ``Scheduler.__init__``.
@@ -61,7 +58,7 @@ def _fits_by_hand(server_args: Any, cfg: Any) -> bool:
     limits = limits_of(get_backend(plan.capability.backend), plan.transport)
     if limits.capacity_variable is None or plan.transport != "deepep":
         return False
-    tokens = environment_int(limits.capacity_variable) or HOST_TOKENS_PER_RANK
+    tokens = environment_int(limits.capacity_variable) or resolution.HOST_TOKENS_PER_RANK
     unplanned = replace(plan, max_dispatch_tokens_per_rank=tokens)
     return not check_final(unplanned, server_args, cfg)
 

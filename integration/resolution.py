@@ -29,6 +29,8 @@ from .support import check_host, runtime_problems
 logger = logging.getLogger(__name__)
 
 SOURCE = "moe_plugin"
+HOST_TOKENS_PER_RANK = 128
+"""T of a host whose ``SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK`` is not set."""
 _PLAN = "_moe_plugin_plan"
 _ours: dict[str, str] = {}
 """Variables that this process set by itself, so that a second resolution tells them apart."""
@@ -146,8 +148,8 @@ def _stand_down(server_args: Any, problems: list[str]) -> None:
     listed = "; ".join(problems)
     if requested(server_args).switch == "on":
         raise HostMismatchError(
-            f"moe_plugin cannot act on this launch: {listed}. Fix: remove the cause (or use a "
-            f"supported SGLang), or {requested(server_args).switch_source}"
+            f"moe_plugin cannot act on this launch: {listed}. Fix: remove "
+            f"{requested(server_args).switch_source} or the cause, or use a supported SGLang"
         )
     logger.warning("moe_plugin leaves this launch alone: %s", listed)
     stand_down(server_args)
@@ -158,8 +160,7 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
     backend, mode = cfg.moe_a2a_backend, cfg.deepep_mode
     if requested(server_args).switch != "on":
         return backend, mode, {}
-    if role := _decided_elsewhere(cfg):
-        raise refusal([role])
+    _refuse_rivals(cfg)
     chosen = {}
     # The host cannot tell its defaults `none` and `auto` from a choice: both count as unset.
     if backend == "none":
@@ -195,24 +196,27 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
     return backend, mode, chosen
 
 
-def _decided_elsewhere(cfg: Any) -> Rejection | None:
-    """Features of the host that rule out an all-to-all, and say so before ours is selected."""
-    for flag, name, off in (
-        ("--enable-pd-role-switch", "enable_pd_role_switch", 0),
-        ("--dwdp-size", "dwdp_size", 1),
-    ):
-        value = int(getattr(cfg, name, None) or off)
-        if value > off:
-            return Rejection(
-                "all-to-all backend",
-                got=f"--use-batched-dp-moe on with {flag}, which the host does not allow together "
-                "with an all-to-all",
-                allowed="one of both",
-                fix=f"remove {flag}, or --use-batched-dp-moe off",
-                changes=((flag, None),),
-                kind="config",
-            )
-    return None
+def _refuse_rivals(cfg: Any) -> None:
+    """Features that rule out an all-to-all: the host has looked for one before we select ours."""
+    rivals = {
+        "--enable-pd-role-switch": getattr(cfg, "enable_pd_role_switch", False),
+        "--dwdp-size": getattr(cfg, "dwdp_size", 1) > 1,
+    }
+    errors = [
+        Rejection(
+            "all-to-all backend",
+            got=f"--use-batched-dp-moe on with {flag}, which the host does not allow together "
+            "with an all-to-all",
+            allowed="one of both",
+            fix=f"remove {flag}, or --use-batched-dp-moe off",
+            changes=((flag, None),),
+            kind="config",
+        )
+        for flag, given in rivals.items()
+        if given
+    ]
+    if errors:
+        raise refusal(errors)
 
 
 def _not_batched(reason: str, architecture: str) -> Rejection:
@@ -289,7 +293,7 @@ def user_capacity(limits: Limits) -> int | None:
     """The capacity variable as the *user* set it: not what this process exported itself.
 
     Raises:
-        ConfigError: it is no integer. The host would warn and go on with 128.
+        ConfigError: it is no integer. The host would warn and go on with its default.
     """
     name = limits.capacity_variable
     text = os.environ.get(name or "", "").strip()
@@ -299,7 +303,7 @@ def user_capacity(limits: Limits) -> int | None:
         return int(text)
     except ValueError:
         fix = f"{name}={limits.default_max_tokens}"
-        got = f"{name}={text!r}, for which the host would take 128"
+        got = f"{name}={text!r}, for which the host would take {HOST_TOKENS_PER_RANK}"
         changes = ((name, str(limits.default_max_tokens)),)
         error = Rejection("tokens per rank", got, "an integer", fix, changes, "config")
         raise refusal([error]) from None

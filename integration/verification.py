@@ -140,7 +140,8 @@ def check_final(plan: Plan, server_args: Any, cfg: Any) -> list[Rejection]:
     if plan.bounds_prefill and cfg.disaggregation_mode != "decode":
         chunk = final.chunk
         most = tokens * scatter * attn_dp_size(cfg)
-        if chunk <= 0 and (server_args.chunked_prefill_size or 1) > 0:
+        raw = server_args.chunked_prefill_size
+        if chunk <= 0 and (raw is None or raw > 0):
             got = "the host switched chunked prefill off (multi-item scoring, or this model)"
             allowed = f"chunks of at most {most} tokens"
             errors.append(Rejection("rows per rank and forward", got, allowed, LEAVE_TEXT, LEAVE))
