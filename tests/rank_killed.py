@@ -62,7 +62,7 @@ def check_killed_rank_ends_the_server(server: Server, ranks: int, peers_hang: bo
         errors = [request.exception(30) for request in running]
     assert code != 0
     assert all(isinstance(error, OSError | EOFError) or _is_http(error) for error in errors), errors
-    log = "\n".join(list(server.lines))
+    log = server.log()
     told = rf"\(pid={pids[-1]}\) crashed with exit code -9"
     if not peers_hang:
         told += "|Scheduler hit an exception"  # a peer's own error came first
@@ -82,7 +82,7 @@ def _wait_until_running(server: Server, timeout_s: float = 60.0) -> None:
     """Until the log, cleared before the requests, shows a decode batch: one line in 40 steps."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if any("Decode batch" in line for line in list(server.lines)):
+        if "Decode batch" in server.log():
             return
         time.sleep(0.2)
     raise AssertionError(f"no decode batch seen\n{server.tail()}")

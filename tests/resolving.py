@@ -242,3 +242,14 @@ def ask(
         return worker.ask(cases)
     finally:
         worker.close()
+
+
+class Launch:
+    """Ask for one launch of a model; keeps test bodies to one line per question."""
+
+    def __init__(self, worker: Worker, models: dict[str, str]) -> None:
+        self._worker, self._models = worker, models
+
+    def __call__(self, *flags: str, model: str = "qwen3", **case: Any) -> dict[str, Any]:
+        argv = ["--model-path", self._models[model], *flags]
+        return self._worker.ask([{"argv": argv, **case}])[0]

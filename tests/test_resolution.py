@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from .resolving import Worker, write_models
+from .resolving import Launch, Worker, write_models
 
 CAPACITY = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
@@ -27,17 +26,6 @@ def worker(models: dict[str, str]) -> Iterator[Worker]:
     process = Worker(models["qwen3"])
     yield process
     process.close()
-
-
-class Launch:
-    """Ask for one launch of a model; keeps test bodies to one line per question."""
-
-    def __init__(self, worker: Worker, models: dict[str, str]) -> None:
-        self._worker, self._models = worker, models
-
-    def __call__(self, *flags: str, model: str = "qwen3", **case: Any) -> dict[str, Any]:
-        argv = ["--model-path", self._models[model], *flags]
-        return self._worker.ask([{"argv": argv, **case}])[0]
 
 
 @pytest.fixture

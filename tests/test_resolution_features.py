@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from .resolving import DEEPSEEK_V3, FP8_BLOCK, QWEN3_30B, Worker, variant, write_models
+from .resolving import DEEPSEEK_V3, FP8_BLOCK, QWEN3_30B, Launch, Worker, variant, write_models
 
 LL = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
 DP2 = ("--tp-size", "2", "--attn-dp-size", "2")
@@ -36,9 +35,10 @@ def worker(models: dict[str, str]) -> Iterator[Worker]:
     process.close()
 
 
-def ask(worker: Worker, path: str, *flags: str, **case: Any) -> dict[str, Any]:
-    """One launch."""
-    return worker.ask([{"argv": ["--model-path", path, *flags], **case}])[0]
+@pytest.fixture
+def launch(worker: Worker, models: dict[str, str]) -> Launch:
+    """``launch("--tp-size", "8", ...)`` -> answer."""
+    return Launch(worker, models)
 
 
 BF16_ROWS = {"SGLANG_DEEPEP_BF16_DISPATCH": "1"}
@@ -63,82 +63,69 @@ DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "fla
     ],
 )
 def test_refused_before_anything_loads(
-    worker: Worker,
-    models: dict[str, str],
+    launch: Launch,
     model: str,
     flags: tuple[str, ...],
     env: dict[str, str],
     fix: str,
 ) -> None:
     """Each would die after the weights, or answer wrongly: one error, and a fix that works."""
-    answer = ask(worker, models[model], *flags, env=env)
+    answer = launch(*flags, model=model, env=env)
     assert not answer["ok"]
     assert len(answer["errors"]) == 1, answer
     assert fix in answer["errors"][0]["fix"], answer
 
 
-def test_limited_experts_stay_the_hosts(worker: Worker, models: dict[str, str]) -> None:
+def test_limited_experts_stay_the_hosts(launch: Launch) -> None:
     """Within our budgets."""
-    plan = ask(worker, models["limited-fp8"], *DP2, *LL)["plan"]
+    plan = launch(*DP2, *LL, model="limited-fp8")["plan"]
     assert plan["runner"] == "host"
     assert plan["max_dispatch_tokens_per_rank"] == 256
 
 
-def test_fp4_experts_are_told_from_the_checkpoints_fp8(
-    worker: Worker, models: dict[str, str]
-) -> None:
+def test_fp4_experts_are_told_from_the_checkpoints_fp8(launch: Launch) -> None:
     """Unless the host makes FP8 of them."""
     env = {"SGLANG_DSV4_FP4_DEQUANT": "1"}
-    assert ask(worker, models["fp4-experts"], *DP2, *LL, env=env)["plan"]["runner"] == "moe_plugin"
+    assert launch(*DP2, *LL, env=env, model="fp4-experts")["plan"]["runner"] == "moe_plugin"
 
 
-def test_ray_actors_are_left_alone_unless_we_were_asked_for(
-    worker: Worker, models: dict[str, str]
-) -> None:
+def test_ray_actors_are_left_alone_unless_we_were_asked_for(launch: Launch) -> None:
     """They load no plugins: neither our experts nor T would reach them."""
-    auto = ask(worker, models["qwen3"], *DP2, *LL, "--use-ray")
+    auto = launch(*DP2, *LL, "--use-ray")
     assert auto["ok"]
     assert auto["plan"] is None
-    on = ask(worker, models["qwen3"], *DP2, *ON, "--use-ray")
+    on = launch(*DP2, *ON, "--use-ray")
     assert on["type"] == "HostMismatchError"
     assert "--use-ray" in on["error"]
 
 
-def test_models_that_reach_no_dispatcher_are_not_batched(
-    worker: Worker, models: dict[str, str]
-) -> None:
+def test_models_that_reach_no_dispatcher_are_not_batched(launch: Launch) -> None:
     """The host accepts the backend and never uses it."""
-    assert ask(worker, models["no-dispatcher"], *DP2, *LL)["plan"] is None
+    assert launch(*DP2, *LL, model="no-dispatcher")["plan"] is None
 
 
-def test_rows_in_the_weights_own_dtype_change_nothing(
-    worker: Worker, models: dict[str, str]
-) -> None:
+def test_rows_in_the_weights_own_dtype_change_nothing(launch: Launch) -> None:
     """Typed out, what `auto` selects."""
-    same = ask(worker, models["qwen3-fp8"], *DP2, *LL, ROWS_FLAG, "fp8")["plan"]
-    assert same == ask(worker, models["qwen3-fp8"], *DP2, *LL)["plan"]
-    assert ask(worker, models["qwen3"], *DP2, *LL, ROWS_FLAG, "bf16")["plan"]["verdict"] == "ok"
+    same = launch(*DP2, *LL, ROWS_FLAG, "fp8", model="qwen3-fp8")["plan"]
+    assert same == launch(*DP2, *LL, model="qwen3-fp8")["plan"]
+    assert launch(*DP2, *LL, ROWS_FLAG, "bf16")["plan"]["verdict"] == "ok"
 
 
-def test_rows_that_are_not_scattered_are_counted_whole(
-    worker: Worker, models: dict[str, str]
-) -> None:
+def test_rows_that_are_not_scattered_are_counted_whole(launch: Launch) -> None:
     """Without the padding to attention TP every rank may dispatch all of a group's rows."""
     flags = ("--tp-size", "2", *LL)
-    assert ask(worker, models["qwen3"], *flags)["resolved"]["chunked_prefill_size"] == 512
-    whole = ask(worker, models["qwen3"], *flags, "--disable-attn-tp-gather")
+    assert launch(*flags)["resolved"]["chunked_prefill_size"] == 512
+    whole = launch(*flags, "--disable-attn-tp-gather")
     assert whole["resolved"]["chunked_prefill_size"] == 256
     assert whole["resolved"]["max_running_requests"] == 256
-    scattered = ask(worker, models["qwen3"], "--tp-size", "4", "--attn-dp-size", "2", *LL,
+    scattered = launch("--tp-size", "4", "--attn-dp-size", "2", *LL,
                     "--disable-attn-tp-gather")  # fmt: skip
     assert scattered["plan"]["attn_tp_size"] == 2
 
 
-def test_a_named_graph_backend_wins_over_graphs_switched_off(
-    worker: Worker, models: dict[str, str]
-) -> None:
+def test_a_named_graph_backend_wins_over_graphs_switched_off(launch: Launch) -> None:
     """As in the host; its sizes are filled then."""
     named = ("--cuda-graph-backend-prefill", "breakable", "--cuda-graph-backend-decode", "full")
-    answer = ask(worker, models["qwen3"], *DP2, *LL, "--disable-cuda-graph", *named)
+    answer = launch(*DP2, *LL, "--disable-cuda-graph", *named)
     assert answer["prefill"]["max_bs"] == answer["decode"]["max_bs"] == 256
     assert all(size % 8 == 0 for size in answer["prefill"]["bs"])

@@ -47,7 +47,7 @@ def test_without_budgets_the_same_launch_dies(model: Path, tmp_path: Path) -> No
         with pytest.raises(OSError):
             server.generate(LONG_PROMPT, 4)
         assert server.wait_exit(EXIT_LIMIT_S) != 0
-        log = "\n".join(server.lines)
+        log = server.log()
     assert "tokens in one all-to-all dispatch (n <= T): got" in log
     assert f"allowed <= {BUDGET}" in log
 

@@ -143,6 +143,10 @@ class Server:
         self._progress = lambda _line: None
         return self
 
+    def log(self) -> str:
+        """What the server has said, as far as it is kept; safe while it says more."""
+        return "\n".join(list(self.lines))
+
     def tail(self) -> str:
         """The server's last lines."""
         return "\n".join(list(self.lines)[-_TAIL_LINES:])
