@@ -80,14 +80,15 @@ def _create(
     tokens = plan.max_dispatch_tokens_per_rank
     sizes = {"tokens per rank": tokens, "experts": num_experts, "hidden size": hidden_size}
     with _outside_memory_saver():
-        check_ranks_agree(group, sizes)
         if plan.transport == "torch":
             from ..transports.torch_dist import TorchTransport
 
+            check_ranks_agree(group, sizes)
             return TorchTransport(group)
         if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
+            check_ranks_agree(group, sizes)
             return original(cls, *args, tokens, num_experts)
-        return _create_low_latency(plan, group, hidden_size, num_experts)
+        return _create_low_latency(plan, group, sizes)
 
 
 def _outside_memory_saver() -> AbstractContextManager[Any]:
@@ -99,7 +100,7 @@ def _outside_memory_saver() -> AbstractContextManager[Any]:
     return TorchMemorySaverAdapter.create(enable=enabled).disable()
 
 
-def _create_low_latency(plan: Plan, group: Any, hidden_size: int, num_experts: int) -> Any:
+def _create_low_latency(plan: Plan, group: Any, sizes: dict[str, int]) -> Any:
     import torch
     from sglang.srt.layers.moe.token_dispatcher.deepep import _is_mnnvl_fabric_supported
 
@@ -107,11 +108,14 @@ def _create_low_latency(plan: Plan, group: Any, hidden_size: int, num_experts: i
 
     torch.cuda.synchronize()
     free_before, _ = torch.cuda.mem_get_info()
+    # Counted with the buffer, since DeepEP would ask the same of its group: the first collective
+    # makes NCCL's communicator and reserves a share of the kernels' local memory.
+    check_ranks_agree(group, sizes)
     created = create_deepep_buffer(
         group,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,
-        hidden_size=hidden_size,
-        num_experts=num_experts,
+        hidden_size=sizes["hidden size"],
+        num_experts=sizes["experts"],
         qp_depth=plan.nvshmem_qp_depth,
         allow_mnnvl=_is_mnnvl_fabric_supported(),
         explicitly_destroy=False,
