@@ -15,7 +15,9 @@ from .serving.fixture_plugin import write_plugin
 from .serving.prompts import NEW_TOKENS, SHORT_PROMPTS
 from .serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
 
-FEW, MANY = 8, 120  # tokens of an answer; the many outlast all of the few
+FEW, MANY = 8, 300  # tokens of an answer, at most
+OTHERS = range(2, len(SHORT_PROMPTS))
+ROUNDS, AT_ONCE = 12, 3
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -82,11 +84,16 @@ def test_converted_requests_get_the_same_tokens(
             # Log-probabilities would keep a request from being converted.
             return server.post("/generate", body)["output_ids"][:NEW_TOKENS]
 
-        with ThreadPoolExecutor(2) as pool:
-            # One on each rank, decoding for as long as the others arrive one by one.
+        # Lengths that differ: a group that has just prefilled is then asked to join the other's.
+        arriving = [(index, 1 + (index + i) % FEW) for i in range(ROUNDS) for index in OTHERS]
+        with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(AT_ONCE) as more:
+            # One on each rank, decoding for as long as the others arrive and end.
             many = [pool.submit(tokens, index, MANY) for index in range(2)]
-            few = [tokens(index, FEW) for index in range(2, len(SHORT_PROMPTS))]
-            answers = [request.result() for request in many] + few
+            few = list(more.map(lambda asked: tokens(*asked), arriving))
+            answers = [request.result() for request in many]
     expected = [answer["tokens"] for answer in stock[: len(SHORT_PROMPTS)]]
-    assert answers == expected[:2] + [tokens[:FEW] for tokens in expected[2:]]
-    assert len(list(converted.iterdir())) == 2, "a rank never joined the other's prefill"
+    assert answers == expected[:2]
+    assert few == [expected[index][:count] for index, count in arriving]
+    steps = [len(path.read_text().splitlines()) for path in converted.iterdir()]
+    assert len(steps) == 2
+    assert min(steps) >= ROUNDS, f"steps joined by each rank: {steps}"
