@@ -86,6 +86,7 @@ def _killing(server: Running, ranks: int) -> Checks:
 def _outcome(check: Callable[[], Any]) -> Any:
     try:
         found = check()
-    except Exception:  # the others are asked all the same
-        return traceback.format_exc()[-2000:]
+    except Exception as error:  # the others are asked all the same
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"[:2000]
     return "ok" if found is None else found
