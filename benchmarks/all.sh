@@ -28,6 +28,7 @@ fi
 step transport transport
 step up up --cold --variants a b c
 step checks checks
+step drift drift
 step rounds rounds --variants b c a --seldom a --budget 1500
 step down down
 step up-warm up --one-by-one --quick --variants b c

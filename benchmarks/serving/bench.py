@@ -4,6 +4,7 @@
     up      start variants that stay: phases of the start, mixed prompts, log-probabilities
     rounds  alternating rounds of load against the servers that are up
     checks  idle ranks, unequal load and the plan of ours that is up; or a rank killed, by --kill
+    drift   whether the answers of those that are up get worse under load
     down    stop them by their process ids; what was compiled since they were ready
     pair    up, rounds and down in one
     stock   launches that fail on the stock host: what happens, and after how long
@@ -270,7 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stages = ("start", "up", "rounds", "checks", "down", "pair", "stock", "merge")
+    stages = ("start", "up", "rounds", "checks", "drift", "down", "pair", "stock", "merge")
     parser.add_argument("stage", choices=stages)
     parser.add_argument("files", type=Path, nargs="*", help="merge: JSON files to join")
     parser.add_argument("--out", type=Path, required=True, help="folder; for merge a file")
@@ -304,8 +305,9 @@ def main() -> int:
         return 0
     bench = Bench(options)
     try:
-        if options.stage in ("start", "stock", "checks"):
+        if options.stage in ("start", "stock", "checks", "drift"):
             import alone
+            import drift
             import rank_checks
             import stock
 
@@ -313,6 +315,7 @@ def main() -> int:
                 "start": alone.stage_start,
                 "stock": stock.stage_stock,
                 "checks": rank_checks.stage_checks,
+                "drift": drift.stage_drift,
             }
             stages_of_their_own[options.stage](bench)
         else:
