@@ -137,7 +137,7 @@ REPLAY_MIXED_STEPS = Variable(
     "MOE_PLUGIN_REPLAY_MIXED_STEPS",
     False,
     parse_bool,
-    "1: while one group prefills, decoding ones join its graphs (experimental, not run on a GPU).",
+    "1: while one group prefills, decoding ones join its graphs (faster, accuracy not settled).",
 )
 VARIABLES: tuple[Variable[Any], ...] = (
     DISABLE,
