@@ -7,13 +7,15 @@ these sizes depends on the number of ranks.
 from __future__ import annotations
 
 from .kernels.launch import depth_split
-from .rows import ceil_div
+from .rows import ceil_div, ceil_to
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALE_CHANNELS = 128
 """Channels per float32 scale of an FP8 dispatch (DeepEP)."""
 ACT_SCALE_CHANNELS = 64
 """Narrowest re-quantisation group of our FP8 experts; sizes their scales."""
+ALLOCATION = 512
+"""Torch's allocator rounds every tensor up to a multiple of this, bytes."""
 
 
 def received_bytes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> int:
@@ -21,6 +23,13 @@ def received_bytes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> int:
     if fp8:
         return rows * (hidden + 4 * (hidden // SCALE_CHANNELS))
     return rows * hidden * DTYPE_BYTES.get(dtype, 2)
+
+
+def handle_bytes(rows: int, experts: int, local_experts: int) -> int:
+    """What a dispatch returns beside the rows (DeepEP): where each came from, the ranges of each
+    pair of local expert and rank, and the counts."""
+    tensors = (4 * rows, 8 * experts, 4 * local_experts)
+    return sum(ceil_to(size, ALLOCATION) for size in tensors)
 
 
 def activation_bytes(rows: int, intermediate: int, dtype: str, *, fp8: bool) -> int:
@@ -68,13 +77,15 @@ def workspace_bytes(
         batches: that are between dispatch and combine at once; 2 with two-batch overlap. Each
             holds its rows and its result; their experts run one after the other.
 
-    Received rows, the activation between the GEMMs, and the result that combine reads.
+    Received rows with their handle, the activation between the GEMMs, and the result that combine
+    reads.
     """
     rows = experts * max_tokens
     size = DTYPE_BYTES.get(dtype, 2)
     parts = 0 if host else split_bytes(rows, experts // ranks, hidden)
     gate_up = rows * 2 * intermediate * size if host else 0
     received = received_bytes(rows, hidden, dtype, fp8=fp8)
+    received += handle_bytes(rows, experts, experts // ranks)
     result = rows * hidden * size
     between = activation_bytes(rows, intermediate, dtype, fp8=fp8) + gate_up + parts
     return batches * (received + result) + between

@@ -14,6 +14,7 @@ from moe_plugin.deepep_limits import DEEPEP_LIMITS, TORCH_LIMITS
 from moe_plugin.errors import BudgetError, ConfigError, UnsupportedError
 from moe_plugin.facts import LaunchFacts, ModelFacts
 from moe_plugin.limits import Limits
+from moe_plugin.memory import handle_bytes
 from moe_plugin.plan import Plan, Rejection, refusal
 
 V3 = ModelFacts(
@@ -176,7 +177,9 @@ def test_fp4_experts_run_on_blackwell() -> None:
 def test_two_batch_overlap_holds_two_batches() -> None:
     """Rows of one are received while the other's are computed; the experts take turns."""
     one, two = plan(QWEN), plan(QWEN, two_batch_overlap=True)
-    assert two.workspace_bytes - one.workspace_bytes == 256 * 128 * 2 * 2048 * 2
+    rows = 256 * 128
+    second = rows * 2 * 2048 * 2 + handle_bytes(rows, 128, 128)
+    assert two.workspace_bytes - one.workspace_bytes == second
 
 
 def test_suggested_capacities_suit_fp8_rows() -> None:

@@ -15,7 +15,14 @@ from moe_plugin.deepep_limits import (
     low_latency_rdma_bytes,
 )
 from moe_plugin.limits import Limits
-from moe_plugin.memory import activation_bytes, received_bytes, split_bytes, workspace_bytes
+from moe_plugin.memory import (
+    DTYPE_BYTES,
+    activation_bytes,
+    handle_bytes,
+    received_bytes,
+    split_bytes,
+    workspace_bytes,
+)
 
 GIB = 1 << 30
 
@@ -125,8 +132,12 @@ def test_activation_bytes_equal_the_kernels_own(fp8: bool) -> None:
 def test_workspace_is_rows_times_their_widths() -> None:
     """bf16: 2H + I per row, 2 bytes each; the host's runner also stores gate and up."""
     rows = 256 * 128
-    assert workspace_bytes(128, 256, 2048, 768, "bfloat16") == rows * (2 * 2048 + 768) * 2
-    assert workspace_bytes(128, 256, 2048, 768, "float32") == rows * (2 * 2048 + 768) * 4
-    host = workspace_bytes(128, 256, 2048, 768, "bfloat16", host=True)
+    handle = 4 * rows + 1024 + 512
+    assert handle_bytes(rows, 128, 128) == handle
+    assert handle_bytes(rows, 128, 16) == handle  # 16 counts in a block of 512 bytes
+    for dtype in ("bfloat16", "float32"):
+        ours = workspace_bytes(128, 256, 2048, 768, dtype) - handle
+        assert ours == rows * (2 * 2048 + 768) * DTYPE_BYTES[dtype]
+    host = workspace_bytes(128, 256, 2048, 768, "bfloat16", host=True) - handle
     assert host == rows * (2 * 2048 + 3 * 768) * 2
     assert received_bytes(10, 256, "bfloat16", fp8=True) == 10 * (256 + 8)

@@ -13,6 +13,7 @@ import torch
 
 from moe_plugin.deepep_limits import device_bytes, low_latency_rdma_bytes
 from moe_plugin.errors import BudgetError
+from moe_plugin.memory import workspace_bytes
 from moe_plugin.metadata import DPMetadata
 from moe_plugin.stats import Stats
 from moe_plugin.transports.guard import GuardedTransport
@@ -243,8 +244,26 @@ def buffer_bytes(world: World) -> None:
         assert world.taken <= planned, numbers
 
 
+def workspace(world: World) -> None:
+    """What an eager layer allocates at most, its weights and tokens apart, is what is planned."""
+    sizes = world.sizes
+    for fp8 in (False, True):
+        ours = world.layer(world.case([sizes.capacity] * world.ranks, seed=41), fp8)
+        ours()  # what a first call alone needs
+        peak = world.peak_bytes(ours)
+        planned = workspace_bytes(
+            world.experts, sizes.capacity, sizes.hidden, sizes.inter, "bfloat16",
+            ranks=world.ranks, fp8=fp8,
+        )  # fmt: skip
+        numbers = f"peak {peak}, planned {planned} bytes, {'fp8' if fp8 else 'bf16'}"
+        print(f"rank {world.rank}: {numbers}", flush=True)
+        if peak is not None:
+            assert peak <= planned <= 1.05 * peak, numbers
+
+
 CASES: dict[str, Case] = {
     "buffer bytes": buffer_bytes,
+    "workspace": workspace,
     **{
         f"layer, {counts}, {routing}": partial(layer, counts=counts, routing=routing)
         for counts in ("T", "T-1", "uneven", "one idle", "all idle")

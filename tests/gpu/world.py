@@ -109,6 +109,18 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def peak_bytes(self, step: Callable[[], torch.Tensor]) -> int | None:
+        """The most that ``step`` allocated at once; None on CPU, where nobody counts."""
+        if self.device.type != "cuda":
+            step()
+            return None
+        self.synchronise()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        self.synchronise()
+        return torch.cuda.max_memory_allocated() - before
+
     @contextlib.contextmanager
     def no_host_sync(self) -> Iterator[None]:
         """Torch raises at whatever would make the host wait for the GPU."""
