@@ -6,8 +6,8 @@ Under a plan whose dispatches are all low latency the layers in those graphs are
 decode graphs, and groups may differ in rows: the same is possible.
 
 The host's reason not to is accuracy: replays of small buckets were seen to amplify how an
-all-to-all's logits drift (sglang#30898). Whether that holds for low latency has to be measured
-before this is on by default.
+all-to-all's logits drift (sglang#30898). Whether that holds for low latency has to be settled
+before this is on by default: docs/several-gpus.md says what is known.
 """
 
 from __future__ import annotations
