@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("resolving_worker.py")
+LL = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
 
 QWEN3_30B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],

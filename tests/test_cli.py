@@ -14,20 +14,12 @@ import torch
 
 from moe_plugin.sweep import PROMPTS, TOKENS, Point, prefill_steps, rows, svg
 
-from .resolving import write_models
-
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
 FIELDS = {
     "capability", "max_dispatch_tokens_per_rank", "chunked_prefill_size", "max_running_requests",
     "cuda_graph_max_bs_decode", "resolved", "nvshmem_qp_depth", "rdma_buffer_bytes",
     "rdma_device_bytes", "workspace_bytes", "verdict", "errors",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Model directories, by name."""
-    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .resolving import Launch, Worker, write_models
+from .resolving import LL, Launch, Worker
 
 CAPACITY = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
-LL = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Model directories, by name."""
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def worker(models: dict[str, str]) -> Iterator[Worker]:
-    """One process with the plugin's hooks, answering for an H100."""
-    process = Worker(models["qwen3"])
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def launch(worker: Worker, models: dict[str, str]) -> Launch:
-    """``launch("--tp-size", "8", ...)`` -> answer."""
-    return Launch(worker, models)
 
 
 def test_on_selects_deepep_and_fills_every_budget(launch: Launch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .resolving import Worker, write_models
+from .resolving import Worker
 
 BACKENDS = ("none", "deepep", "mooncake", "nixl", "mori", "ascend_fuseep", "flashinfer",
             "megamoe", "deepep_v2", "pplx")  # fmt: skip
@@ -23,12 +23,6 @@ TOPOLOGIES = [
     if tp % dp == 0 and tp % ep == 0
 ]
 FIXTURE = Path(__file__).parent / "fixtures" / "backend_dist"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Model directories, by name."""
-    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

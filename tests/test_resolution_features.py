@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from .resolving import DEEPSEEK_V3, FP8_BLOCK, QWEN3_30B, Launch, Worker, variant, write_models
+from .resolving import DEEPSEEK_V3, FP8_BLOCK, LL, QWEN3_30B, Launch, variant, write_models
 
-LL = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
 DP2 = ("--tp-size", "2", "--attn-dp-size", "2")
 ON = ("--use-batched-dp-moe", "on")
 LEAVE = "--moe-a2a-backend none --use-batched-dp-moe off"
@@ -25,20 +22,6 @@ MORE = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Model directories, by name."""
     return write_models(tmp_path_factory.mktemp("models"), MORE)
-
-
-@pytest.fixture(scope="module")
-def worker(models: dict[str, str]) -> Iterator[Worker]:
-    """One process with the plugin's hooks, answering for an H100."""
-    process = Worker(models["qwen3"])
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def launch(worker: Worker, models: dict[str, str]) -> Launch:
-    """``launch("--tp-size", "8", ...)`` -> answer."""
-    return Launch(worker, models)
 
 
 BF16_ROWS = {"SGLANG_DEEPEP_BF16_DISPATCH": "1"}

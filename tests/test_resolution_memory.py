@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from .resolving import Worker, write_models
+from .resolving import LL, Worker
 
 H100_MIB = 81559
-TP8 = ("--tp-size", "8", "--attn-dp-size", "8", "--moe-a2a-backend", "deepep",
-       "--deepep-mode", "low_latency")  # fmt: skip
+TP8 = ("--tp-size", "8", "--attn-dp-size", "8", *LL)
 # What the plugin fills for T = 256, typed out, so that the stock host sizes the same launch.
 SAME = ("--chunked-prefill-size", "2048", "--max-running-requests", "2048",
         "--cuda-graph-max-bs-decode", "256", "--cuda-graph-max-bs-prefill", "256")  # fmt: skip
 AFTER_CAPTURE = {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Model directories, by name."""
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def worker(models: dict[str, str]) -> Iterator[Worker]:
-    """One process with the plugin's hooks, answering for an H100."""
-    process = Worker(models["qwen3"])
-    yield process
-    process.close()
 
 
 def both(

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from .resolving import Worker, write_models
+from .resolving import LL, Worker, write_models
 from .versions import OLDER, overlay
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 DP8 = ("--tp-size", "8", "--dp-size", "8", "--enable-dp-attention")
-LL = ("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
 EAGLE = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3",
          "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")  # fmt: skip
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
