@@ -80,15 +80,17 @@ def _create(
     tokens = plan.max_dispatch_tokens_per_rank
     sizes = {"tokens per rank": tokens, "experts": num_experts, "hidden size": hidden_size}
     with _outside_memory_saver():
+        # Before the ranks are compared, as DeepEP would compare them by itself: the first
+        # collective makes NCCL's communicator and reserves a share of the kernels' local memory.
+        free_before = _free_bytes()
+        check_ranks_agree(group, sizes)
         if plan.transport == "torch":
             from ..transports.torch_dist import TorchTransport
 
-            check_ranks_agree(group, sizes)
             return TorchTransport(group)
         if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
-            check_ranks_agree(group, sizes)
             return original(cls, *args, tokens, num_experts)
-        return _create_low_latency(plan, group, sizes)
+        return _create_low_latency(plan, group, hidden_size, num_experts, free_before)
 
 
 def _outside_memory_saver() -> AbstractContextManager[Any]:
@@ -100,27 +102,33 @@ def _outside_memory_saver() -> AbstractContextManager[Any]:
     return TorchMemorySaverAdapter.create(enable=enabled).disable()
 
 
-def _create_low_latency(plan: Plan, group: Any, sizes: dict[str, int]) -> Any:
+def _free_bytes() -> int:
+    """Free memory of this process's GPU when nothing runs; 0 without one."""
     import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def _create_low_latency(
+    plan: Plan, group: Any, hidden_size: int, num_experts: int, free_before: int
+) -> Any:
     from sglang.srt.layers.moe.token_dispatcher.deepep import _is_mnnvl_fabric_supported
 
     from ..transports.deepep_ll import create_deepep_buffer
 
-    torch.cuda.synchronize()
-    free_before, _ = torch.cuda.mem_get_info()
-    # Counted with the buffer, since DeepEP would ask the same of its group: the first collective
-    # makes NCCL's communicator and reserves a share of the kernels' local memory.
-    check_ranks_agree(group, sizes)
     created = create_deepep_buffer(
         group,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,
-        hidden_size=sizes["hidden size"],
-        num_experts=sizes["experts"],
+        hidden_size=hidden_size,
+        num_experts=num_experts,
         qp_depth=plan.nvshmem_qp_depth,
         allow_mnnvl=_is_mnnvl_fabric_supported(),
         explicitly_destroy=False,
     )
-    STATS.buffer_device_bytes = free_before - torch.cuda.mem_get_info()[0]
+    STATS.buffer_device_bytes = free_before - _free_bytes()
     logger.info(
         "moe_plugin: DeepEP buffer for %d tokens per rank, %d MiB asked, %d MiB taken, %d planned",
         plan.max_dispatch_tokens_per_rank,
