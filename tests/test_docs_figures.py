@@ -12,6 +12,7 @@ import pytest
 
 sys.path += [str(Path(__file__).parents[1] / "benchmarks" / "serving"), str(Path(__file__).parent)]
 import report
+from ratios import by_round
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,8 +46,7 @@ def rows_below(document: str, head: str) -> list[list[str]]:
 
 def middle(result: report.Report, variant: str, point: int, metric: str) -> float:
     """Median over the rounds."""
-    rounds = [r for r in result["rounds"] if (r["variant"], r["concurrency"]) == (variant, point)]
-    return median(r[metric] for r in rounds)
+    return median(by_round(result["rounds"], variant, point, metric).values())
 
 
 def interval(found: report.Report) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from .hosts import host_result, run_host
+from .resolving import LL
 from .serving.checkpoint import write_checkpoint
 from .serving.server import COMMON_ARGS, TWO_EP_RANKS
 
@@ -94,7 +95,7 @@ def test_flags_are_in_the_help() -> None:
 
 def test_excluded_and_disabled_plugins_leave_the_host_as_it_was(model: Path) -> None:
     """SGLANG_PLUGINS without us, and the kill switch, resolve exactly like the stock host."""
-    argv = _argv(model, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
+    argv = _argv(model, *LL)
     code = RESOLVED.format(argv=argv)
     excluded = host_result(code, env={"SGLANG_PLUGINS": "moe_plugin_cpu"})
     disabled = host_result(code, env={"MOE_PLUGIN_DISABLE": "1"})
@@ -169,7 +170,7 @@ def test_every_touched_symbol_is_as_expected() -> None:
 
 def test_arguments_resolved_without_us_are_refused_at_the_point_of_use(model: Path) -> None:
     """Embedders can resolve before plugins load; the scheduler then refuses to run unbounded."""
-    argv = _argv(model, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
+    argv = _argv(model, *LL)
     code = f"""
 from sglang.srt.server_args import prepare_server_args
 import sglang.srt.managers.scheduler as scheduler
@@ -216,7 +217,7 @@ def test_arguments_tuned_by_hand_without_us_still_work(
 
     Two DP groups share a chunk; the host's buffer holds 128 rows of a rank by default.
     """
-    argv = _argv(model, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
+    argv = _argv(model, *LL)
     argv += ["--chunked-prefill-size", chunk, "--max-running-requests", "64"]
     env = {"MOE_PLUGIN_TRANSPORT": "deepep", **env}  # torch on a CPU, of which no host knows
     assert host_result(BY_HAND.format(argv=argv), env=env) == answer
@@ -235,7 +236,7 @@ args = prepare_server_args({argv!r})
 
 def test_drift_in_model_code_leaves_auto_alone_and_refuses_on(model: Path) -> None:
     """auto resolves as the stock host; on raises with the reason, before any weights."""
-    argv = _argv(model, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency")
+    argv = _argv(model, *LL)
     auto = MODEL_DRIFT.format(argv=argv) + (
         "args.resolve_once()\n"
         "from sglang.srt.arg_groups.model_override_base import resolving_view\n"

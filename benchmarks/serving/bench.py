@@ -303,21 +303,22 @@ def main() -> int:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
         print(table(report))
         return 0
+    # Here, since `merge` needs none of what they import.
+    import alone
+    import drift
+    import rank_checks
+    import stock
+
+    stages_of_their_own = {
+        "start": alone.stage_start,
+        "stock": stock.stage_stock,
+        "checks": rank_checks.stage_checks,
+        "drift": drift.stage_drift,
+    }
     bench = Bench(options)
     try:
-        if options.stage in ("start", "stock", "checks", "drift"):
-            import alone
-            import drift
-            import rank_checks
-            import stock
-
-            stages_of_their_own = {
-                "start": alone.stage_start,
-                "stock": stock.stage_stock,
-                "checks": rank_checks.stage_checks,
-                "drift": drift.stage_drift,
-            }
-            stages_of_their_own[options.stage](bench)
+        if stage := stages_of_their_own.get(options.stage):
+            stage(bench)
         else:
             getattr(bench, options.stage)()
     finally:

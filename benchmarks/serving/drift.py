@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from load import TOKEN_IDS
 from servers import Detached, load_state
 from serving.server import Server
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 COMPARED = 16  # tokens of every answer
 NEW_TOKENS = (16, 96)  # of an answer under load: requests end at different times
 PROMPT_TOKENS = (16, 64)
-TOKEN_IDS = (5, 250)
 READABLE = 259  # ids from here on the host does not take as input
 AT_ONCE = 64
 READERS = 16
@@ -41,14 +41,16 @@ def stage_drift(bench: Bench) -> None:
     """Every server that is up: its answers alone and under load, read by the first one."""
     few, many = (4, 16) if bench.cpu else (64, 512)
     servers = load_state(bench.options.work)
-    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+    if not servers:
+        return
+    reader = servers[0]
+    with ThreadPoolExecutor(len(servers)) as pool:
         alone = list(pool.map(lambda server: answers_alone(server, few), servers))
     outcomes = bench.report.setdefault("drift", {})
     for server, own in zip(servers, alone, strict=True):
         before = len(_prefills(server))
         loaded = answers_under_load(server, many)
         replayed = _prefills(server)[before:]
-        reader = servers[0]
         reader.idle()
         outcomes[server.record.variant] = {
             "alone": {"regret": regret(reader, own), **kept(own, alone[0])},
