@@ -16,20 +16,27 @@ ACT_SCALE_CHANNELS = 64
 """Narrowest re-quantisation group of our FP8 experts; sizes their scales."""
 ALLOCATION = 512
 """Torch's allocator rounds every tensor up to a multiple of this, bytes."""
+UNSPLIT = 1 << 20
+"""And gives one that is larger than this a block of up to as much more: less it does not split."""
 
 
-def received_bytes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> int:
-    """What a dispatch returns: rows in FP8 with scales, or in the activation dtype."""
+def allocated(size: int) -> int:
+    """The most that the allocator takes for one tensor of ``size`` bytes."""
+    return ceil_to(size, ALLOCATION) + (UNSPLIT if size > UNSPLIT else 0)
+
+
+def received_sizes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> tuple[int, ...]:
+    """Tensors of the rows that a dispatch returns: in FP8 with scales, or in the activation
+    dtype."""
     if fp8:
-        return rows * (hidden + 4 * (hidden // SCALE_CHANNELS))
-    return rows * hidden * DTYPE_BYTES.get(dtype, 2)
+        return rows * hidden, rows * 4 * (hidden // SCALE_CHANNELS)
+    return (rows * hidden * DTYPE_BYTES.get(dtype, 2),)
 
 
-def handle_bytes(rows: int, experts: int, local_experts: int) -> int:
-    """What a dispatch returns beside the rows (DeepEP): where each came from, the ranges of each
-    pair of local expert and rank, and the counts."""
-    tensors = (4 * rows, 8 * experts, 4 * local_experts)
-    return sum(ceil_to(size, ALLOCATION) for size in tensors)
+def handle_sizes(rows: int, experts: int, local_experts: int) -> tuple[int, ...]:
+    """Tensors that a dispatch returns beside them (DeepEP): where each row came from, the ranges of
+    each pair of local expert and rank, and the counts."""
+    return 4 * rows, 8 * experts, 4 * local_experts
 
 
 def activation_bytes(rows: int, intermediate: int, dtype: str, *, fp8: bool) -> int:
@@ -78,17 +85,21 @@ def workspace_bytes(
             holds its rows and its result; their experts run one after the other.
 
     Received rows with their handle, the activation between the GEMMs, and the result that combine
-    reads.
+    reads; each with what the allocator may add.
     """
-    rows = experts * max_tokens
+    rows, local_experts = experts * max_tokens, experts // ranks
     size = DTYPE_BYTES.get(dtype, 2)
-    parts = 0 if host else split_bytes(rows, experts // ranks, hidden)
-    gate_up = rows * 2 * intermediate * size if host else 0
-    received = received_bytes(rows, hidden, dtype, fp8=fp8)
-    received += handle_bytes(rows, experts, experts // ranks)
+    received = received_sizes(rows, hidden, dtype, fp8=fp8)
+    handle = handle_sizes(rows, experts, local_experts)
     result = rows * hidden * size
-    between = activation_bytes(rows, intermediate, dtype, fp8=fp8) + gate_up + parts
-    return batches * (received + result) + between
+    activation = activation_bytes(rows, intermediate, dtype, fp8=fp8)
+    between = [activation]
+    if host:
+        between.append(rows * 2 * intermediate * size)
+    else:  # in one allocation
+        between[0] += split_bytes(rows, local_experts, hidden)
+    batch = sum(map(allocated, (*received, *handle, result)))
+    return batches * batch + sum(map(allocated, between))
 
 
 def gib(size: int) -> str:

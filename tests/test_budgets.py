@@ -14,7 +14,7 @@ from moe_plugin.deepep_limits import DEEPEP_LIMITS, TORCH_LIMITS
 from moe_plugin.errors import BudgetError, ConfigError, UnsupportedError
 from moe_plugin.facts import LaunchFacts, ModelFacts
 from moe_plugin.limits import Limits
-from moe_plugin.memory import handle_bytes
+from moe_plugin.memory import allocated, handle_sizes
 from moe_plugin.plan import Plan, Rejection, refusal
 
 V3 = ModelFacts(
@@ -178,7 +178,8 @@ def test_two_batch_overlap_holds_two_batches() -> None:
     """Rows of one are received while the other's are computed; the experts take turns."""
     one, two = plan(QWEN), plan(QWEN, two_batch_overlap=True)
     rows = 256 * 128
-    second = rows * 2 * 2048 * 2 + handle_bytes(rows, 128, 128)
+    tensors = (rows * 2048 * 2, rows * 2048 * 2, *handle_sizes(rows, 128, 128))
+    second = sum(map(allocated, tensors))
     assert two.workspace_bytes - one.workspace_bytes == second
 
 

@@ -17,9 +17,11 @@ from moe_plugin.deepep_limits import (
 from moe_plugin.limits import Limits
 from moe_plugin.memory import (
     DTYPE_BYTES,
+    UNSPLIT,
     activation_bytes,
-    handle_bytes,
-    received_bytes,
+    allocated,
+    handle_sizes,
+    received_sizes,
     split_bytes,
     workspace_bytes,
 )
@@ -133,11 +135,22 @@ def test_workspace_is_rows_times_their_widths() -> None:
     """bf16: 2H + I per row, 2 bytes each; the host's runner also stores gate and up."""
     rows = 256 * 128
     handle = 4 * rows + 1024 + 512
-    assert handle_bytes(rows, 128, 128) == handle
-    assert handle_bytes(rows, 128, 16) == handle  # 16 counts in a block of 512 bytes
+    for ranks in (1, 8):  # 16 counts take a block of 512 bytes as 128 do
+        assert sum(map(allocated, handle_sizes(rows, 128, 128 // ranks))) == handle
     for dtype in ("bfloat16", "float32"):
         ours = workspace_bytes(128, 256, 2048, 768, dtype) - handle
-        assert ours == rows * (2 * 2048 + 768) * DTYPE_BYTES[dtype]
+        assert ours == rows * (2 * 2048 + 768) * DTYPE_BYTES[dtype] + 3 * UNSPLIT
     host = workspace_bytes(128, 256, 2048, 768, "bfloat16", host=True) - handle
-    assert host == rows * (2 * 2048 + 3 * 768) * 2
-    assert received_bytes(10, 256, "bfloat16", fp8=True) == 10 * (256 + 8)
+    assert host == rows * (2 * 2048 + 3 * 768) * 2 + 4 * UNSPLIT
+    assert received_sizes(10, 256, "bfloat16", fp8=True) == (10 * 256, 10 * 8)
+
+
+def test_allocated_bounds_what_the_allocator_took() -> None:
+    """A layer of the DeepEP tests on four ranks: 16 experts, T = 128, H = 2048, I = 256, bf16.
+
+    Its peak on a GPU was 52,438,016 bytes; 33 MiB + 16 KiB between the GEMMs had a block of 34 MiB.
+    """
+    planned = workspace_bytes(16, 128, 2048, 256, "bfloat16", ranks=4)
+    assert 52_438_016 <= planned <= 52_438_016 + 3 * UNSPLIT
+    assert allocated(33 * 2**20 + 16384) >= 34 * 2**20
+    assert [allocated(size) for size in (1, 513, 2**20)] == [512, 1024, 2**20]
