@@ -183,11 +183,16 @@ def dispatch_dtype(cfg: Any) -> tuple[str, str]:
     return ("fp8" if asked == "int8" else str(asked)), flag  # as the host does off NPUs
 
 
+def deterministic(cfg: Any) -> bool:
+    """Whether a token must get the same bits in any batch."""
+    return bool(getattr(cfg, "enable_deterministic_inference", False))
+
+
 def chunk_alignment(cfg: Any) -> int:
     """Tokens of a prefill chunk below which the host's scheduler refuses to start
     (``Scheduler.check_truncation_align_fits_chunk``)."""
     prefill = getattr(cfg, "prefill_attention_backend", None) or cfg.attention_backend
-    if not getattr(cfg, "enable_deterministic_inference", False) or prefill != "flashinfer":
+    if not deterministic(cfg) or prefill != "flashinfer":
         return 1
     return environment_int(FLASHINFER_TILE) or 4096
 

@@ -16,7 +16,7 @@ from ..runner import BatchedMoERunner, ExpertWeights, make_moe_runner, warm_up
 from ..stats import STATS
 from ..support import LEAVE_TEXT
 from . import buffer
-from .facts import dispatch_dtype
+from .facts import deterministic, dispatch_dtype
 
 _RUNNER = "_moe_plugin_runner"
 _LIMITED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
@@ -171,6 +171,7 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
         intermediate_size=layer.intermediate_size_per_partition,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,
         activation=moe.activation,
+        batch_invariant=deterministic(buffer.host_config()),
     )
     return make_moe_runner(config, buffer.device_type())
 

@@ -19,6 +19,8 @@ class BatchedMoEConfig:
         intermediate_size: one expert's intermediate size.
         max_num_tokens: most tokens that one rank dispatches at once, T; from the plan, > 0.
         activation: ``silu``.
+        batch_invariant: one launch of the experts for every batch, so that a token gets the same
+            bits in any (the host's deterministic inference); costs speed in small ones.
     """
 
     num_experts: int
@@ -28,6 +30,7 @@ class BatchedMoEConfig:
     intermediate_size: int
     max_num_tokens: int
     activation: str = "silu"
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_ranks", "top_k", "hidden_size", "intermediate_size"):

@@ -59,7 +59,8 @@ class BatchedMoERunner:
     def __init__(self, config: BatchedMoEConfig, experts: Experts) -> None:
         self.config = config
         self._experts = experts
-        self._most_rows = expected_rows(config)[-1]
+        rows = expected_rows(config)
+        self._fewest_rows, self._most_rows = rows[0], rows[-1]
 
     def run_experts(
         self,
@@ -77,10 +78,13 @@ class BatchedMoERunner:
             masked_m: [L] int32 on the device; never written.
             weights: the layer's experts.
             expected_m: mean live rows per expert; chooses tiles, never changes the result's rows.
+                Without effect where the layer is batch invariant.
 
         Returns:
             [L, ranks * T, H] bf16 (fp32 for fp32 weights); rows past the count are unspecified.
         """
+        # Within what was compiled for: the host rounds up to one more.
+        expected_m = max(self._fewest_rows, min(expected_m, self._most_rows))
         return self._experts(
             hidden_states,
             hidden_states_scale,
@@ -89,7 +93,7 @@ class BatchedMoERunner:
             weights.w2,
             weights.w2_scale,
             masked_m,
-            min(expected_m, self._most_rows),  # the host rounds up to one more: not compiled for
+            expected_m,
         )
 
     def forward(
@@ -141,9 +145,13 @@ class BatchedMoERunner:
 
 
 def expected_rows(config: BatchedMoEConfig) -> range:
-    """Every mean of live rows per expert that a batch within T can have: what to compile for."""
+    """Every mean of live rows per expert that a batch within T can have: what to compile for.
+
+    Of a batch-invariant layer the largest alone, which stands for all.
+    """
     full = DPMetadata((config.max_num_tokens,) * config.num_ranks)
-    return range(1, full.expected_rows(config.top_k, config.num_experts) + 1)
+    most = full.expected_rows(config.top_k, config.num_experts)
+    return range(most if config.batch_invariant else 1, most + 1)
 
 
 @cache

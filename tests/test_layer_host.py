@@ -97,6 +97,29 @@ def test_a_limited_activation_never_reaches_our_experts() -> None:
     assert unlimited.startswith("AttributeError")  # it went on, to what this layer lacks
 
 
+INVARIANT = """
+from types import SimpleNamespace
+from moe_plugin.integration import buffer, layer
+
+moe = SimpleNamespace(activation="silu", is_gated=True, apply_router_weight_on_input=False)
+made = SimpleNamespace(layer_id=3, moe_runner_config=moe, num_experts=16, moe_ep_size=2, top_k=2,
+                       hidden_size=64, intermediate_size_per_partition=32)
+
+def batch_invariant(asked):
+    buffer.host_config = lambda: SimpleNamespace(
+        device="cpu", enable_deterministic_inference=asked)
+    plan = SimpleNamespace(max_dispatch_tokens_per_rank=128)
+    return layer._make_runner(made, plan).config.batch_invariant
+
+emit([batch_invariant(False), batch_invariant(True)])
+"""
+
+
+def test_deterministic_inference_asks_for_the_same_bits_in_any_batch() -> None:
+    """``--enable-deterministic-inference``."""
+    assert host_result(INVARIANT) == [False, True]
+
+
 SAVER = """
 from contextlib import contextmanager
 from types import SimpleNamespace

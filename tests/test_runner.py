@@ -62,11 +62,17 @@ def test_expected_rows_is_a_mean_and_at_least_one() -> None:
     assert DPMetadata((0, 0)).expected_rows(8, 256) == 1
 
 
-@pytest.mark.parametrize(("asked", "given"), [(1, 1), (128, 128), (129, 128)])
-def test_no_more_rows_are_expected_than_kernels_were_compiled_for(asked: int, given: int) -> None:
-    """The host's own estimate rounds a full batch up to one row more."""
-    config = BatchedMoEConfig(**GOOD)
-    assert expected_rows(config)[-1] == 128
+@pytest.mark.parametrize(
+    ("asked", "given", "same_bits"),
+    [(1, 1, False), (128, 128, False), (129, 128, False), (1, 128, True), (129, 128, True)],
+)
+def test_rows_are_expected_that_kernels_were_compiled_for(
+    asked: int, given: int, same_bits: bool
+) -> None:
+    """The host's own estimate rounds a full batch up to one row more; a batch-invariant layer has
+    one launch."""
+    config = BatchedMoEConfig(**GOOD, batch_invariant=same_bits)
+    assert expected_rows(config) == range(128 if same_bits else 1, 129)
     runner = BatchedMoERunner(config, lambda *args: args[-1])
     weights = ExpertWeights(None, None)  # type: ignore[arg-type]
     assert runner.run_experts(None, None, None, weights, asked) == given  # type: ignore[arg-type]

@@ -7,20 +7,24 @@ come after them. So one failed case does not keep the others from being run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from moe_plugin.deepep_limits import device_bytes, low_latency_rdma_bytes
 from moe_plugin.errors import BudgetError
-from moe_plugin.memory import workspace_bytes
+from moe_plugin.memory import UNSPLIT, workspace_bytes
 from moe_plugin.metadata import DPMetadata
+from moe_plugin.runner import make_moe_runner
 from moe_plugin.stats import Stats
 from moe_plugin.transports.guard import GuardedTransport
 
 from .world import Layer, World
 
 Case = Callable[[World], None]
+
+LARGE_TENSORS = 4  # of a layer: rows, their scales, the result, and what lies between the GEMMs
 
 
 def counts_of(world: World) -> dict[str, list[int]]:
@@ -222,6 +226,38 @@ def soak(world: World) -> None:
     ours.check(out, f"after {world.sizes.round_trips} round trips")
 
 
+def same_bits(world: World) -> None:
+    """With the same launch of the experts a token gets the same bits whatever else is in the batch,
+    and whether a graph is replayed or not; where the layer is batch invariant, in batches of any
+    size.
+
+    Rows that route nowhere stand for those that a graph pads with.
+    """
+    counts = [world.sizes.capacity] * world.ranks
+    live = max(1, world.sizes.capacity // 4)
+    results = []
+    for fp8 in (False, True):
+        full, few = (world.layer(world.case(counts, seed=51), fp8) for _ in range(2))
+        few.ids[live:] = -1
+        out, replay = world.captured(few)
+        replay()
+        sent = [full(), few()]
+        for each in (full, few):
+            each.runner = make_moe_runner(
+                replace(world.config, batch_invariant=True), world.device.type
+            )
+        for name in ("x", "ids", "topk_weights"):
+            setattr(few, name, getattr(few, name)[:live])
+        results.append(("fp8" if fp8 else "bf16", *sent, out, full(), few()))
+    for kind, among, alone, replayed, large, small in results:
+        for one, other in ((alone[:live], among[:live]), (replayed, alone), (small, large[:live])):
+            if world.device.type == "cuda":
+                assert torch.equal(one, other), kind
+            else:  # a CPU's GEMM adds in an order that its size decides
+                torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-8)
+        assert not replayed[live:].any(), f"{kind}: rows that route nowhere"
+
+
 def buffer_bytes(world: World) -> None:
     """DeepEP's hint is what was planned; memory taken is at most planned.
 
@@ -245,7 +281,10 @@ def buffer_bytes(world: World) -> None:
 
 
 def workspace(world: World) -> None:
-    """What an eager layer allocates at most, its weights and tokens apart, is what is planned."""
+    """What an eager layer allocates at most, its weights and tokens apart, is what is planned.
+
+    Within 5 % and what the allocator may add to each tensor; never more.
+    """
     sizes = world.sizes
     for fp8 in (False, True):
         ours = world.layer(world.case([sizes.capacity] * world.ranks, seed=41), fp8)
@@ -258,7 +297,7 @@ def workspace(world: World) -> None:
         numbers = f"peak {peak}, planned {planned} bytes, {'fp8' if fp8 else 'bf16'}"
         print(f"rank {world.rank}: {numbers}", flush=True)
         if peak is not None:
-            assert peak <= planned <= 1.05 * peak, numbers
+            assert peak <= planned <= 1.05 * peak + LARGE_TENSORS * UNSPLIT, numbers
 
 
 CASES: dict[str, Case] = {
@@ -285,5 +324,6 @@ CASES: dict[str, Case] = {
     "graph": graph,
     "graphs of two sizes": graphs_of_two_sizes,
     "two in flight": two_in_flight,
+    "same bits": same_bits,
     "soak": soak,
 }
