@@ -107,7 +107,7 @@ def _hook_runtime() -> None:
     _hook(hosts.GET_BUFFER, buffer.around_get_buffer, "AROUND")
     if REPLAY_MIXED_STEPS.read():
         if problem := hosts.check_symbol(hosts.PREFILL_VOTE):
-            logger.warning("%s has no effect: %s", REPLAY_MIXED_STEPS.name, problem)
+            logger.warning("mixed steps stay eager, which is slower: %s", problem)
         else:
             _hook(hosts.PREFILL_VOTE, mixed_steps.around_prefill_graph_vote, "AROUND")
 

@@ -135,9 +135,9 @@ TRANSPORT = Variable(
 )
 REPLAY_MIXED_STEPS = Variable(
     "MOE_PLUGIN_REPLAY_MIXED_STEPS",
-    False,
+    True,
     parse_bool,
-    "1: while one group prefills, decoding ones join its graphs (faster, accuracy not settled).",
+    "0: while one group prefills, decoding ones do not join its graphs: eager steps (slower).",
 )
 VARIABLES: tuple[Variable[Any], ...] = (
     DISABLE,

@@ -9,7 +9,10 @@ import pytest
 
 from .hosts import HOOKED, host_result
 
+VARIABLE = "MOE_PLUGIN_REPLAY_MIXED_STEPS"
+
 VOTES = """
+import torch
 from types import SimpleNamespace
 from sglang.srt.layers.moe.utils import MoeA2ABackend
 from sglang.srt.managers.scheduler_components import dp_attn
@@ -35,12 +38,15 @@ runner.max_context_size = runner.max_seq_len = None
 runner._backend_vote_prefill_cuda_graph = None
 runner.can_replay_locally = lambda **found: found["num_tokens"] == 40
 
-def vote(mode=ForwardMode.DECODE, bounds_prefill=True, ours="moe_plugin", **batch):
+def vote(mode=ForwardMode.DECODE, bounds_prefill=True, ours="moe_plugin", same_bits=False,
+         contexts=(200,) * 40, **batch):
     modes = frozenset(Mode) if bounds_prefill else frozenset({Mode.DECODE})
     plan = Plan(capability=Capability(True, "", modes), runner=ours)
     buffer.current_plan = lambda: plan
+    buffer.host_config = lambda: SimpleNamespace(enable_deterministic_inference=same_bits)
     found = dict(forward_mode=mode, return_logprob=False, has_grammar=False, reqs=[],
                  multimodal_inputs=None, batch_size=lambda: 40, input_embeds=None,
+                 seq_lens_cpu=torch.tensor(contexts),
                  replace_embeds=None, prefix_lens=None)
     return mixed_steps.around_prefill_graph_vote(
         dp_attn._local_prefill_cuda_graph_vote, local_batch=SimpleNamespace(**found | batch),
@@ -53,6 +59,10 @@ found = {
     "normal mode for prefill": vote(bounds_prefill=False),
     "the host's experts": vote(ours="host"),
     "more rows than a graph": vote(batch_size=lambda: 300),
+    "deterministic inference": vote(same_bits=True),
+    "a long context": vote(contexts=[8193] + [1] * 39),
+    "much context": vote(contexts=[1300] * 40),
+    "much context of others": vote(contexts=[1200] * 40 + [9000]),
     "prefill": vote(mode=ForwardMode.EXTEND),
 }
 found["the host's question afterwards"] = dp_attn.get_moe_a2a_backend is deepep
@@ -60,11 +70,10 @@ emit(found)
 """
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_vote_is_hooked_only_where_asked_for(asked: bool) -> None:
-    env = {"MOE_PLUGIN_REPLAY_MIXED_STEPS": "1"} if asked else {}
+@pytest.mark.parametrize(("env", "hooks"), [({}, True), ({VARIABLE: "0"}, False)])
+def test_the_vote_is_hooked_unless_switched_off(env: dict[str, str], hooks: bool) -> None:
     hooked = [name.rpartition(".")[2] for name in host_result(HOOKED, env=env)]
-    assert ("_local_prefill_cuda_graph_vote" in hooked) == asked
+    assert ("_local_prefill_cuda_graph_vote" in hooked) == hooks
 
 
 def test_a_decoding_group_may_join_prefill_graphs() -> None:
@@ -74,6 +83,10 @@ def test_a_decoding_group_may_join_prefill_graphs() -> None:
         "normal mode for prefill": False,
         "the host's experts": False,
         "more rows than a graph": False,
+        "deterministic inference": False,
+        "a long context": False,
+        "much context": False,
+        "much context of others": True,
         "prefill": True,
         "the host's question afterwards": True,
     }

@@ -70,7 +70,7 @@ def test_converted_requests_get_the_same_tokens(
     converted = tmp_path / "converted"
     converted.mkdir()
     env = write_plugin(tmp_path / "graphs", "graphs", STAND_IN, {"sglang.srt.plugins": "register"})
-    env |= {"CONVERTED": str(converted), "MOE_PLUGIN_REPLAY_MIXED_STEPS": "1"}
+    env |= {"CONVERTED": str(converted)}
     args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on")
     with Server(args, model, ranks=2, env=env) as server:
         server.wait_ready()

@@ -11,7 +11,7 @@
     merge   join the JSON files of several commands, and compare with the bars
 
 Variants: a stock without all-to-all; b stock DeepEP + DeepGEMM with five settings by hand; c ours;
-d512 ours with T = 512; e ours with mixed steps replayed. With --gpus N every server spans N GPUs.
+d512 ours with T = 512; e ours with mixed steps eager. With --gpus N every server spans N GPUs.
 
 Each stage prints a short table last and writes one JSON file, cut short as it may be; it names
 device, versions and date.
