@@ -26,8 +26,8 @@ from .facts import deterministic
 
 MOST_CONTEXT = 49152
 """Tokens of context of all requests of a group that joins. Triton's prefill kernel takes 15 us per
-1,000 of them with one query each (H100, 32 heads over 4 KV heads): here 0.7 ms a layer. An eager
-step of two or four ranks takes about 1 ms a layer longer than a replayed one."""
+1,000 of them with one query each (H100, 32 heads over 4 KV heads): here 0.7 ms a layer. Eager steps
+cost two and four ranks 0.8 and 1.0 ms a layer, averaged over steps that are not mixed as well."""
 LONGEST_CONTEXT = 8192
 """Of one of these requests: alone it takes 60 us per 1,000 tokens."""
 
