@@ -188,11 +188,16 @@ def deterministic(cfg: Any) -> bool:
     return bool(getattr(cfg, "enable_deterministic_inference", False))
 
 
+def prefill_attention(cfg: Any) -> str | None:
+    """The attention backend of prefills."""
+    backend: str | None = getattr(cfg, "prefill_attention_backend", None) or cfg.attention_backend
+    return backend
+
+
 def chunk_alignment(cfg: Any) -> int:
     """Tokens of a prefill chunk below which the host's scheduler refuses to start
     (``Scheduler.check_truncation_align_fits_chunk``)."""
-    prefill = getattr(cfg, "prefill_attention_backend", None) or cfg.attention_backend
-    if not deterministic(cfg) or prefill != "flashinfer":
+    if not deterministic(cfg) or prefill_attention(cfg) != "flashinfer":
         return 1
     return environment_int(FLASHINFER_TILE) or 4096
 

@@ -115,7 +115,7 @@ MOE_FORWARD = HostSymbol(
 )
 PREFILL_VOTE = HostSymbol(
     "managers.scheduler_components.dp_attn._local_prefill_cuda_graph_vote",
-    ("local_batch",),
+    ("local_batch", "model_config"),
     "replay prefill graphs while another group decodes",
     "upstream converts decode batches under all-to-all backends",
     runtime=True,

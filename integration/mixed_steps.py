@@ -12,8 +12,8 @@ likely with such replays as without (docs/several-gpus.md).
 
 A converted request is read by the kernel of prefills. Where bits must not depend on the batch
 (deterministic inference), these steps stay the host's, as with `MOE_PLUGIN_REPLAY_MIXED_STEPS=0`;
-and since that kernel may leave a context to one program (Triton's does), they do where contexts
-are long.
+and since Triton's kernel leaves a context to one program per head, they do where it is the backend
+and contexts are long.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..plan import Plan
 from . import buffer
-from .facts import deterministic
+from .facts import deterministic, prefill_attention
 
-MOST_CONTEXT = 49152
-"""Tokens of context of all requests of a group that joins. Triton's prefill kernel takes 15 us per
-1,000 of them with one query each (H100, 32 heads over 4 KV heads): here 0.7 ms a layer. Eager steps
-cost two and four ranks 0.8 and 1.0 ms a layer, averaged over steps that are not mixed as well."""
-LONGEST_CONTEXT = 8192
-"""Of one of these requests: alone it takes 60 us per 1,000 tokens."""
+MOST_READ = 49152 * 32 * 256
+"""Tokens of context x heads x channels of K and V that a joining group may have in all. With one
+query each Triton's kernel takes 15 us per 1,000 tokens of 32 heads and 256 channels (H100): here
+0.7 ms a layer. Eager steps cost 0.8 and 1.0 ms a layer on two and four ranks, averaged over all."""
+LONGEST_READ = 8192 * 256
+"""Tokens x channels of one of its requests, which takes 60 us per 1,000 tokens if it is alone."""
 
 
 def around_prefill_graph_vote(original: Callable[..., bool], **kwargs: Any) -> bool:
@@ -38,9 +39,8 @@ def around_prefill_graph_vote(original: Callable[..., bool], **kwargs: Any) -> b
     The host's other conditions (no speculation, grammar, log-probabilities, ...) stay its own.
     """
     batch, plan = kwargs["local_batch"], buffer.current_plan()
-    ours = plan is not None and plan.captures_prefill and not deterministic(buffer.host_config())
-    joins = ours and batch is not None and batch.forward_mode.is_decode() and _is_short(batch)
-    if not joins:
+    decodes = batch is not None and batch.forward_mode.is_decode()
+    if plan is None or not (plan.captures_prefill and decodes and _may_join(plan, **kwargs)):
         return original(**kwargs)
     from sglang.srt.layers.moe.utils import MoeA2ABackend
     from sglang.srt.managers.scheduler_components import dp_attn
@@ -54,8 +54,19 @@ def around_prefill_graph_vote(original: Callable[..., bool], **kwargs: Any) -> b
         dp_attn.get_moe_a2a_backend = asked
 
 
-def _is_short(batch: Any) -> bool:
-    if batch.seq_lens_cpu is None:  # the host keeps none with speculation
+def _may_join(plan: Plan, local_batch: Any, model_config: Any, **_: Any) -> bool:
+    host = buffer.host_config()
+    if deterministic(host):
         return False
-    contexts = batch.seq_lens_cpu[: batch.batch_size()].tolist()
-    return sum(contexts) <= MOST_CONTEXT and max(contexts, default=0) <= LONGEST_CONTEXT
+    if prefill_attention(host) != "triton":
+        return True
+    if local_batch.seq_lens_cpu is None:  # the host keeps none with speculation
+        return False
+    contexts = local_batch.seq_lens_cpu[: local_batch.batch_size()].tolist()
+    heads = model_config.num_attention_heads // plan.attn_tp_size
+    if rank := getattr(model_config, "kv_lora_rank", None):  # absorbed in graphs
+        channels = 2 * rank + model_config.qk_rope_head_dim
+    else:
+        channels = model_config.head_dim + model_config.v_head_dim
+    most, longest = sum(contexts) * heads * channels, max(contexts, default=0) * channels
+    return most <= MOST_READ and longest <= LONGEST_READ

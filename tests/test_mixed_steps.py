@@ -38,12 +38,16 @@ runner.max_context_size = runner.max_seq_len = None
 runner._backend_vote_prefill_cuda_graph = None
 runner.can_replay_locally = lambda **found: found["num_tokens"] == 40
 
+GROUPED = SimpleNamespace(num_attention_heads=32, head_dim=128, v_head_dim=128)
+LATENT = SimpleNamespace(num_attention_heads=128, kv_lora_rank=512, qk_rope_head_dim=64)
+
 def vote(mode=ForwardMode.DECODE, bounds_prefill=True, ours="moe_plugin", same_bits=False,
-         contexts=(200,) * 40, **batch):
+         contexts=(200,) * 40, attention="triton", model=GROUPED, **batch):
     modes = frozenset(Mode) if bounds_prefill else frozenset({Mode.DECODE})
     plan = Plan(capability=Capability(True, "", modes), runner=ours)
     buffer.current_plan = lambda: plan
-    buffer.host_config = lambda: SimpleNamespace(enable_deterministic_inference=same_bits)
+    buffer.host_config = lambda: SimpleNamespace(
+        enable_deterministic_inference=same_bits, attention_backend=attention)
     found = dict(forward_mode=mode, return_logprob=False, has_grammar=False, reqs=[],
                  multimodal_inputs=None, batch_size=lambda: 40, input_embeds=None,
                  seq_lens_cpu=torch.tensor(contexts),
@@ -51,7 +55,7 @@ def vote(mode=ForwardMode.DECODE, bounds_prefill=True, ours="moe_plugin", same_b
     return mixed_steps.around_prefill_graph_vote(
         dp_attn._local_prefill_cuda_graph_vote, local_batch=SimpleNamespace(**found | batch),
         num_tokens=40, prefill_graph_runner=runner, coordinated_prefill=True,
-        breakable_prefill=True, spec_algorithm=SpeculativeAlgorithm.NONE, model_config=None)
+        breakable_prefill=True, spec_algorithm=SpeculativeAlgorithm.NONE, model_config=model)
 
 found = {
     "decode": vote(),
@@ -63,6 +67,9 @@ found = {
     "a long context": vote(contexts=[8193] + [1] * 39),
     "much context": vote(contexts=[1300] * 40),
     "much context of others": vote(contexts=[1200] * 40 + [9000]),
+    "a long context, split": vote(contexts=[100000] + [1] * 39, attention="fa3"),
+    "some latent context": vote(contexts=[70] * 40, model=LATENT),
+    "much latent context": vote(contexts=[80] * 40, model=LATENT),
     "prefill": vote(mode=ForwardMode.EXTEND),
 }
 found["the host's question afterwards"] = dp_attn.get_moe_a2a_backend is deepep
@@ -87,6 +94,9 @@ def test_a_decoding_group_may_join_prefill_graphs() -> None:
         "a long context": False,
         "much context": False,
         "much context of others": True,
+        "a long context, split": True,
+        "some latent context": True,
+        "much latent context": False,
         "prefill": True,
         "the host's question afterwards": True,
     }
