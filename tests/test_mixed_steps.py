@@ -12,8 +12,10 @@ from .hosts import HOOKED, host_result
 VARIABLE = "MOE_PLUGIN_REPLAY_MIXED_STEPS"
 
 VOTES = """
+import os
 import torch
 from types import SimpleNamespace
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.utils import MoeA2ABackend
 from sglang.srt.managers.scheduler_components import dp_attn
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -38,8 +40,7 @@ runner.max_context_size = runner.max_seq_len = None
 runner._backend_vote_prefill_cuda_graph = None
 runner.can_replay_locally = lambda **found: found["num_tokens"] == 40
 
-GROUPED = SimpleNamespace(num_attention_heads=32, head_dim=128, v_head_dim=128)
-LATENT = SimpleNamespace(num_attention_heads=128, kv_lora_rank=512, qk_rope_head_dim=64)
+GROUPED, LATENT = (ModelConfig(os.environ[name]) for name in ("GROUPED", "LATENT"))
 
 def vote(mode=ForwardMode.DECODE, bounds_prefill=True, ours="moe_plugin", same_bits=False,
          contexts=(200,) * 40, attention="triton", model=GROUPED, **batch):
@@ -83,8 +84,9 @@ def test_the_vote_is_hooked_unless_switched_off(env: dict[str, str], hooks: bool
     assert ("_local_prefill_cuda_graph_vote" in hooked) == hooks
 
 
-def test_a_decoding_group_may_join_prefill_graphs() -> None:
-    assert host_result(VOTES) == {
+def test_a_decoding_group_may_join_prefill_graphs(models: dict[str, str]) -> None:
+    env = {"GROUPED": models["qwen3"], "LATENT": models["deepseek-v3"]}
+    assert host_result(VOTES, env=env) == {
         "decode": True,
         "with a grammar": False,
         "normal mode for prefill": False,

@@ -37,6 +37,7 @@ def register():
     from sglang.srt.managers.scheduler_components import dp_attn
     from sglang.srt.model_executor.cuda_graph_config import Backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from moe_plugin.integration import mixed_steps
 
     def with_graphs(original, batch, **others):
         runner = others["model_runner"]
@@ -51,6 +52,8 @@ def register():
             file.write("converted\\n")
         return original(batch)
 
+    # As with the backend whose contexts are bounded; these are far below.
+    mixed_steps.prefill_attention = lambda host: "triton"
     dp_attn.PrefillCudaGraphRunner = Graphs
     dp_attn.check_cuda_graph_backend = lambda phase, backend: backend == Backend.BREAKABLE
     around = HookType.AROUND
