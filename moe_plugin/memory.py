@@ -1,7 +1,8 @@
-"""Bytes of the batched experts: exact arithmetic, nothing measured.
+"""Bytes of the batched experts: arithmetic, nothing measured; what torch's allocator may add is a
+bound.
 
-Every batched tensor has ``local_experts * ranks * T = experts * T`` rows per rank, so none of
-these sizes depends on the number of ranks.
+Every batched tensor has ``local_experts * ranks * T = experts * T`` rows per rank, so that the
+number of ranks decides only whether the second GEMM's depth is split.
 """
 
 from __future__ import annotations
@@ -93,11 +94,10 @@ def workspace_bytes(
     handle = handle_sizes(rows, experts, local_experts)
     result = rows * hidden * size
     activation = activation_bytes(rows, intermediate, dtype, fp8=fp8)
-    between = [activation]
     if host:
-        between.append(rows * 2 * intermediate * size)
+        between = [activation, rows * 2 * intermediate * size]
     else:  # in one allocation
-        between[0] += split_bytes(rows, local_experts, hidden)
+        between = [activation + split_bytes(rows, local_experts, hidden)]
     batch = sum(map(allocated, (*received, *handle, result)))
     return batches * batch + sum(map(allocated, between))
 

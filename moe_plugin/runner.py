@@ -59,8 +59,7 @@ class BatchedMoERunner:
     def __init__(self, config: BatchedMoEConfig, experts: Experts) -> None:
         self.config = config
         self._experts = experts
-        rows = expected_rows(config)
-        self._fewest_rows, self._most_rows = rows[0], rows[-1]
+        self._expected_rows = expected_rows(config)
 
     def run_experts(
         self,
@@ -84,7 +83,8 @@ class BatchedMoERunner:
             [L, ranks * T, H] bf16 (fp32 for fp32 weights); rows past the count are unspecified.
         """
         # Within what was compiled for: the host rounds up to one more.
-        expected_m = max(self._fewest_rows, min(expected_m, self._most_rows))
+        compiled = self._expected_rows
+        expected_m = max(compiled[0], min(expected_m, compiled[-1]))
         return self._experts(
             hidden_states,
             hidden_states_scale,

@@ -10,13 +10,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
 from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+
+FOLDERS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(FOLDERS), str(FOLDERS / "transport")]
+from package_versions import package_versions  # noqa: E402
+from timing import gpu_seconds, repeated  # noqa: E402  (found through the path set above)
 
 HEADS, KV_HEADS, CHANNELS, KV_SPLITS = 32, 4, 128, 8
 REQUESTS = (1, 16, 64)
@@ -29,13 +34,7 @@ def microseconds(step: Callable[[], None]) -> float:
     """Mean of a few calls in a row, by CUDA events: short ones are bound by their launches."""
     step()
     torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(REPEATS):
-        step()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / REPEATS * 1e3
+    return gpu_seconds(repeated(step, REPEATS)) / REPEATS * 1e6
 
 
 def measure(requests: int, context: int) -> dict[str, float]:
@@ -88,8 +87,7 @@ def main() -> None:
     environment = {
         "device": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **package_versions("sglang", "torch", "triton"),
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "attention.json").write_text(json.dumps({"environment": environment, "rows": rows}))

@@ -30,15 +30,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
 sys.path.append(str(Path(__file__).parents[2]))  # last: its `kernels/` must hide no package
 import served
 import startup
 from load import STREAM_INTERVAL, Clients, Job
+from package_versions import package_versions
 from report import Report, merge, summary, table
 from servers import Detached, launch, load_state, save_state
 from serving.server import COMMON_ARGS
@@ -53,12 +54,10 @@ WORK = Path(tempfile.gettempdir()) / "moe-plugin-serving"
 
 def environment() -> dict[str, str]:
     """What a figure depends on."""
-    packages = ("sglang", "torch", "triton", "sgl-deep-ep", "sgl-deep-gemm")
-    found = {name: _version(name) for name in packages}
     return {
         "device": _smi("name") or _torch_name(),
         "date": datetime.date.today().isoformat(),
-        **found,
+        **package_versions("sglang", "torch", "triton", "sgl-deep-ep", "sgl-deep-gemm"),
     }
 
 
@@ -79,13 +78,6 @@ def _torch_name() -> str:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     return (done.stdout.split("\n") or ["unknown"])[0] or "unknown"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # an unpacked tree without metadata
-        return "unknown"
 
 
 class Bench:

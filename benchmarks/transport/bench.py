@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,9 +21,10 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 # Spawned ranks inherit the path. The checkout comes last, so that its `kernels/` hides no package.
-sys.path.insert(0, str(FOLDER))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 sys.path.append(str(FOLDER.parents[1]))
 from measure import Options, measure  # noqa: E402  (found through the path set above)
+from package_versions import package_versions  # noqa: E402
 from shapes import CPU_SHAPES, GPU_SHAPES, PUBLISHED, Shape  # noqa: E402
 
 from tests import gpu_environment  # noqa: E402
@@ -35,17 +35,13 @@ RUN_LIMIT_S = 540.0
 
 def environment(cpu: bool) -> dict[str, Any]:
     """What a figure depends on."""
-    packages = {}
-    for name in ("torch", "triton", "sgl-deep-ep", "nvidia-nccl-cu13", "nvidia-nvshmem-cu13"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:  # an unpacked tree without metadata
-            packages[name] = "unknown"
     return {
         "device": "CPU" if cpu else torch.cuda.get_device_name(),
         "gpus": 0 if cpu else torch.cuda.device_count(),
         "date": datetime.date.today().isoformat(),
-        **packages,
+        **package_versions(
+            "torch", "triton", "sgl-deep-ep", "nvidia-nccl-cu13", "nvidia-nvshmem-cu13"
+        ),
     }
 
 

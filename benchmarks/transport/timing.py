@@ -26,12 +26,12 @@ def seconds_of(
         calls: of the step, in one round.
         rounds: samples.
     """
-    run = captured(step, calls) if graph else _repeated(step, calls)
+    run = captured(step, calls) if graph else repeated(step, calls)
     samples = []
     for _ in range(rounds + 1):
         _synchronise(on_gpu)
         dist.barrier(group)
-        samples.append(_gpu_seconds(run) if on_gpu else _host_seconds(run))
+        samples.append(gpu_seconds(run) if on_gpu else _host_seconds(run))
     return median(samples[1:]) / calls  # the first one warms up
 
 
@@ -50,7 +50,9 @@ def captured(step: Step, calls: int) -> Callable[[], None]:
     return graph.replay
 
 
-def _repeated(step: Step, calls: int) -> Callable[[], None]:
+def repeated(step: Step, calls: int) -> Callable[[], None]:
+    """Calls ``step`` that often."""
+
     def run() -> None:
         for _ in range(calls):
             step()
@@ -58,7 +60,8 @@ def _repeated(step: Step, calls: int) -> Callable[[], None]:
     return run
 
 
-def _gpu_seconds(run: Callable[[], None]) -> float:
+def gpu_seconds(run: Callable[[], None]) -> float:
+    """By events around it on the current stream."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
