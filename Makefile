@@ -32,7 +32,7 @@ install: $(STAMP)
 	    -e . -e tests/cpu_platform 2>&1 | { grep -i error || true; }
 
 demo: install
-	cd tests && $(BIN)/python -m serving.demo
+	cd tests/support && $(BIN)/python -m serving.demo
 
 test: install
 	$(PYTEST) -m "not gpu and not slow"

@@ -20,7 +20,7 @@ export LD_LIBRARY_PATH=$stack/nvidia/nccl/lib:$nvshmem/nvshmem/lib:${LD_LIBRARY_
 export NVSHMEM_REMOTE_TRANSPORT=none # one host, no RDMA
 export PYTORCH_SKIP_CUDNN_COMPATIBILITY_CHECK=1 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} HF_HUB_OFFLINE=1
 case $stage in
-tests) python3 -P -m pytest -m gpu tests/gpu tests/test_kernels_gpu.py -s -q --timeout 400 "$@" ;;
+tests) python3 -P -m pytest -m gpu tests/gpu -s -q --timeout 400 "$@" ;;
 kernels) cd benchmarks/kernels && python3 bench.py "$@" --out "$out" ;;
 transport | attention) python3 -P "benchmarks/$stage/bench.py" --out "$out" "$@" ;;
 start | up | rounds | checks | drift | down | pair | stock) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;

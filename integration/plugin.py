@@ -2,7 +2,7 @@
 
 The host logs and swallows every exception of a plugin, so a failure here would leave an
 unprotected server running. Therefore: nothing is half-registered, what happened is recorded in
-:data:`STATUS`, and where the user asked for us (``on``) and we cannot get in, the refusal is
+``status.STATUS``, and where the user asked for us (``on``) and we cannot get in, the refusal is
 raised at a point that can fail: argument parsing, resolution, or the scheduler's start.
 """
 
@@ -10,32 +10,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..envs import DISABLE, REPLAY_MIXED_STEPS, USE_BATCHED_DP_MOE
 from ..errors import ConfigError, HostMismatchError
-from . import flags, hosts
+from . import flags, host_symbols
+from .status import STATUS
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Status:
-    """What became of the plugin in this process.
-
-    Attributes:
-        state: ``not loaded``, ``active``, ``disabled`` (kill switch) or ``unsupported``.
-        reasons: why it is not active.
-        hooked: host symbols that we hooked here.
-    """
-
-    state: Literal["not loaded", "active", "disabled", "unsupported"] = "not loaded"
-    reasons: list[str] = field(default_factory=list)
-    hooked: list[str] = field(default_factory=list)
-
-
-STATUS = Status()
 
 
 def register() -> None:
@@ -48,16 +30,16 @@ def register() -> None:
         STATUS.reasons = [f"{DISABLE.name} is set"]
         _register_inert()
         return
-    STATUS.reasons = hosts.problems(runtime=runtime)
+    STATUS.reasons = host_symbols.problems(runtime=runtime)
     if STATUS.reasons:
         STATUS.state = "unsupported"
         logger.warning("moe_plugin is not active: %s", "; ".join(STATUS.reasons))
         _register_inert()
         return
 
-    from . import resolution
+    from .resolve import hooks
 
-    resolution.install()
+    hooks.install()
     _hook_flags()
     if runtime:
         _hook_runtime()
@@ -84,7 +66,7 @@ def _is_scheduler_process() -> bool:
     return "sglang.srt.managers.scheduler" in sys.modules
 
 
-def _hook(symbol: hosts.HostSymbol, function: Any, kind: str) -> None:
+def _hook(symbol: host_symbols.HostSymbol, function: Any, kind: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(symbol.target, function, HookType[kind])
@@ -92,24 +74,24 @@ def _hook(symbol: hosts.HostSymbol, function: Any, kind: str) -> None:
 
 
 def _hook_flags() -> None:
-    _hook(hosts.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
-    _hook(hosts.FROM_CLI_ARGS, flags.from_cli_args, "AROUND")
+    _hook(host_symbols.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
+    _hook(host_symbols.FROM_CLI_ARGS, flags.from_cli_args, "AROUND")
 
 
 def _hook_runtime() -> None:
-    from . import buffer, guard, layer, mixed_steps, state
+    from .serve import buffer, mixed_steps, moe_layer, server_info, start_guard
 
-    _hook(hosts.SCHEDULER_INIT, guard.before_scheduler_init, "BEFORE")
-    _hook(hosts.INTERNAL_STATE, state.after_get_internal_state, "AFTER")
-    _hook(hosts.MOE_INIT, layer.around_moe_init, "AROUND")
-    _hook(hosts.MOE_CORE, layer.around_run_moe_core, "AROUND")
-    _hook(hosts.MOE_FORWARD, layer.around_moe_forward, "AROUND")
-    _hook(hosts.GET_BUFFER, buffer.around_get_buffer, "AROUND")
+    _hook(host_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE")
+    _hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER")
+    _hook(host_symbols.MOE_INIT, moe_layer.around_moe_init, "AROUND")
+    _hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND")
+    _hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND")
+    _hook(host_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND")
     if REPLAY_MIXED_STEPS.read():
-        if problem := hosts.check_symbol(hosts.PREFILL_VOTE):
+        if problem := host_symbols.check_symbol(host_symbols.PREFILL_VOTE):
             logger.warning("mixed steps stay eager, which is slower: %s", problem)
         else:
-            _hook(hosts.PREFILL_VOTE, mixed_steps.around_prefill_graph_vote, "AROUND")
+            _hook(host_symbols.PREFILL_VOTE, mixed_steps.around_prefill_graph_vote, "AROUND")
 
 
 def _register_inert() -> None:
@@ -120,11 +102,14 @@ def _register_inert() -> None:
             refuse_if_asked(flags.Request("on", None, USE_BATCHED_DP_MOE.name))
         except (ConfigError, HostMismatchError) as error:
             raise SystemExit(f"error: {error}") from None
-    if _is_scheduler_process() and not hosts.check_symbol(hosts.SCHEDULER_INIT):
-        from . import guard
+    if _is_scheduler_process() and not host_symbols.check_symbol(host_symbols.SCHEDULER_INIT):
+        from .serve import start_guard
 
-        _hook(hosts.SCHEDULER_INIT, guard.refuse_planned, "BEFORE")
-    if any(hosts.check_symbol(s) for s in (hosts.ADD_CLI_ARGS, hosts.FROM_CLI_ARGS)):
+        _hook(host_symbols.SCHEDULER_INIT, start_guard.refuse_planned, "BEFORE")
+    if any(
+        host_symbols.check_symbol(s)
+        for s in (host_symbols.ADD_CLI_ARGS, host_symbols.FROM_CLI_ARGS)
+    ):
         return  # our flags stay unknown to the parser, which refuses them by itself
 
     def from_cli_args(original: Any, cls: type, args: Any) -> Any:
@@ -132,5 +117,5 @@ def _register_inert() -> None:
         refuse_if_asked(flags.requested(server_args))
         return server_args
 
-    _hook(hosts.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
-    _hook(hosts.FROM_CLI_ARGS, from_cli_args, "AROUND")
+    _hook(host_symbols.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
+    _hook(host_symbols.FROM_CLI_ARGS, from_cli_args, "AROUND")

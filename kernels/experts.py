@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import triton
 
+from .expert_layer import Workspace, layer_problems, layer_specs, scale_specs, workspace_bytes
 from .experts_torch import batched_experts_torch
-from .hopper_launch import compile_hopper, run_hopper
-from .hopper_layer import remember_layer, run_remembered
 from .launch import Device, Launch, Shape, pick_launch, portable_launch
-from .layer import Workspace, layer_problems, layer_specs, scale_specs, workspace_bytes
-from .masked_gemm import launch_portable
+from .portable.masked_gemm import launch_portable
 from .problem import Problem, device_of, probe, tma_ready
+from .sm90.gemm_launch import compile_hopper, run_hopper
+from .sm90.remembered_layer import remember_layer, run_remembered
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
 

@@ -10,92 +10,17 @@ Stdlib only: importing this must not import torch or sglang.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from importlib.metadata import entry_points
 
+from .backends.deepep import DEEPEP
+from .batched_backend import BatchedBackend, Capability, CapabilityFacts
 from .errors import ConfigError, explain
-from .limits import Limits
 from .registry import Registry
 
 ENTRY_POINT_GROUP = "moe_plugin.backends"
 
-
-class Mode(Enum):
-    """Forward modes that an all-to-all backend tells apart.
-
-    EXTEND: prefill, chunked prefill, mixed chunks, draft extend.
-    DECODE: decode, target verify and draft decode, which share the bounded row count.
-    """
-
-    EXTEND = "extend"
-    DECODE = "decode"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CapabilityFacts:
-    """All that the predicate may look at. Same on every rank and node by construction.
-
-    Attributes:
-        a2a_backend: the resolved ``--moe-a2a-backend``.
-        deepep_mode: the resolved ``--deepep-mode`` (``auto``, ``normal``, ``low_latency``).
-        disaggregation_mode: ``null``, ``prefill`` or ``decode``.
-        has_routed_moe: the target model has a routed MoE layer.
-        draft_has_routed_moe: the draft model has one.
-        draft_a2a_backend: the draft's all-to-all backend; None follows the target's.
-    """
-
-    a2a_backend: str
-    deepep_mode: str = "auto"
-    disaggregation_mode: str = "null"
-    has_routed_moe: bool = True
-    draft_has_routed_moe: bool = False
-    draft_a2a_backend: str | None = None
-
-    def instance_modes(self) -> frozenset[Mode]:
-        """Forward modes that this instance runs, given its disaggregation role."""
-        if self.disaggregation_mode == "prefill":
-            return frozenset({Mode.EXTEND})
-        # A decode-only instance still extends: its warm-up, and requests it must recompute.
-        return frozenset(Mode)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchedBackend:
-    """One registered batched all-to-all backend.
-
-    Attributes:
-        name: the host's name for it (``--moe-a2a-backend NAME``).
-        batched_modes: predicate; which of the instance's modes resolve to the batched layout.
-        limits: what it can carry.
-        explicit_flag: the flag that selects it explicitly, for messages.
-    """
-
-    name: str
-    batched_modes: Callable[[CapabilityFacts], frozenset[Mode]]
-    limits: Limits
-    explicit_flag: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """The answer: never a bare bool.
-
-    Attributes:
-        ok: the instance runs batched data-parallel MoE.
-        reason: why, or why not, in one sentence.
-        modes: forward modes whose rows are bounded; empty iff not ok.
-        backend: the backend that answered, or "".
-    """
-
-    ok: bool
-    reason: str
-    modes: frozenset[Mode] = frozenset()
-    backend: str = ""
-
-
 _BACKENDS: Registry[BatchedBackend] = Registry("batched-DP MoE backend")
+_BACKENDS.register(DEEPEP.name, DEEPEP)
 _discovered = False
 
 
@@ -175,8 +100,6 @@ def _discover() -> None:
     if _discovered:
         return
     _discovered = True
-    from . import deepep_limits  # noqa: F401  registers the built-in backend
-
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         loaded = entry.load()
         backend = loaded() if not isinstance(loaded, BatchedBackend) else loaded

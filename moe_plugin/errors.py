@@ -9,8 +9,8 @@ class MoePluginError(Exception):
     """Root of the tree; catch this to catch everything the plugin raises on purpose.
 
     Attributes:
-        rejections: what a refused plan lists, each a :class:`moe_plugin.plan.Rejection`.
-        plan: the refused :class:`moe_plugin.plan.Plan`, where planning got that far.
+        rejections: what a refused plan lists, each a :class:`moe_plugin.planning.plan.Rejection`.
+        plan: the refused :class:`moe_plugin.planning.plan.Plan`, where planning got that far.
     """
 
     rejections: tuple[Any, ...] = ()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from .resolving import Launch, Worker, write_models
-from .serving.checkpoint import write_checkpoint
-from .serving.prompts import NEW_TOKENS, PROMPTS
-from .serving.server import COMMON_ARGS, Server
+from .support.resolving import Launch, Worker, write_models
+from .support.serving.checkpoint import write_checkpoint
+from .support.serving.prompts import NEW_TOKENS, PROMPTS
+from .support.serving.server import COMMON_ARGS, Server
 
 STOCK = {"SGLANG_PLUGINS": "moe_plugin_cpu"}
 

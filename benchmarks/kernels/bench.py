@@ -38,9 +38,9 @@ from verdict import ceilings_sound, verdict
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch, table_key
-from moe_plugin.kernels.precompile import precompile
 from moe_plugin.kernels.problem import device_of
-from moe_plugin.kernels.tune import (
+from moe_plugin.kernels.tuning.precompile import precompile
+from moe_plugin.kernels.tuning.tune import (
     ROW_COUNTS,
     Buffers,
     candidate_launches,
@@ -249,8 +249,8 @@ def time_fused_moe(buffers: Buffers, rows: int, top_k: int) -> dict[str, Any]:
 WARM_UP = """
 import sys, time
 import torch
-from moe_plugin.config import BatchedMoEConfig
-from moe_plugin.runner import warm_up
+from moe_plugin.runtime.config import BatchedMoEConfig
+from moe_plugin.runtime.runner import warm_up
 experts, ranks, hidden, inter, top_k, tokens, dtype = sys.argv[1:]
 config = BatchedMoEConfig(
     num_experts=int(experts), num_ranks=int(ranks), top_k=int(top_k), hidden_size=int(hidden),

@@ -6,7 +6,7 @@ from pathlib import Path
 from moe_plugin.kernels.launch import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from kernel_cases import MODELS  # noqa: E402  (found through the path set above)
 

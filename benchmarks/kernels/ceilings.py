@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_plugin.kernels.tune import graph_seconds
+from moe_plugin.kernels.tuning.tune import graph_seconds
 
 STREAM_BYTES = 4 << 30
 

@@ -40,7 +40,7 @@ def main() -> None:
     """Compile the baseline's kernels for one model, so that several can do so at once."""
     from cases import model_shape
 
-    from moe_plugin.kernels.tune import random_layer
+    from moe_plugin.kernels.tuning.tune import random_layer
 
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=int)

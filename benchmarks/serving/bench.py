@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
 sys.path.append(str(Path(__file__).parents[2]))  # last: its `kernels/` must hide no package
 import served
 import startup
@@ -127,7 +127,11 @@ class Bench:
         roomy = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > ROOM
         folder = memory if roomy else temporary
         here = Path(__file__).parent
-        paths = [str(here), str(here.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")]
+        paths = [
+            str(here),
+            str(here.parents[1] / "tests" / "support"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
         subprocess.run(
             [sys.executable, "-P", str(here / "models.py"), name, str(folder), "cuda"],
             env={**os.environ, "PYTHONPATH": ":".join(filter(None, paths))},

@@ -16,7 +16,7 @@ import psutil
 from served import LENGTHS
 from servers import Detached, load_state, save_state
 
-from tests import rank_killed, server_checks
+from tests.support import rank_killed, server_checks
 
 if TYPE_CHECKING:
     from bench import Bench

@@ -27,8 +27,8 @@ from measure import Options, measure  # noqa: E402  (found through the path set 
 from package_versions import package_versions  # noqa: E402
 from shapes import CPU_SHAPES, GPU_SHAPES, PUBLISHED, Shape  # noqa: E402
 
-from tests import gpu_environment  # noqa: E402
-from tests.ranks import run_ranks  # noqa: E402
+from tests.support import gpu_environment  # noqa: E402
+from tests.support.ranks import run_ranks  # noqa: E402
 
 RUN_LIMIT_S = 540.0
 

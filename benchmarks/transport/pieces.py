@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from shapes import Shape
 
-from moe_plugin.config import BatchedMoEConfig
-from moe_plugin.runner import ExpertWeights, make_moe_runner, warm_up
-from moe_plugin.stats import Stats
-from moe_plugin.transports.guard import GuardedTransport
-from moe_plugin.transports.torch_dist import TorchTransport
-from tests.kernel_cases import make_weights
+from moe_plugin.runtime.config import BatchedMoEConfig
+from moe_plugin.runtime.runner import ExpertWeights, make_moe_runner, warm_up
+from moe_plugin.runtime.stats import Stats
+from moe_plugin.runtime.transports.guarded import GuardedTransport
+from moe_plugin.runtime.transports.torch_dist import TorchTransport
+from tests.support.kernel_cases import make_weights
 
 
 class Pieces:
@@ -50,7 +50,7 @@ class Pieces:
 
     def _create(self, transport: str) -> Any:
         if transport == "deepep":
-            from moe_plugin.transports.deepep_ll import create_deepep_buffer
+            from moe_plugin.runtime.transports.deepep_ll import create_deepep_buffer
 
             return create_deepep_buffer(
                 self.group,

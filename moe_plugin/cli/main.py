@@ -14,16 +14,20 @@ from importlib import import_module
 Command = Callable[[Sequence[str]], int]
 
 USAGE = 1
+REFUSED = 2
 _COMMANDS = {
     "plan": (
-        "moe_plugin.integration.plan_command",
+        "moe_plugin.integration.commands.plan_command",
         "budgets of a launch, for a named device: no GPU and no weights needed",
     ),
     "doctor": (
-        "moe_plugin.integration.doctor",
+        "moe_plugin.integration.commands.doctor",
         "host, device and libraries: what is active, and why not",
     ),
-    "tune": ("moe_plugin.cli.tune", "measure kernel launches on this GPU and store the best"),
+    "tune": (
+        "moe_plugin.cli.tune_command",
+        "measure kernel launches on this GPU and store the best",
+    ),
 }
 
 

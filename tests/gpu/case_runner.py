@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..ranks import run_ranks
+from ..support.ranks import run_ranks
 from .cases import CASES
 from .world import World
 

@@ -12,13 +12,13 @@ from functools import partial
 
 import torch
 
-from moe_plugin.deepep_limits import device_bytes, low_latency_rdma_bytes
+from moe_plugin.backends.deepep import device_bytes, low_latency_rdma_bytes
 from moe_plugin.errors import BudgetError
-from moe_plugin.memory import UNSPLIT, workspace_bytes
-from moe_plugin.metadata import DPMetadata
-from moe_plugin.runner import make_moe_runner
-from moe_plugin.stats import Stats
-from moe_plugin.transports.guard import GuardedTransport
+from moe_plugin.planning.memory import UNSPLIT, workspace_bytes
+from moe_plugin.runtime.metadata import DPMetadata
+from moe_plugin.runtime.runner import make_moe_runner
+from moe_plugin.runtime.stats import Stats
+from moe_plugin.runtime.transports.guarded import GuardedTransport
 
 from .world import Layer, World
 

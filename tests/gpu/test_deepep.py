@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_plugin.runner import warm_up
-from moe_plugin.stats import Stats
-from moe_plugin.transports.guard import GuardedTransport
-from moe_plugin.transports.torch_dist import TorchTransport
+from moe_plugin.runtime.runner import warm_up
+from moe_plugin.runtime.stats import Stats
+from moe_plugin.runtime.transports.guarded import GuardedTransport
+from moe_plugin.runtime.transports.torch_dist import TorchTransport
 
-from .. import gpu_environment
+from ..support import gpu_environment
 from .case_runner import NAMES, run_cases
 from .world import Sizes, World, layer_config
 
@@ -41,7 +41,7 @@ pytestmark = [
 
 def deepep_world(group: dist.ProcessGroup) -> World:
     """A guarded DeepEP buffer on this rank's GPU, created as the plugin creates it."""
-    from moe_plugin.transports.deepep_ll import create_deepep_buffer
+    from moe_plugin.runtime.transports.deepep_ll import create_deepep_buffer
 
     rank, ranks = group.rank(), group.size()
     device = torch.device("cuda", rank % GPUS)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .. import gpu_environment
-from ..rank_killed import check_killed_rank_ends_the_server
-from ..server_checks import (
+from ..support import gpu_environment
+from ..support.rank_killed import check_killed_rank_ends_the_server
+from ..support.server_checks import (
     check_idle_ranks,
     check_mixed_prompts,
     check_unequal_load,
@@ -25,9 +25,9 @@ from ..server_checks import (
     forced_logprobs,
     mean_distance,
 )
-from ..serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
-from ..serving.prompts import long_prompt
-from ..serving.server import LAUNCH_SERVER, Server
+from ..support.serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
+from ..support.serving.prompts import long_prompt
+from ..support.serving.server import LAUNCH_SERVER, Server
 
 GPUS = torch.cuda.device_count()
 SHAPE = replace(QWEN3_30B_LAYERS, num_hidden_layers=4)

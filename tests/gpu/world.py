@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_plugin.config import BatchedMoEConfig
-from moe_plugin.runner import ExpertWeights, make_moe_runner
-from moe_plugin.transports.torch_dist import TorchTransport
+from moe_plugin.runtime.config import BatchedMoEConfig
+from moe_plugin.runtime.runner import ExpertWeights, make_moe_runner
+from moe_plugin.runtime.transports.torch_dist import TorchTransport
 
-from ..moe_reference import Fp8Experts, MoECase, dense_moe, dense_moe_fp8, make_case
+from ..support.moe_reference import Fp8Experts, MoECase, dense_moe, dense_moe_fp8, make_case
 
 # Within this factor of the error of a dense layer that rounds to the same types.
 ERROR_FACTOR = 4.0

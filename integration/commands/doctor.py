@@ -1,0 +1,182 @@
+"""``moe-plugin doctor``: what is installed, what is active, and why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from typing import Literal
+
+from ...capability import backend_names
+from ...cli.main import Parser
+from ...envs import VARIABLES
+from ...planning.report import table
+from .. import host_symbols, plugin
+from ..status import STATUS
+
+NOT_ACTIVE = 2
+PACKAGES = (
+    "moe-plugin",
+    "sglang",
+    "torch",
+    "triton",
+    "sgl-deep-ep",
+    "nvidia-nvshmem-cu13",
+    "nvidia-nccl-cu13",
+    "sgl-deep-gemm",
+)
+State = Literal["ok", "info", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        area: what was looked at.
+        name: which part of it.
+        state: ``wrong`` alone decides the exit code.
+        text: what was found.
+    """
+
+    area: str
+    name: str
+    state: State
+    text: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns 0 when the plugin can act here, 2 when not."""
+    parser = Parser(
+        prog="moe-plugin doctor",
+        description="Report host, device and libraries. Exit code: 0 the plugin can act here, "
+        "2 it cannot (the lines marked `wrong` say why), 1 bad usage.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--quick", action="store_true", help="skip host symbols that need model code to import"
+    )
+    options = parser.parse_args(list(argv))
+    findings = examine(quick=options.quick)
+    wrong = any(finding.state == "wrong" for finding in findings)
+    if options.json:
+        print(json.dumps({"ok": not wrong, "findings": [asdict(f) for f in findings]}))
+    else:
+        rows = [("area", "name", "state", "found")]
+        print(table(rows + [(f.area, f.name, f.state, f.text) for f in findings]))
+        print(f"verdict: the plugin {'cannot' if wrong else 'can'} act here")
+    return NOT_ACTIVE if wrong else 0
+
+
+def examine(*, quick: bool) -> list[Finding]:
+    """Everything that the report shows, in its order."""
+    findings = [*_versions(), *_symbols(quick=quick), *_status(), *_variables(), *_device()]
+    findings.append(Finding("capability", "backends", "info", ", ".join(backend_names())))
+    return findings
+
+
+def _versions() -> list[Finding]:
+    findings = []
+    for name in PACKAGES:
+        try:
+            findings.append(Finding("version", name, "info", version(name)))
+        except PackageNotFoundError:
+            findings.append(Finding("version", name, "info", "not installed"))
+    wrong = host_symbols.check_version() if find_spec("sglang") else "sglang is not installed"
+    if wrong:
+        findings.append(Finding("host", "version", "wrong", wrong))
+    return findings
+
+
+def _symbols(*, quick: bool) -> list[Finding]:
+    findings: list[Finding] = []
+    if not find_spec("sglang"):
+        return findings
+    for symbol in host_symbols.SYMBOLS:
+        if symbol.runtime and quick:
+            findings.append(Finding("host", symbol.path, "info", "not checked (--quick)"))
+            continue
+        try:
+            problem = host_symbols.check_symbol(symbol)
+        except Exception as error:  # model code may not import on this machine
+            text = f"not checked: its module does not import here ({type(error).__name__})"
+            findings.append(Finding("host", symbol.path, "info", text))
+            continue
+        state: State = "wrong" if problem else "ok"
+        findings.append(Finding("host", symbol.path, state, problem or symbol.why))
+    return findings
+
+
+def _status() -> list[Finding]:
+    found = [e.name for e in entry_points(group="sglang.srt.plugins")]
+    findings = []
+    listed = "moe_plugin" in found
+    text = f"entry points: {', '.join(found) or 'none'}"
+    findings.append(Finding("plugin", "entry point", "ok" if listed else "wrong", text))
+    allowed = os.environ.get("SGLANG_PLUGINS", "").strip()
+    if allowed and "moe_plugin" not in [name.strip() for name in allowed.split(",")]:
+        text = f"SGLANG_PLUGINS={allowed} leaves moe_plugin out"
+        findings.append(Finding("plugin", "SGLANG_PLUGINS", "wrong", text))
+    try:
+        plugin.register()
+    except Exception as error:
+        findings.append(Finding("plugin", "status", "wrong", f"registration failed: {error}"))
+        return findings
+    status = STATUS
+    text = status.state + (f": {'; '.join(status.reasons)}" if status.reasons else "")
+    state: State = "ok" if status.state == "active" else "wrong"
+    findings.append(Finding("plugin", "status", state, text))
+    return findings
+
+
+def _variables() -> list[Finding]:
+    findings = []
+    for variable in VARIABLES:
+        try:
+            text = f"{variable.read()}{'' if variable.is_set() else ' (default)'}"
+            findings.append(Finding("variable", variable.name, "info", text))
+        except Exception as error:
+            findings.append(Finding("variable", variable.name, "wrong", str(error)))
+    return findings
+
+
+def _device() -> list[Finding]:
+    try:
+        import torch
+    except ImportError as error:
+        return [Finding("device", "torch", "wrong", str(error))]
+    if not torch.cuda.is_available():
+        text = "no CUDA device: the torch transport with --device cpu only"
+        return [Finding("device", "cuda", "info", text)]
+    properties = torch.cuda.get_device_properties(0)
+    text = (
+        f"{torch.cuda.device_count()} x {properties.name}, compute capability "
+        f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+    )
+    return [Finding("device", "cuda", "ok", text), _deep_ep()]
+
+
+def _deep_ep() -> Finding:
+    """Whether DeepEP imports, asked of a process of its own: its checks have side effects."""
+    from ...envs import TRANSPORT
+
+    if TRANSPORT.read() == "torch":
+        return Finding("transport", "torch", "ok", f"asked for by {TRANSPORT.name}")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import torch, deep_ep"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.returncode == 0:
+        return Finding("transport", "deepep", "ok", "deep_ep imports")
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    text = f"deep_ep does not import: {last}. Fix: reinstall sgl-deep-ep, or {TRANSPORT.name}=torch"
+    return Finding("transport", "deepep", "wrong", text)

@@ -1,0 +1,27 @@
+"""Which of the planned budgets are filled: those that the user left unset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...planning.plan import Plan
+from .launch_facts import explicit_graph_max
+
+
+def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
+    """The budgets that the user left unset, as declarations."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    cfg = resolving_view(server_args)
+    fills: dict[str, int] = {}
+    if plan.bounds_prefill:
+        if server_args.chunked_prefill_size is None:
+            fills["chunked_prefill_size"] = plan.chunked_prefill_size
+        if plan.cuda_graph_max_bs_prefill and explicit_graph_max(server_args, "prefill") is None:
+            fills["cuda_graph_max_bs_prefill"] = plan.cuda_graph_max_bs_prefill
+    if plan.bounds_decode and plan.max_running_requests:
+        if server_args.max_running_requests is None:
+            fills["max_running_requests"] = plan.max_running_requests
+        if plan.cuda_graph_max_bs_decode and explicit_graph_max(server_args, "decode") is None:
+            fills["cuda_graph_max_bs_decode"] = plan.cuda_graph_max_bs_decode
+    return {name: value for name, value in fills.items() if hasattr(cfg, name)}

@@ -1,0 +1,58 @@
+"""What only this installation can tell: is DeepEP there, and can it run on this device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+from ...planning.plan import Plan, Rejection
+from ..host_symbols import problems
+
+_checks_machine = True
+
+
+def check_host(plan: Plan, cfg: Any) -> Plan:
+    """``plan`` with refusals that follow from this installation and from late flips."""
+    errors = []
+    if _checks_machine and _lacks_deep_ep(plan):
+        errors.append(
+            Rejection(
+                "DeepEP",
+                got="deep_ep is not installed",
+                allowed="sgl-deep-ep, which sglang pins",
+                fix="pip install sgl-deep-ep, or MOE_PLUGIN_TRANSPORT=torch (development only)",
+                changes=(("MOE_PLUGIN_TRANSPORT", "torch"),),
+                kind="unsupported",
+            )
+        )
+    if plan.transport == "deepep" and cfg.device == "cpu" and plan.capability.backend == "deepep":
+        errors.append(
+            Rejection(
+                "transport",
+                got="MOE_PLUGIN_TRANSPORT=deepep with --device cpu",
+                allowed="torch on a CPU: DeepEP is CUDA only",
+                fix="unset MOE_PLUGIN_TRANSPORT",
+                changes=(("MOE_PLUGIN_TRANSPORT", None),),
+                kind="config",
+            )
+        )
+    return replace(plan, errors=plan.errors + tuple(errors)) if errors else plan
+
+
+def _lacks_deep_ep(plan: Plan) -> bool:
+    built_in = plan.capability.backend == "deepep" and plan.transport == "deepep"
+    return built_in and find_spec("deep_ep") is None
+
+
+def runtime_problems() -> list[str]:
+    """What of the host's model code we cannot work with. Imports it, as the launcher will."""
+    if not _checks_machine:
+        return []
+    return problems(runtime=True)
+
+
+def skip_machine_checks() -> None:
+    """For plans of another machine (``moe-plugin plan --target``)."""
+    global _checks_machine
+    _checks_machine = False

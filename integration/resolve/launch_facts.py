@@ -1,0 +1,169 @@
+"""Facts of a launch, read from the host's arguments: the door from ``ServerArgs`` to planning."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from ...envs import TRANSPORT
+from ...planning.compatibility import FLASHINFER_TILE
+from ...planning.facts import LaunchFacts
+from ..flags import requested
+from .draft_facts import draft_has_routed_moe, draft_shape, draft_width
+from .host_environment import environment_bool, environment_int
+
+
+def attn_dp_size(cfg: Any) -> int:
+    """Attention-DP groups. 0.5.20 and 0.5.21 spell it ``--dp-size N --enable-dp-attention``."""
+    groups = getattr(cfg, "attn_dp_size", None)
+    if groups is None:
+        groups = cfg.dp_size if cfg.enable_dp_attention else 1
+    elif groups == 1 and getattr(cfg, "enable_dp_attention", False):
+        groups = cfg.dp_size
+    return max(1, int(groups))
+
+
+def transport_of(cfg: Any) -> str:
+    """``deepep`` or ``torch``: asked for, or DeepEP everywhere but on a CPU."""
+    asked = TRANSPORT.read()
+    if asked != "auto":
+        return asked
+    return "torch" if cfg.device == "cpu" else "deepep"
+
+
+def explicit_graph_max(server_args: Any, phase: str) -> int | None:
+    """Largest capture size that the user named for a phase, by flag, list or JSON."""
+    config = server_args.cuda_graph_config
+    config = config.to_dict() if hasattr(config, "to_dict") else config or {}
+    named = config.get(phase) if isinstance(config, dict) else None
+    named = named if isinstance(named, dict) else {}
+    sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
+    if sizes:
+        return int(max(sizes))
+    largest = named.get("max_bs") or getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
+    return int(largest) if largest else None
+
+
+def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
+    """Whether a phase may capture graphs. Before the host decided: unless it was switched off."""
+    if cfg.device == "cpu":
+        return False
+    if getattr(server_args, "_cuda_graph_config_locked", None) is not None:
+        config = cfg.cuda_graph_config
+        return config is not None and getattr(config, phase).backend != "disabled"
+    backend = getattr(cfg, f"cuda_graph_backend_{phase}", None)
+    if backend is not None:  # named, it wins over the flag for both phases
+        return bool(backend != "disabled")
+    if getattr(cfg, "disable_cuda_graph", False):
+        return False
+    return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
+
+
+def dispatch_dtype(cfg: Any) -> tuple[str, str]:
+    """(dtype of dispatched rows that the user asked for, or ``auto``; flag or variable)."""
+    flag, variable = "--deepep-dispatcher-output-dtype", "SGLANG_DEEPEP_BF16_DISPATCH"
+    asked = getattr(cfg, "deepep_dispatcher_output_dtype", None) or "auto"
+    if asked == "auto" and environment_bool(variable):
+        return "bf16", variable
+    return ("fp8" if asked == "int8" else str(asked)), flag  # as the host does off NPUs
+
+
+def deterministic(cfg: Any) -> bool:
+    """Whether a token must get the same bits in any batch."""
+    return bool(getattr(cfg, "enable_deterministic_inference", False))
+
+
+def prefill_attention(cfg: Any) -> str | None:
+    """The attention backend of prefills."""
+    backend: str | None = getattr(cfg, "prefill_attention_backend", None) or cfg.attention_backend
+    return backend
+
+
+def chunk_alignment(cfg: Any) -> int:
+    """Tokens of a prefill chunk below which the host's scheduler refuses to start
+    (``Scheduler.check_truncation_align_fits_chunk``)."""
+    if not deterministic(cfg) or prefill_attention(cfg) != "flashinfer":
+        return 1
+    return environment_int(FLASHINFER_TILE) or 4096
+
+
+def compute_capability(cfg: Any) -> tuple[int, int] | None:
+    """(major, minor) of the CUDA device, or None off CUDA."""
+    if not str(cfg.device).startswith("cuda"):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return int(major), int(minor)
+
+
+def launch_facts(
+    server_args: Any,
+    cfg: Any,
+    *,
+    backend: str | None = None,
+    mode: str | None = None,
+    capacity: int | None = None,
+    late: bool = False,
+) -> LaunchFacts:
+    """Facts of the launch as far as resolution has come.
+
+    Args:
+        server_args: the raw record.
+        cfg: the host's live view of it.
+        backend: all-to-all backend to plan for; the view's by default.
+        mode: deepep mode to plan for; the view's by default.
+        capacity: the capacity variable as the *user* set it.
+        late: the host has resolved everything: the view's chunk is one group's.
+    """
+    request = requested(server_args)
+    draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None)
+    groups = attn_dp_size(cfg)
+    dtype, dtype_source = dispatch_dtype(cfg)
+    return LaunchFacts(
+        a2a_backend=backend or cfg.moe_a2a_backend,
+        deepep_mode=mode or cfg.deepep_mode,
+        disaggregation_mode=cfg.disaggregation_mode,
+        device=str(cfg.device),
+        transport=transport_of(cfg),
+        tp_size=cfg.tp_size,
+        attn_dp_size=groups,
+        attn_cp_size=max(1, int(getattr(cfg, "attn_cp_size", 1) or 1)),
+        pp_size=cfg.pp_size,
+        redundant_experts=cfg.ep_num_redundant_experts,
+        draft_width=draft_width(server_args, cfg),
+        draft_has_routed_moe=draft_has_routed_moe(server_args, cfg),
+        draft_a2a_backend=draft_backend,
+        two_batch_overlap=cfg.enable_two_batch_overlap,
+        mixed_chunk=cfg.enable_mixed_chunk,
+        dynamic_chunking=bool(getattr(cfg, "enable_dynamic_chunking", False)),
+        max_prefill_tokens=cfg.max_prefill_tokens,
+        page_size=max(1, int(cfg.page_size or 1)),
+        decode_graphs=graphs_enabled(server_args, cfg, "decode"),
+        prefill_graphs=graphs_enabled(server_args, cfg, "prefill"),
+        max_tokens=request.max_tokens,
+        max_tokens_source=request.max_tokens_source,
+        capacity=capacity,
+        qp_depth=environment_int("NVSHMEM_QP_DEPTH"),
+        chunked_prefill_size=server_args.chunked_prefill_size,
+        group_chunk=cfg.chunked_prefill_size if late else None,
+        max_running_requests=server_args.max_running_requests,
+        cuda_graph_max_bs_prefill=explicit_graph_max(server_args, "prefill"),
+        cuda_graph_max_bs_decode=explicit_graph_max(server_args, "decode"),
+        moe_runner_backend=cfg.moe_runner_backend,
+        has_deep_gemm=find_spec("deep_gemm") is not None,
+        deep_gemm_switched_off=environment_bool("SGLANG_ENABLE_JIT_DEEPGEMM") is False,
+        dispatch_dtype=dtype,
+        dispatch_dtype_source=dtype_source,
+        compute_capability=compute_capability(cfg),
+        single_batch_overlap=cfg.enable_single_batch_overlap,
+        lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),
+        waterfill=bool(getattr(cfg, "enable_waterfill", False)),
+        whole_rows=bool(getattr(cfg, "disable_attn_tp_gather", False)) and groups == 1,
+        chunk_alignment=chunk_alignment(cfg),
+        diffusion=bool(getattr(cfg, "dllm_algorithm", None)),
+        pipeline_warmup=environment_bool("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP") is True,
+        draft_shape=draft_shape(server_args, cfg, backend or cfg.moe_a2a_backend),
+    )

@@ -1,0 +1,49 @@
+"""Ask the capability and the planner about a launch: resolution, verification, the guard and
+``moe-plugin plan`` all ask here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...backends.deepep import limits_of
+from ...batched_backend import Capability, CapabilityFacts
+from ...capability import backend_names, get_backend, use_batched_dp_moe
+from ...planning.plan import Plan
+from ...planning.planner import make_plan
+from .capacity import user_capacity
+from .installation import check_host
+from .launch_facts import launch_facts, transport_of
+from .model_facts import model_facts
+
+
+def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capability:
+    """The capability's answer for a backend and mode, on this model and launch."""
+    draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None) or backend
+    if not {backend, draft_backend} & set(backend_names()):
+        # No model is worth a look: its config may not even be readable here.
+        return use_batched_dp_moe(CapabilityFacts(a2a_backend=backend))
+    model = model_facts(server_args)
+    launch = launch_facts(server_args, cfg, backend=backend, mode=mode)
+    return use_batched_dp_moe(launch.capability_facts(model))
+
+
+def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool = False) -> Plan:
+    """Plan for a backend and mode with what the user set.
+
+    Args:
+        server_args: the raw record: what the user set.
+        cfg: the host's live view of it.
+        backend: the all-to-all backend to plan for.
+        mode: the deepep mode to plan for.
+        late: everything is resolved, so that the view's chunk is one DP group's.
+    """
+    capability = capability_for(server_args, cfg, backend, mode)
+    if not capability.ok:
+        return Plan(capability=capability)
+    limits = limits_of(get_backend(capability.backend), transport_of(cfg))
+    capacity = user_capacity(limits)
+    launch = launch_facts(
+        server_args, cfg, backend=backend, mode=mode, capacity=capacity, late=late
+    )
+    plan = make_plan(model_facts(server_args), launch, limits, capability)
+    return check_host(plan, cfg)

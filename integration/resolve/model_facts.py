@@ -1,0 +1,107 @@
+"""Facts of a model's routed experts, read from the host's ``ModelConfig``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...planning.compatibility import NO_DISPATCHER
+from ...planning.facts import ModelFacts
+from .host_environment import environment_bool
+
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+# Clamped or scaled SwiGLU (DeepSeek-V4, Step-3.5, MiniMax-M3, ...): the models hand these to the
+# host's experts as swiglu_limit, gemm1_alpha or gemm1_clamp_limit.
+_ACTIVATION_LIMITS = (
+    "swiglu_limit", "swiglu_limits", "swiglu_alpha", "expert_swiglu_limit_list",
+    "activation_situ_beta",
+)  # fmt: skip
+_CLAMP_ALONE = frozenset({"Step3p5ForCausalLM", "BailingMoeV3ForCausalLM", "GigaChat35ForCausalLM"})
+"""Models that give the experts ``gemm1_clamp_limit`` alone: the host's DeepGEMM ignores it."""
+_TRANSFORMERS = "TransformersMoEForCausalLM"
+_INTERMEDIATE = ("moe_intermediate_size", "moe_hidden_size", "intermediate_size")
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):  # per layer in a few models
+            value = max((item for item in value if isinstance(item, int)), default=None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
+
+
+def routed_experts(config: Any) -> int:
+    """Routed experts of one layer in a Hugging Face text config; 0 for a dense model."""
+    return _first(config, _EXPERTS)
+
+
+def model_facts(server_args: Any) -> ModelFacts:
+    """Facts of the target model, from the host's own ``ModelConfig``."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    model = model_config_of(server_args)
+    text = model.hf_text_config
+    experts = routed_experts(text)
+    top_k = _first(text, _TOP_K)
+    name = architecture(model)
+    return ModelFacts(
+        architecture=name,
+        hidden_size=_first(text, ("routed_expert_hidden_size", "hidden_size")),
+        num_experts=experts,
+        top_k=top_k,
+        moe_intermediate_size=_first(text, _INTERMEDIATE),
+        context_length=int(getattr(model, "context_len", 0) or 0),
+        dtype=str(model.dtype).removeprefix("torch."),
+        weight_format=weight_format(server_args, model),
+        hidden_act=activation(text, name),
+        has_routed_moe=experts > 1 and top_k > 0 and name not in NO_DISPATCHER,
+    )
+
+
+def architecture(model: Any) -> str:
+    """Class name in the checkpoint, or of the host's wrapper around transformers' own model."""
+    if str(getattr(model, "model_impl", "")).rpartition(".")[2].lower() == "transformers":
+        return _TRANSFORMERS
+    return str((getattr(model.hf_config, "architectures", None) or [""])[0])
+
+
+def activation(text: Any, architecture: str) -> str:
+    """Name of the experts' activation, marked where the host clamps or scales it."""
+    name = str(getattr(text, "hidden_act", None) or "silu")
+    limits = [getattr(text, attribute, None) for attribute in _ACTIVATION_LIMITS]
+    # Lists are per layer, with nothing or zero where a layer has no limit.
+    limited = any(any(value) if isinstance(value, (list, tuple)) else value for value in limits)
+    if not limited:
+        return name
+    return f"{name}, {'clamped' if architecture in _CLAMP_ALONE else 'limited'}"
+
+
+def weight_format(server_args: Any, model: Any) -> str:
+    """``unquantized`` or the name of the quantization, refined where runners tell kinds apart."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    name = resolved_view(server_args).quantization or getattr(model, "quantization", None)
+    config = getattr(model.hf_config, "quantization_config", None) or getattr(
+        model.hf_text_config, "quantization_config", None
+    )
+    config = config if isinstance(config, dict) else {}
+    name = name or config.get("quant_method")
+    if not name:
+        return "unquantized"
+    dequantised = environment_bool("SGLANG_DSV4_FP4_DEQUANT")
+    if getattr(model, "is_fp4_experts", False) and not dequantised:
+        return "fp8_fp4" if name == "fp8" else "mxfp4"
+    if name == "fp8":
+        block = config.get("weight_block_size")
+        return "fp8_tensor" if not block else f"fp8_block{'' if block == [128, 128] else block}"
+    return str(name)

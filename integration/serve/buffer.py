@@ -1,0 +1,168 @@
+"""The host's communication buffer, created from the plan.
+
+SGLang creates ``DeepEPBuffer`` lazily, often inside graph capture, sized by its first caller.
+We create it while the model is built, before weights load: memory that is not there shows at
+once, and KV-cache sizing measures what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ...planning.plan import Plan
+from ...runtime.metadata import DPMetadata
+from ...runtime.stats import STATS
+from ...runtime.transports.agreement import check_ranks_agree
+from ...runtime.transports.guarded import GuardedTransport
+from ..attached_plan import plan_of
+
+logger = logging.getLogger(__name__)
+
+
+def host_config() -> Any:
+    """The host's resolved arguments in this process."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.runtime_context import get_server_args
+
+    return resolving_view(get_server_args())
+
+
+def device_type() -> str:
+    """The host's device in this process: ``cuda``, ``cpu``, ..."""
+    return str(host_config().device)
+
+
+def prepare_host(plan: Plan) -> None:
+    """Let the host build its dispatcher although deep_ep does not import (torch transport)."""
+    from sglang.srt.layers.moe.token_dispatcher import deepep
+
+    if plan.transport == "torch":
+        deepep.use_deepep = True
+
+
+def around_get_buffer(
+    original: Callable[..., Any],
+    cls: Any,
+    group: Any,
+    hidden_size: int,
+    param_bytes: int,
+    deepep_mode: Any,
+    num_max_dispatch_tokens_per_rank: int = -1,
+    num_experts: int = -1,
+) -> Any:
+    """AROUND hook on ``DeepEPBuffer.get_deepep_buffer``: one guarded transport per process."""
+    plan = current_plan()
+    args = (group, hidden_size, param_bytes, deepep_mode)
+    if plan is None:
+        return original(cls, *args, num_max_dispatch_tokens_per_rank, num_experts)
+    state = cls._state()
+    if state.buffer is not None:
+        return state.buffer
+    state.hidden_size = hidden_size
+    state.num_experts = num_experts
+    state.num_max_dispatch_tokens_per_rank = plan.max_dispatch_tokens_per_rank
+    state.buffer = GuardedTransport(
+        _create(original, cls, plan, args, num_experts),
+        plan.max_dispatch_tokens_per_rank,
+        metadata=current_metadata,
+        mode=current_mode,
+    )
+    return state.buffer
+
+
+def _create(
+    original: Callable[..., Any], cls: Any, plan: Plan, args: tuple[Any, ...], num_experts: int
+) -> Any:
+    group, hidden_size, _, deepep_mode = args
+    tokens = plan.max_dispatch_tokens_per_rank
+    sizes = {"tokens per rank": tokens, "experts": num_experts, "hidden size": hidden_size}
+    with _outside_memory_saver():
+        # Before the ranks are compared, as DeepEP would compare them by itself: the first
+        # collective makes NCCL's communicator and reserves a share of the kernels' local memory.
+        free_before = _free_bytes()
+        check_ranks_agree(group, sizes)
+        if plan.transport == "torch":
+            from ...runtime.transports.torch_dist import TorchTransport
+
+            return TorchTransport(group)
+        if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
+            return original(cls, *args, tokens, num_experts)
+        return _create_low_latency(plan, group, hidden_size, num_experts, free_before)
+
+
+def _outside_memory_saver() -> AbstractContextManager[Any]:
+    """With ``--enable-memory-saver`` the model is built in a region whose memory is given back and
+    remapped with its weights; the buffer's counters must outlive that."""
+    from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+
+    enabled = bool(host_config().enable_memory_saver)
+    return TorchMemorySaverAdapter.create(enable=enabled).disable()
+
+
+def _free_bytes() -> int:
+    """Free memory of this process's GPU when nothing runs; 0 without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def _create_low_latency(
+    plan: Plan, group: Any, hidden_size: int, num_experts: int, free_before: int
+) -> Any:
+    from sglang.srt.layers.moe.token_dispatcher.deepep import _is_mnnvl_fabric_supported
+
+    from ...runtime.transports.deepep_ll import create_deepep_buffer
+
+    created = create_deepep_buffer(
+        group,
+        max_num_tokens=plan.max_dispatch_tokens_per_rank,
+        hidden_size=hidden_size,
+        num_experts=num_experts,
+        qp_depth=plan.nvshmem_qp_depth,
+        allow_mnnvl=_is_mnnvl_fabric_supported(),
+        explicitly_destroy=False,
+    )
+    STATS.buffer_device_bytes = free_before - _free_bytes()
+    logger.info(
+        "moe_plugin: DeepEP buffer for %d tokens per rank, %d MiB asked, %d MiB taken, %d planned",
+        plan.max_dispatch_tokens_per_rank,
+        plan.rdma_buffer_bytes >> 20,
+        STATS.buffer_device_bytes >> 20,
+        plan.rdma_device_bytes >> 20,
+    )
+    return created
+
+
+def current_plan() -> Plan | None:
+    """The plan that this process runs under, or None."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return plan_of(get_server_args())
+
+
+def current_metadata() -> DPMetadata | None:
+    """Tokens per all-to-all rank in this forward; None where the host does not say.
+
+    With ``--moe-dense-tp-size 1 --enable-dp-lm-head`` the host tells each group its own tokens
+    only (``require_mlp_tp_gather``).
+    """
+    from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
+
+    tokens = get_dp_global_num_tokens()
+    plan = current_plan()
+    if tokens is None or plan is None:
+        return None
+    return DPMetadata.from_global_num_tokens(tokens, plan.attn_tp_size, plan.ep_size)
+
+
+def current_mode() -> str:
+    """``extend`` or ``decode``, as the host resolves DeepEP's mode."""
+    from sglang.srt.layers.dp_attention import get_is_extend_in_batch
+
+    return "extend" if get_is_extend_in_batch() else "decode"

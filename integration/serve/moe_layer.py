@@ -1,0 +1,184 @@
+"""Our experts between the host's dispatch and its combine.
+
+The dispatcher, two-batch overlap, EPLB statistics and graph capture stay SGLang's own. Only
+``DeepEPMoE.run_moe_core`` is ours, for batched (low-latency) dispatch output under a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import UnsupportedError, explain
+from ...planning.compatibility import LEAVE_TEXT
+from ...planning.plan import Plan
+from ...runtime.config import BatchedMoEConfig
+from ...runtime.runner import BatchedMoERunner, ExpertWeights, make_moe_runner, warm_up
+from ...runtime.stats import STATS
+from ..resolve.launch_facts import deterministic, dispatch_dtype
+from . import buffer
+
+_RUNNER = "_moe_plugin_runner"
+_LIMITED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
+_DEEP_GEMM_MESSAGE = "requires deep_gemm"
+
+
+def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND hook on ``DeepEPMoE.__init__``: open the host's gate and attach our runner."""
+    plan = buffer.current_plan()
+    if plan is None:
+        return original(layer, *args, **kwargs)
+    buffer.prepare_host(plan)
+    if plan.runner == "moe_plugin":
+        _attach_runner(original, layer, plan, args, kwargs)
+    else:
+        original(layer, *args, **kwargs)
+    _create_buffer(layer)
+    return None
+
+
+def _attach_runner(
+    original: Callable[..., None], layer: Any, plan: Plan, args: Any, kwargs: Any
+) -> None:
+    try:
+        original(layer, *args, **kwargs)
+    except AssertionError as error:
+        # The constructor's last statement insists on DeepGEMM for quantised experts; ours do
+        # not need it, and everything before it is done.
+        if _DEEP_GEMM_MESSAGE not in str(error):
+            raise
+    # The host's modern path: dispatch, run_moe_core, combine; without its deprecated branches.
+    layer.deprecate_flag = True
+    runner = _make_runner(layer, plan)
+    setattr(layer, _RUNNER, runner)
+    if layer.w13_weight.is_cuda:
+        warm_up(runner.config, layer.w13_weight.dtype)
+    if layer.w13_weight.dtype.itemsize > 1:
+        # Unset, the host would quantise activations to FP8 for bf16 weights as well, such as those
+        # of a layer that an FP8 checkpoint leaves out.
+        layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
+        _check_rows_in_bf16(layer)
+
+
+def _check_rows_in_bf16(layer: Any) -> None:
+    """The user's flag wins over the layer's wish; most layers may be FP8, so no plan refuses it."""
+    asked, source = dispatch_dtype(buffer.host_config())
+    if asked not in ("auto", "bf16"):
+        raise UnsupportedError(
+            explain(
+                f"MoE layer {layer.layer_id}: dtype of dispatched rows",
+                got=f"{asked} ({source}) with {layer.w13_weight.dtype} weights",
+                allowed="bf16, which auto selects for each layer",
+                fix=f"remove {source}",
+            )
+        )
+
+
+def around_moe_forward(
+    original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any
+) -> Any:
+    """AROUND hook on ``DeepEPMoE.forward``: our layers are captured in the host's prefill graphs.
+
+    The host breaks these graphs at every MoE layer, because DeepEP's normal mode cannot be
+    captured. Low latency can, as its decode graphs show, and then a prefill step that replays a
+    graph waits for Python at no layer.
+    """
+    plan = buffer.current_plan()
+    if plan is None or not plan.captures_prefill or not _in_prefill_graph():
+        return original(layer, hidden_states, topk_output)
+    from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
+
+    before = get_is_extend_in_batch()  # the host says no while it captures
+    set_is_extend_in_batch(True)
+    try:
+        return layer.forward_impl(hidden_states, topk_output)
+    finally:
+        set_is_extend_in_batch(before)
+
+
+def _in_prefill_graph() -> bool:
+    try:
+        from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
+            is_in_breakable_cuda_graph,
+        )
+    except ImportError:  # hosts without such graphs
+        return False
+    return bool(is_in_breakable_cuda_graph())
+
+
+def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_output: Any) -> Any:
+    """AROUND hook on ``DeepEPMoE.run_moe_core``: batched output goes to our experts."""
+    runner: BatchedMoERunner | None = getattr(layer, _RUNNER, None)
+    if runner is None or not dispatch_output.format.is_deepep_ll():
+        return original(layer, dispatch_output)
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
+
+    metadata = buffer.current_metadata()
+    expected_m = dispatch_output.expected_m
+    if metadata is not None:
+        cfg = runner.config
+        expected_m = metadata.expected_rows(cfg.top_k, cfg.num_experts)
+    output = runner.run_experts(
+        dispatch_output.hidden_states,
+        dispatch_output.hidden_states_scale,
+        dispatch_output.masked_m,
+        expert_weights(layer),
+        expected_m,
+    )
+    STATS.count_layer(layer.layer_id)
+    return DeepEPLLCombineInput(output, dispatch_output.topk_ids, dispatch_output.topk_weights)
+
+
+def expert_weights(layer: Any) -> ExpertWeights:
+    """The layer's weights as our runner takes them; no copy."""
+    if layer.quant_config is None:  # asking a module for what it has not costs an exception
+        return ExpertWeights(layer.w13_weight, layer.w2_weight)
+    return ExpertWeights(
+        w13=layer.w13_weight,
+        w2=layer.w2_weight,
+        w13_scale=getattr(layer, "w13_weight_scale_inv", None),
+        w2_scale=getattr(layer, "w2_weight_scale_inv", None),
+    )
+
+
+def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
+    moe = layer.moe_runner_config
+    for name, allowed in (("apply_router_weight_on_input", False), ("is_gated", True)):
+        if getattr(moe, name, allowed) != allowed:
+            raise UnsupportedError(
+                explain(
+                    f"MoE layer {layer.layer_id}: {name}",
+                    got=not allowed,
+                    allowed=allowed,
+                    fix="--use-batched-dp-moe off",
+                )
+            )
+    scaled = [name for name in _LIMITED if getattr(moe, name, None)]
+    if scaled:
+        raise UnsupportedError(
+            explain(
+                f"MoE layer {layer.layer_id}: activation",
+                got=f"{moe.activation} with {', '.join(scaled)}",
+                allowed="plain silu: ours would leave the limit out",
+                fix=LEAVE_TEXT,
+            )
+        )
+    config = BatchedMoEConfig(
+        num_experts=layer.num_experts,
+        num_ranks=layer.moe_ep_size,
+        top_k=layer.top_k,
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size_per_partition,
+        max_num_tokens=plan.max_dispatch_tokens_per_rank,
+        activation=moe.activation,
+        batch_invariant=deterministic(buffer.host_config()),
+    )
+    return make_moe_runner(config, buffer.device_type())
+
+
+def _create_buffer(layer: Any) -> None:
+    """Create the process-wide buffer now, through the host's own dispatcher."""
+    for inner in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
+        low_latency = getattr(inner, "_low_latency_dispatcher", None)
+        if low_latency is not None:
+            low_latency._get_buffer()

@@ -1,0 +1,318 @@
+"""Measure candidate launches on this GPU and write a table for `launch.pick_launch`.
+
+Each GEMM is timed on its own for every candidate, then the layer for the best pairs, because the
+second launch starts while the first one ends. Skewed routing, for the fewest rows a single live
+expert, decides between pairs that tie. A table is saved after every row count, and cells that it
+already holds are skipped.
+"""
+
+import json
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ..expert_layer import Workspace, layer_problems
+from ..experts import run_layer
+from ..experts_torch import SCALE_BLOCK
+from ..launch import (
+    Device,
+    Launch,
+    Shape,
+    Tiles,
+    depth_split,
+    encode_launch,
+    hopper_tiles,
+    row_tile,
+    table_key,
+)
+from ..problem import Problem, device_of
+from ..sm90.gemm_launch import run_hopper
+from .precompile import precompile
+
+ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
+FINALISTS = 4
+AS_GOOD = 1.01  # times the fastest: repeated measurements differ by as much
+# With the fewest rows few experts are live in practice, and narrow tiles then win far more.
+AS_GOOD_SPARSE = 1.02
+FEWEST_ROWS = 8
+BURSTS = (1, 2)  # four were at most 0.5 % faster, and a coarser ring
+
+
+def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]:
+    """Tiles worth measuring for this many rows, for each of the two GEMMs."""
+    fp8 = shape.fp8
+    full = 128 if fp8 else 64
+    exact = row_tile(expected_m)
+    # channels, rows, rows of busy experts, depth, warps, per multiprocessor, weights wide, groups
+    shapes: list[tuple[int, int, int, int, int, int, bool, int]] = []
+    if expected_m <= 64:
+        shapes += [
+            (64, exact, 64, full, 4, 1, True, 1), (64, exact, 64, full, 4, 2, True, 1),
+            (128, exact, 64, full, 8, 1, True, 1),
+        ]  # fmt: skip
+        shapes += [] if fp8 else [(64, exact, 64, 128, 4, 1, True, 1)]
+        shapes += [] if fp8 else [(64, exact, 128, full, 4, 1, True, 1)]
+    if 16 <= expected_m <= 256:
+        shapes += [
+            (64, 64, 64, full, 4, 2, False, 1), (128, 64, 64, full, 4, 1, False, 1),
+            (128, 64, 64, full, 8, 1, False, 1), (128, 64, 128, full, 8, 1, False, 1),
+        ]  # fmt: skip
+    if expected_m >= 64:
+        shapes += [
+            (128, 128, 128, full, 8, 1, False, 1), (128, 128, 128, full, 8, 1, False, 2),
+            (64, 128, 128, full, 4, 2, False, 1), (64, 128, 128, full, 8, 1, False, 2),
+        ]  # fmt: skip
+    if expected_m >= 64 and not fp8:
+        shapes += [(64, 256, 256, full, 8, 1, True, 1)]
+    splits = sorted({1, depth_split(shape.experts, shape.hidden)})
+    gate_up, down = [], []
+    for channels, rows, many, depth, warps, per_sm, swap, groups in shapes:
+        tile = (channels, rows, many)
+        # The first GEMM's channels share a scale, so they are the depth of the second one.
+        inner = channels if fp8 else depth
+        for burst in BURSTS if expected_m <= 128 else BURSTS[:1]:
+            gate_up.append(hopper_tiles(*tile, depth, fp8, warps, per_sm, swap, 1, burst, groups))
+            down += [
+                hopper_tiles(*tile, inner, fp8, warps, per_sm, swap, parts, burst, groups)
+                for parts in splits
+            ]
+    return _with_shared(gate_up), _with_shared(down)
+
+
+def _with_shared(tiles: list[Tiles]) -> list[Tiles]:
+    """Tiles that leave room for another program also with that room left to the other launch."""
+    both = [*tiles, *(replace(t, shared=True) for t in tiles if t.per_sm == 2)]
+    return list(dict.fromkeys(both))
+
+
+def compatible(shape: Shape, gate_up: Tiles, down: Tiles) -> bool:
+    """Whether both share the multiprocessors or neither does, and the second GEMM steps through
+    the groups that the first one quantised."""
+    same_step = not shape.fp8 or down.depth == gate_up.channels
+    return same_step and down.shared == gate_up.shared
+
+
+def candidate_launches(shape: Shape, expected_m: int) -> list[Launch]:
+    """Pairs in which every candidate occurs at least once."""
+    firsts, seconds = candidates(shape, expected_m)
+    pairs = [(next(a for a in firsts if compatible(shape, a, b)), b) for b in seconds]
+    pairs += [(a, next(b for b in seconds if compatible(shape, a, b))) for a in firsts]
+    return [Launch(True, a, b) for a, b in dict.fromkeys(pairs)]
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Several copies of one layer, so that no launch finds its weights in L2."""
+
+    shape: Shape
+    layers: tuple[tuple[Any, ...], ...]
+    out: torch.Tensor
+
+    @staticmethod
+    def create(shape: Shape, device: torch.device | str = "cuda") -> "Buffers":
+        """Random weights and rows; every row is finite, live or not."""
+        dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
+        per_layer = 3 * shape.experts * shape.hidden * shape.inter * dtype.itemsize
+        out = torch.empty(
+            (shape.experts, shape.capacity, shape.hidden), dtype=torch.bfloat16, device=device
+        )
+        copies = max(1, -(-CACHE_BYTES // per_layer))
+        return Buffers(shape, tuple(random_layer(shape, dtype, device) for _ in range(copies)), out)
+
+    def problems(self, copy: int, masked_m: torch.Tensor, launch: Launch) -> tuple[Any, Any]:
+        """Both GEMMs of one copy, with a workspace of their own."""
+        between = Workspace.of(self.shape, launch, device_of(self.out)).tensors(self.out.device)
+        x, x_scale, w13, w13_scale, w2, w2_scale = self.layers[copy % len(self.layers)]
+        return layer_problems(
+            x, x_scale, w13, w13_scale, w2, w2_scale, masked_m, between, self.out,
+            launch.gate_up.channels,
+        )  # fmt: skip
+
+
+def random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
+    def dense(*size: int) -> torch.Tensor:
+        result = torch.empty(size, dtype=dtype, device=device)
+        for part in result:  # one expert at a time keeps the float32 copy small
+            part.copy_(torch.randn(part.shape, device=device))
+        return result
+
+    experts, hidden, inter = shape.experts, shape.hidden, shape.inter
+    x = dense(experts, shape.capacity, hidden)
+    w13, w2 = dense(experts, 2 * inter, hidden), dense(experts, hidden, inter)
+    if not shape.fp8:
+        return x, None, w13, None, w2, None
+
+    def ones(*size: int) -> torch.Tensor:
+        return torch.full(size, 0.02, device=device)
+
+    across, inner = triton.cdiv(hidden, SCALE_BLOCK), triton.cdiv(inter, SCALE_BLOCK)
+    x_scale = ones(experts, hidden // SCALE_BLOCK, shape.capacity).transpose(1, 2)
+    w13_scale = ones(experts, triton.cdiv(2 * inter, SCALE_BLOCK), across)
+    return x, x_scale, w13, w13_scale, w2, ones(experts, across, inner)
+
+
+def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
+    """Median seconds of one call, of all of them captured into one graph."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for replay in range(replays + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay > 1:
+            times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2] / len(calls) * 1e-3
+
+
+def measure(
+    buffers: Buffers, masked_m: torch.Tensor, launch: Launch, which: str = "layer", calls: int = 4
+) -> float:
+    """Seconds of one GEMM ("gate_up", "down") or of the layer under one launch."""
+    device = device_of(buffers.out)
+    work: list[Callable[[], Any]] = []
+    for copy in range(calls):
+        gate_up, down = buffers.problems(copy, masked_m, launch)
+        if which == "gate_up":
+            work.append(partial(run_hopper, gate_up, launch.gate_up, device, chained=False))
+        elif which == "down":
+            work.append(partial(_run_down, down, launch.down, device))
+        else:
+            work.append(partial(run_layer, gate_up, down, launch, device))
+    return graph_seconds(work)
+
+
+def _run_down(down: Problem, tiles: Tiles, device: Device) -> None:
+    """The second GEMM alone: nothing else clears its counters, and without that no part would be
+    the last one, which adds the others up."""
+    if down.counters is not None:
+        down.counters.zero_()
+    run_hopper(down, tiles, device, chained=True)
+
+
+def tune_cell(
+    buffers: Buffers, rows: int, record: list[dict] | None = None, skip: Container[Launch] = ()
+) -> Launch:
+    """The best launch for `rows` live rows per expert; `record` collects every timing."""
+    shape = buffers.shape
+    counts = torch.full((shape.experts,), rows, dtype=torch.int32, device=buffers.out.device)
+    timings: dict[str, dict[Tiles, float]] = {"gate_up": {}, "down": {}}
+    for launch in candidate_launches(shape, rows):
+        if launch in skip:
+            continue
+        for which, seen in timings.items():
+            tiles = getattr(launch, which)
+            if tiles not in seen:
+                seen[tiles] = measure(buffers, counts, launch, which)
+                if record is not None:
+                    record.append(
+                        {"rows": rows, "which": which, "us": 1e6 * seen[tiles],
+                         **{k: getattr(tiles, k) for k in tiles.__slots__}}
+                    )  # fmt: skip
+    first, second = timings["gate_up"], timings["down"]
+    pairs = sorted(
+        (Launch(True, a, b) for a in first for b in second if compatible(shape, a, b)),
+        key=lambda pair: first[pair.gate_up] + second[pair.down],
+    )
+    # Alone, a launch that shares its multiprocessors cannot show what that gains.
+    finalists = [p for p in pairs if not p.down.shared][:FINALISTS]
+    finalists += [p for p in pairs if p.down.shared][: FINALISTS // 2]
+    sparse = rows <= FEWEST_ROWS and shape.experts > 1
+    skewed = (rows,) + (0,) * (shape.experts - 1)
+    if not sparse:
+        skewed = zipf_counts(shape.experts, rows, shape.capacity)
+    skew = torch.tensor(skewed).to(counts)
+    finals = {p: (measure(buffers, counts, p), measure(buffers, skew, p)) for p in finalists}
+    if record is not None:
+        for pair, (even, uneven) in finals.items():
+            record.append({"rows": rows, "which": "layer", "us": 1e6 * even,
+                           "skewed_us": 1e6 * uneven, "launch": encode_launch(pair)})  # fmt: skip
+    return choose(finals, AS_GOOD_SPARSE if sparse else AS_GOOD)
+
+
+def choose(finals: dict[Launch, tuple[float, float]], as_good_as: float) -> Launch:
+    """Of (seconds under uniform routing, under skewed routing): the best under skew among those
+    that take at most `as_good_as` times the best under uniform routing."""
+    best = min(even for even, _ in finals.values())
+    as_good = {pair: skew for pair, (even, skew) in finals.items() if even <= as_good_as * best}
+    return min(as_good, key=as_good.__getitem__)
+
+
+def zipf_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:
+    """`rows` per expert on average, shared in proportion to 1 / rank; hot experts capped at the
+    capacity."""
+    total = experts * rows
+    weights = [1 / (i + 1) for i in range(experts)]
+    counts = [min(capacity, int(total * w / sum(weights))) for w in weights]
+    for i in range(experts):  # what rounding and the cap left over goes to the hottest with room
+        counts[i] += min(capacity - counts[i], total - sum(counts))
+    return tuple(counts)
+
+
+def save_table(path: Path, device: str, launches: dict[str, dict]) -> None:
+    """Write a table, one launch a line, sorted by shape and rows."""
+
+    def order(key: str) -> tuple[str, int]:
+        shape, rows = key.rsplit("-", 1)
+        return shape, int(rows)
+
+    head = {
+        "device": device,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "date": date.today().isoformat(),
+    }
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(launches[key])}" for key in sorted(launches, key=order)
+    ]
+    text = json.dumps(head)[:-1] + ', "launches": {\n' + ",\n".join(lines) + "\n}}\n"
+    path.write_text(text)
+
+
+def tune(
+    shapes: Iterable[Shape],
+    path: Path,
+    row_counts: Iterable[int] = ROW_COUNTS,
+    progress: Callable[[int, int, str], None] | None = None,
+    workers: int = 8,
+) -> None:
+    """Measure the missing cells of the table at `path`, saving after each.
+
+    `progress(done, total, label)` is called before every cell.
+    """
+    launches = json.loads(path.read_text())["launches"] if path.is_file() else {}
+    device = device_of(torch.empty(0, device="cuda"))
+    cells = [(shape, m) for shape in shapes for m in row_counts if m <= shape.capacity]
+    missing = [c for c in cells if table_key(*c) not in launches]
+    jobs = [
+        (shape, launch) for shape, rows in missing for launch in candidate_launches(shape, rows)
+    ]
+    failed = precompile(jobs, device, workers) if jobs else {}
+    buffers = None
+    for done, (shape, rows) in enumerate(cells):
+        key = table_key(shape, rows)
+        if progress is not None:
+            progress(done, len(cells), key)
+        if key in launches:
+            continue
+        if buffers is None or buffers.shape != shape:
+            buffers = None  # frees the previous shape's memory first
+            buffers = Buffers.create(shape)
+        launches[key] = encode_launch(
+            tune_cell(buffers, rows, skip={launch for other, launch in failed if other == shape})
+        )
+        save_table(path, device.name, launches)
+    if progress is not None:
+        progress(len(cells), len(cells), "")

@@ -1,0 +1,1 @@
+"""The built-in batched backends, one file each: what they carry, and in which modes."""

@@ -1,0 +1,184 @@
+"""What a plan is made from: facts of the model, and of the launch. Plain values only.
+
+All of them follow from arguments and model config, never from free memory or a live process, so
+that every rank of every node derives the same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+
+from ..batched_backend import CapabilityFacts
+
+GRAPH_MULTIPLE = 8
+"""Token counts that are captured are multiples of 8: others can hang all-to-all capture
+(``apply_deepep_adjustments`` of the host)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """The routed experts of one model, from its config.
+
+    Attributes:
+        architecture: class name in ``architectures``.
+        hidden_size: width of a dispatched row, elements.
+        num_experts: routed experts of one layer, without redundant copies.
+        top_k: experts per token.
+        moe_intermediate_size: inner width of one expert, elements.
+        context_length: longest sequence, tokens.
+        dtype: activation dtype by torch name.
+        weight_format: expert weights: ``unquantized``, or the name of the quantization;
+            ``fp8_fp4`` are FP4 experts in an FP8 checkpoint.
+        hidden_act: activation of the experts; "silu, limited" where it is clamped or scaled in a
+            way that the host's DeepGEMM knows, "silu, clamped" where it leaves the clamp out.
+        has_routed_moe: the model has at least one routed MoE layer.
+    """
+
+    architecture: str = ""
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    moe_intermediate_size: int
+    context_length: int
+    dtype: str = "bfloat16"
+    weight_format: str = "unquantized"
+    hidden_act: str = "silu"
+    has_routed_moe: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchFacts:
+    """One launch: topology, modes, and what the user set. ``None`` means not set by the user.
+
+    Attributes:
+        a2a_backend: the all-to-all backend, as resolved.
+        deepep_mode: ``auto``, ``normal`` or ``low_latency``.
+        disaggregation_mode: ``null``, ``prefill`` or ``decode``.
+        device: ``cuda``, ``cpu``, ...
+        transport: ``deepep`` or ``torch``.
+        tp_size: ranks of one pipeline stage; also the expert-parallel ranks.
+        attn_dp_size: attention data-parallel groups inside them.
+        attn_cp_size: attention context-parallel ranks inside one such group.
+        pp_size: pipeline stages.
+        redundant_experts: extra physical experts (EPLB).
+        draft_width: rows per running request in the widest decode-like forward; 1 without
+            speculative decoding.
+        draft_has_routed_moe: the draft model has routed MoE layers.
+        draft_a2a_backend: all-to-all backend of the draft; None follows the target's.
+        two_batch_overlap: the host splits batches in two.
+        mixed_chunk: decode rows ride along with prefill chunks.
+        dynamic_chunking: the host resizes chunks under pipeline parallelism.
+        max_prefill_tokens: the host's cap of a prefill batch, tokens (never None there).
+        page_size: KV-cache page, tokens; the host wants chunks in whole pages.
+        decode_graphs: decode CUDA graphs are captured.
+        prefill_graphs: prefill CUDA graphs are captured.
+        max_tokens: our flag, tokens per rank.
+        max_tokens_source: the flag or variable it came from.
+        capacity: the host's capacity variable, tokens per rank.
+        qp_depth: ``NVSHMEM_QP_DEPTH``.
+        chunked_prefill_size: as typed, before the host divides by attention DP; <= 0 is off.
+        group_chunk: chunk of one DP group as the host resolved it; None until it has, and then
+            only what was typed is known (:attr:`known_chunk`).
+        max_running_requests: as typed, over all DP groups.
+        cuda_graph_max_bs_prefill: tokens per DP group.
+        cuda_graph_max_bs_decode: requests per DP group.
+        moe_runner_backend: ``auto`` or the user's choice.
+        has_deep_gemm: DeepGEMM is installed.
+        deep_gemm_switched_off: ``SGLANG_ENABLE_JIT_DEEPGEMM=0``.
+        dispatch_dtype: what the user wants rows dispatched in, ``auto`` or a dtype of the host's.
+        dispatch_dtype_source: the flag or variable it came from.
+        compute_capability: (major, minor) of the device; None on a CPU.
+        single_batch_overlap: ``--enable-single-batch-overlap``.
+        lora: LoRA adapters are served.
+        waterfill: ``--enable-waterfill``.
+        whole_rows: attention-TP ranks may all dispatch all of a group's rows
+            (``--disable-attn-tp-gather`` without attention DP).
+        chunk_alignment: tokens that a prefill chunk must at least hold, or the scheduler refuses.
+        diffusion: a diffusion LLM decodes blocks (``--dllm-algorithm``).
+        pipeline_warmup: ``SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP`` is on.
+        draft_shape: (hidden size, routed experts) of a draft model on the same all-to-all; None
+            without one, or when it repeats the target's layers.
+    """
+
+    a2a_backend: str = "deepep"
+    deepep_mode: str = "low_latency"
+    disaggregation_mode: str = "null"
+    device: str = "cuda"
+    transport: str = "deepep"
+    tp_size: int = 1
+    attn_dp_size: int = 1
+    attn_cp_size: int = 1
+    pp_size: int = 1
+    redundant_experts: int = 0
+    draft_width: int = 1
+    draft_has_routed_moe: bool = False
+    draft_a2a_backend: str | None = None
+    two_batch_overlap: bool = False
+    mixed_chunk: bool = False
+    dynamic_chunking: bool = False
+    max_prefill_tokens: int = 16384
+    page_size: int = 1
+    decode_graphs: bool = True
+    prefill_graphs: bool = True
+    max_tokens: int | None = None
+    max_tokens_source: str = "--batched-dp-moe-max-tokens"
+    capacity: int | None = None
+    qp_depth: int | None = None
+    chunked_prefill_size: int | None = None
+    group_chunk: int | None = None
+    max_running_requests: int | None = None
+    cuda_graph_max_bs_prefill: int | None = None
+    cuda_graph_max_bs_decode: int | None = None
+    moe_runner_backend: str = "auto"
+    has_deep_gemm: bool = True
+    deep_gemm_switched_off: bool = False
+    dispatch_dtype: str = "auto"
+    dispatch_dtype_source: str = "--deepep-dispatcher-output-dtype"
+    compute_capability: tuple[int, int] | None = (9, 0)
+    single_batch_overlap: bool = False
+    lora: bool = False
+    waterfill: bool = False
+    whole_rows: bool = False
+    chunk_alignment: int = 1
+    diffusion: bool = False
+    pipeline_warmup: bool = False
+    draft_shape: tuple[int, int] | None = None
+
+    @property
+    def attn_tp_size(self) -> int:
+        """Ranks that one DP group's rows are scattered over before a dispatch."""
+        if self.whole_rows:
+            return 1
+        return max(1, self.tp_size // self.attn_dp_size // self.attn_cp_size)
+
+    @property
+    def known_chunk(self) -> int:
+        """Chunk of one DP group, as resolved or as typed; 0 when unknown or off."""
+        if self.group_chunk is not None:
+            return max(0, self.group_chunk)
+        return max(0, (self.chunked_prefill_size or 0) // self.attn_dp_size)
+
+    @property
+    def graph_multiple(self) -> int:
+        """Multiple of captured batch sizes: the host's alignment, and 8."""
+        return lcm(GRAPH_MULTIPLE, self.host_alignment)
+
+    @property
+    def host_alignment(self) -> int:
+        """``get_cuda_graph_batch_size_alignment`` of the host with gathered buffers."""
+        alignment = self.attn_tp_size * (2 if self.two_batch_overlap else 1)
+        if alignment % self.attn_cp_size:
+            alignment *= self.attn_cp_size
+        return alignment
+
+    def capability_facts(self, model: ModelFacts) -> CapabilityFacts:
+        """What the capability predicate may see of this launch."""
+        return CapabilityFacts(
+            a2a_backend=self.a2a_backend,
+            deepep_mode=self.deepep_mode,
+            disaggregation_mode=self.disaggregation_mode,
+            has_routed_moe=model.has_routed_moe,
+            draft_has_routed_moe=self.draft_has_routed_moe,
+            draft_a2a_backend=self.draft_a2a_backend,
+        )

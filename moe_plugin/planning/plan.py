@@ -1,0 +1,178 @@
+"""The frozen result of planning: what is filled, what binds, what is refused and how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..batched_backend import Capability, Mode
+from ..errors import BudgetError, ConfigError, UnsupportedError, explain
+
+Source = Literal["user", "default", "derived", "host"]
+Kind = Literal["budget", "config", "unsupported"]
+Change = tuple[str, "str | None"]
+"""(flag or variable, its new value; None removes it)."""
+_ERRORS: dict[str, type[ConfigError] | type[UnsupportedError]] = {
+    "budget": BudgetError,
+    "config": ConfigError,
+    "unsupported": UnsupportedError,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One thing that cannot work, and what makes it work.
+
+    Attributes:
+        limit: what binds ("tokens per rank", "hidden sizes", "host").
+        got: the user's value, with the arithmetic.
+        allowed: what the limit admits.
+        fix: what to type instead.
+        changes: the same fix for programs.
+        kind: which error it is raised as.
+    """
+
+    limit: str
+    got: str
+    allowed: str
+    fix: str
+    changes: tuple[Change, ...] = ()
+    kind: Kind = "budget"
+
+    def __str__(self) -> str:
+        return explain(self.limit, got=self.got, allowed=self.allowed, fix=self.fix)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One planned value and why it is what it is.
+
+    Attributes:
+        name: the host's name for it.
+        value: as one would type it; None when this instance does not use it.
+        source: who chose it.
+        limit: the limit that binds.
+        headroom: units left below that limit, or None when it is not counted in units.
+        arithmetic: the numbers behind it.
+        flag: the flag or variable that sets it.
+    """
+
+    name: str
+    value: int | None
+    source: Source
+    limit: str
+    headroom: int | None
+    arithmetic: str
+    flag: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Every budget of one launch. Picklable: it rides on the host's arguments to its children.
+
+    Attributes:
+        capability: the answer that this plan stands on.
+        max_dispatch_tokens_per_rank: T, rows that one rank may dispatch in one forward.
+        token_multiple: what T must be a multiple of, by the transport and by graph capture.
+        chunked_prefill_size: tokens over all DP groups, as typed; 0 when prefill is not bounded.
+        cuda_graph_max_bs_prefill: tokens per DP group; 0 without bounded prefill graphs.
+        cuda_graph_max_bs_decode: requests per DP group; 0 without bounded decode graphs.
+        max_running_requests: requests over all DP groups; 0 when decode is not bounded.
+        nvshmem_qp_depth: queue-pair depth of the buffer; 0 without one.
+        rdma_buffer_bytes: DeepEP's own size hint, bytes per rank; 0 without an RDMA buffer.
+        rdma_device_bytes: device memory that the buffer takes, bytes per rank.
+        workspace_bytes: experts' working memory, bytes per rank.
+        reserved_bytes: what resolution kept back for both in the host's memory sizing, bytes per
+            rank; 0 when the user set ``--mem-fraction-static``.
+        budgets: the same, value by value, with sources and arithmetic.
+        errors: why it is refused.
+        notes: things to know that refuse nothing.
+        runner: whose experts run: ``moe_plugin`` or ``host``.
+        transport: ``deepep`` or ``torch``.
+        ep_size: expert-parallel ranks.
+        num_experts: physical experts, redundant ones included.
+        hidden_size: row width, elements.
+        top_k: experts per token.
+        attn_tp_size: ranks that one DP group's rows are scattered over.
+        dtype: activation dtype by torch name.
+    """
+
+    capability: Capability
+    max_dispatch_tokens_per_rank: int = 0
+    token_multiple: int = 1
+    chunked_prefill_size: int = 0
+    cuda_graph_max_bs_prefill: int = 0
+    cuda_graph_max_bs_decode: int = 0
+    max_running_requests: int = 0
+    nvshmem_qp_depth: int = 0
+    rdma_buffer_bytes: int = 0
+    rdma_device_bytes: int = 0
+    workspace_bytes: int = 0
+    reserved_bytes: int = 0
+    budgets: tuple[Budget, ...] = ()
+    errors: tuple[Rejection, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    runner: Literal["moe_plugin", "host"] = "moe_plugin"
+    transport: str = "deepep"
+    ep_size: int = 1
+    num_experts: int = 0
+    hidden_size: int = 0
+    top_k: int = 0
+    attn_tp_size: int = 1
+    dtype: str = "bfloat16"
+
+    @property
+    def verdict(self) -> Literal["ok", "refused"]:
+        """``refused`` iff there are errors."""
+        return "refused" if self.errors else "ok"
+
+    @property
+    def bounds_prefill(self) -> bool:
+        """Whether prefill rows go through the bounded buffer."""
+        return Mode.EXTEND in self.capability.modes
+
+    @property
+    def bounds_decode(self) -> bool:
+        """Whether decode, verify and draft rows go through the bounded buffer."""
+        return Mode.DECODE in self.capability.modes
+
+    @property
+    def captures_prefill(self) -> bool:
+        """Whether MoE layers are part of the host's prefill graphs, where it captures any: ours
+        can be, in low latency. What is reserved and what is captured both stand on this."""
+        return self.runner == "moe_plugin" and self.bounds_prefill
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        raw = asdict(self)
+        raw["capability"] = {
+            "use_batched_dp_moe": self.capability.ok,
+            "reason": self.capability.reason,
+            "modes": sorted(mode.value for mode in self.capability.modes),
+            "backend": self.capability.backend,
+        }
+        for error in raw["errors"]:
+            error["changes"] = [list(change) for change in error["changes"]]
+        raw["verdict"] = self.verdict
+        return raw
+
+
+def refusal(
+    errors: Iterable[Rejection], plan: Plan | None = None
+) -> ConfigError | UnsupportedError:
+    """One exception that names every rejection; it carries them, and the refused plan."""
+    errors = tuple(errors)
+    kinds = {error.kind for error in errors}
+    raised = _ERRORS[kinds.pop()] if len(kinds) == 1 else ConfigError
+    head = "this launch cannot run batched data-parallel MoE"
+    lines = [str(error) for error in errors]
+    if len(lines) == 1:
+        text = f"{head}: {lines[0]}"
+    else:
+        listed = "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, 1))
+        text = f"{head}, for {len(lines)} reasons:\n{listed}"
+    exception = raised(text)
+    exception.rejections = errors
+    exception.plan = plan
+    return exception

@@ -1,0 +1,113 @@
+"""Limits of the transport that no budget can bend: refused, each with the way out."""
+
+from __future__ import annotations
+
+from .compatibility import LEAVE, LEAVE_TEXT, dispatches_fp8
+from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
+from .limits import Limits
+from .memory import gib
+from .plan import Change, Rejection
+from .row_budgets import ceil_to
+
+
+def check_capacity(
+    model: ModelFacts,
+    launch: LaunchFacts,
+    limits: Limits,
+    tokens: int,
+    name: str,
+    most: int,
+    multiple: int,
+) -> list[Rejection]:
+    """An explicit T against every limit that depends on T."""
+    experts = model.num_experts + launch.redundant_experts
+
+    def reject(limit: str, got: str, allowed: str, fix: int) -> Rejection:
+        written = f"{name}={fix}" if name.isupper() else f"{name} {fix}"
+        changes: tuple[Change, ...] = ((name, str(fix)),)
+        if launch.capacity is not None and name != limits.capacity_variable:
+            changes += ((limits.capacity_variable or "", None),)
+            written += f", and unset {limits.capacity_variable}"
+        return Rejection(limit, got, allowed, written, changes)
+
+    shown = f"{name}={tokens}" if name.isupper() else f"{name} {tokens}"
+    if tokens <= 0:
+        fix = min(limits.default_max_tokens, most)
+        return [reject("tokens per rank", shown, ">= 1", fix)]
+    if limits.max_tokens is not None and tokens > limits.max_tokens:
+        allowed = f"<= {limits.max_tokens} ({limits.source('max_tokens')})"
+        return [reject("tokens per rank", shown, allowed, most)]
+    if tokens > most and most and limits.buffer_bytes and limits.max_buffer_bytes:
+        size = limits.buffer_bytes(tokens, model.hidden_size, launch.tp_size, experts)
+        if size >= limits.max_buffer_bytes:
+            got = (
+                f"{size} bytes ({gib(size)}) for {shown}, hidden {model.hidden_size}, "
+                f"{experts} experts"
+            )
+            allowed = f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})"
+            return [reject("communication buffer bytes per rank", got, allowed, most)]
+    if tokens % multiple:
+        fix = min(most, max(multiple, ceil_to(tokens, multiple)))
+        why = f"a multiple of {multiple}: captured buckets are multiples of {GRAPH_MULTIPLE}"
+        if multiple > GRAPH_MULTIPLE:
+            fp8 = dispatches_fp8(model, launch) and limits.fp8_row_multiple > 1
+            limit = "fp8_row_multiple" if fp8 else "row_multiple"
+            rows = getattr(limits, limit)
+            why = (
+                f"a multiple of {multiple}, so that ranks x T is one of {rows}"
+                f"{' as FP8 rows need it' if fp8 else ''} ({limits.source(limit)})"
+            )
+        return [reject("tokens per rank", shown, why, fix)]
+    return []
+
+
+def token_multiple(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> int:
+    """What T must be a multiple of in this launch."""
+    fp8 = dispatches_fp8(model, launch)
+    return limits.token_multiple(launch.tp_size, GRAPH_MULTIPLE, fp8=fp8)
+
+
+def check_model(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> list[Rejection]:
+    """Shapes, dtype and ranks against the transport's hard limits."""
+    errors = []
+    ranks = launch.tp_size
+    experts = model.num_experts + launch.redundant_experts
+
+    def leave(limit: str, got: object, allowed: str, source: str) -> None:
+        where = f" ({limits.source(source)})" if limits.source(source) else ""
+        errors.append(
+            Rejection(limit, f"{got}", f"{allowed}{where}", LEAVE_TEXT, LEAVE, "unsupported")
+        )
+
+    if limits.hidden_sizes is not None and model.hidden_size not in limits.hidden_sizes:
+        leave("hidden size", model.hidden_size, f"{sorted(limits.hidden_sizes)}", "hidden_sizes")
+    if limits.max_top_k is not None and model.top_k > limits.max_top_k:
+        leave("experts per token", model.top_k, f"<= {limits.max_top_k}", "max_top_k")
+    if experts < limits.min_experts:
+        leave("experts", experts, f">= {limits.min_experts}", "min_experts")
+    if not limits.ranks_ok(ranks):
+        allowed = f"<= {limits.max_free_ranks}, or a multiple of {limits.rank_multiple}"
+        leave("expert-parallel ranks", f"--tp-size {ranks}", allowed, "ranks")
+    if experts % ranks:
+        more = launch.redundant_experts + -experts % ranks
+        errors.append(
+            Rejection(
+                "experts per rank",
+                got=f"{experts} experts over {ranks} ranks (--tp-size; the host sets ep = tp)",
+                allowed="a whole number",
+                fix=f"--ep-num-redundant-experts {more}, or a --tp-size that divides {experts}",
+                changes=(("--ep-num-redundant-experts", str(more)),),
+            )
+        )
+    if limits.dtypes is not None and model.dtype not in limits.dtypes:
+        errors.append(
+            Rejection(
+                "activation dtype",
+                got=model.dtype,
+                allowed=f"{sorted(limits.dtypes)} ({limits.source('dtypes')})",
+                fix="--dtype bfloat16",
+                changes=(("--dtype", "bfloat16"),),
+                kind="unsupported",
+            )
+        )
+    return errors

@@ -1,0 +1,77 @@
+"""The guard at the point of use: no more than T tokens enter a dispatch, on any rank.
+
+DeepEP's own check is a C++ assert on the one rank that is over; its peers then wait for it until
+they time out. Where the host knows every rank's tokens, all ranks raise the same Python error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...errors import BudgetError, explain
+from ..metadata import DPMetadata
+from ..stats import STATS, Stats
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Hook, Transport
+
+
+class GuardedTransport:
+    """A transport that refuses batches above its capacity and records what it carried.
+
+    Args:
+        inner: the transport that moves the tokens; every other attribute is its own.
+        max_num_tokens: T.
+        metadata: () -> tokens per rank in the current forward, or None when unknown.
+        mode: () -> name of the current forward mode, for the record.
+        stats: where rows are recorded.
+    """
+
+    def __init__(
+        self,
+        inner: Transport,
+        max_num_tokens: int,
+        *,
+        metadata: Callable[[], DPMetadata | None] = lambda: None,
+        mode: Callable[[], str] = lambda: "all",
+        stats: Stats = STATS,
+    ) -> None:
+        self.inner = inner
+        self.max_num_tokens = max_num_tokens
+        self._metadata = metadata
+        self._mode = mode
+        self._stats = stats
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        **options: Any,
+    ) -> tuple[Any, torch.Tensor, Any, Any, Hook]:
+        """As the inner transport's, after the check."""
+        rows = x.shape[0]
+        metadata = self._metadata()
+        busiest = max(rows, metadata.max_tokens if metadata is not None else 0)
+        if busiest > self.max_num_tokens:
+            where = "on this rank" if rows == busiest else "on the busiest rank"
+            raise BudgetError(
+                explain(
+                    "tokens in one all-to-all dispatch (n <= T)",
+                    got=f"{busiest} {where}",
+                    allowed=f"<= {self.max_num_tokens}",
+                    fix="resolve the arguments with the plugin loaded so that budgets are "
+                    "planned, or raise --batched-dp-moe-max-tokens",
+                )
+            )
+        self._stats.record_rows(self._mode(), rows, busiest)
+        return self.inner.low_latency_dispatch(
+            x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, **options
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)

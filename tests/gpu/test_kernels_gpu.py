@@ -1,0 +1,158 @@
+"""The kernels on a GPU: every candidate, poisoned inputs, graphs, seeds, capacities."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from moe_plugin.kernels.experts import batched_experts, batched_experts_torch, warmup
+from moe_plugin.kernels.launch import Launch, Shape, pick_launch, portable_launch
+from moe_plugin.kernels.portable.unfused import (
+    batched_experts_unfused,
+    batched_experts_unfused_torch,
+)
+from moe_plugin.kernels.problem import device_of
+from moe_plugin.kernels.tuning.tune import candidate_launches
+from tests.support.kernel_cases import MODELS, Layer, check, make_layer, one_hot_counts, zipf_counts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="requires an NVIDIA GPU"),
+]
+needs_sm90 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="requires an SM90 GPU (H100, H200)",
+)
+DTYPES = pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+LAYERS = {
+    "few tiles": (128, 256, 384, (0, 1, 128, 33)),
+    "straddling scale blocks": (64, 1152, 176, (5, 0, 64, 17, 1)),
+    "many tiles per program": (512, 2048, 1024, (64, 0, 300, 512, 7, 1, 129, 40)),
+    "split depth": (256, 1024, 2048, (77,)),
+    "split depth, two experts": (256, 2048, 1024, (9, 200)),
+    # No multiple of 8: one expert's last tile and the next one's first lie within eight rows.
+    "split depth, odd capacity": (68, 2048, 512, (66, 5)),
+    # Of 6 steps a quarter is 2, so that the last of four programs has none; several tiles each.
+    "split depth, parts without steps": (1024, 1024, 384, (1024, 1000)),
+}
+
+
+def run_layer(layer: Layer, expected_m: int = 8, launch: Launch | None = None) -> torch.Tensor:
+    out = layer.poisoned_output()
+    return batched_experts(*layer.args(), expected_m, out=out, launch=launch)
+
+
+@needs_sm90
+@DTYPES
+@pytest.mark.parametrize("case", LAYERS)
+def test_every_candidate_is_right_and_repeatable(case: str, fp8: bool) -> None:
+    capacity, hidden, inter, counts = LAYERS[case]
+    layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda")
+    shape = Shape(len(counts), capacity, hidden, inter, fp8)
+    for launch in dict.fromkeys(c for m in (8, 64, 512) for c in candidate_launches(shape, m)):
+        out = run_layer(layer, launch=launch)
+        check(str(launch), out, layer)
+        again = run_layer(layer, launch=launch)
+        assert torch.equal(out.view(torch.int16), again.view(torch.int16)), launch
+
+
+@DTYPES
+@pytest.mark.parametrize("case", LAYERS)
+def test_portable_kernels(case: str, fp8: bool) -> None:
+    capacity, hidden, inter, counts = LAYERS[case]
+    layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda")
+    shape = Shape(len(counts), capacity, hidden, inter, fp8)
+    for m in (1, 64):
+        check("portable", run_layer(layer, launch=portable_launch(shape, m)), layer)
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", range(100))
+def test_fresh_seeds(fp8: bool, seed: int) -> None:
+    draw = random.Random(seed)
+    capacity = draw.choice((16, 48, 256, 1024))
+    picks = (0, 1, capacity, draw.randint(0, capacity))
+    counts = tuple(draw.choice(picks) for _ in range(draw.randint(1, 9)))
+    hidden, inter = 128 * draw.randint(1, 9), 16 * draw.randint(1, 40)
+    layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda", seed)
+    check(f"{counts}", run_layer(layer, draw.choice((1, 8, 16, 64, 128, 600))), layer)
+
+
+@DTYPES
+@pytest.mark.parametrize("capacity", [16, 100, 512, 2048, 8192])
+def test_capacities(fp8: bool, capacity: int) -> None:
+    layer = make_layer(capacity, 512, 256, (capacity, 0, 1, 12), fp8, "cuda")
+    for expected_m in (1, 64, 512):
+        check(f"{capacity}", run_layer(layer, expected_m), layer)
+
+
+@DTYPES
+def test_graph_replays_with_changed_counts(fp8: bool) -> None:
+    layer = make_layer(64, 512, 384, (64, 64, 64, 64), fp8, "cuda")
+    args, out = list(layer.args()), layer.poisoned_output()
+    batched_experts(*args, 8, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batched_experts(*args, 8, out=out)
+    for counts in ((0, 0, 0, 0), (64, 1, 0, 9), (1, 1, 1, 1), (64, 64, 64, 64)):
+        args[-1].copy_(torch.tensor(counts, dtype=torch.int32))
+        out.fill_(torch.nan)
+        graph.replay()
+        now = Layer(*args[:-1], counts)
+        check(f"{counts}", out, now)
+
+
+@DTYPES
+def test_model_size_with_skewed_routing(fp8: bool) -> None:
+    model = MODELS[2]
+    for counts in (zipf_counts(64, 16, 512), one_hot_counts(64, 8, 512)):
+        layer = make_layer(512, model.hidden, model.inter, counts, fp8, "cuda")
+        check(model.name, run_layer(layer, 16), layer, [0, 1, 31, 63])
+
+
+@DTYPES
+def test_unfused_layer(fp8: bool) -> None:
+    layer = make_layer(128, 512, 384, (5, 0, 128), fp8, "cuda")
+    out = batched_experts_unfused(*layer.args(), 8, out=layer.poisoned_output())
+    check("unfused", out, layer, twins=[batched_experts_unfused_torch])
+
+
+def test_unaligned_rows_take_the_portable_kernels() -> None:
+    layer = make_layer(16, 256, 64, (5, 9), False, "cuda")
+    wide = torch.full((2, 16, 264), torch.nan, dtype=torch.bfloat16, device="cuda")
+    wide[:, :, :256] = layer.x
+    strided = Layer(wide[:, :, :256], *layer.args()[1:-1], layer.counts)
+    out = batched_experts(*strided.args(), 8, out=layer.poisoned_output())
+    check("strided", out, layer)
+
+
+@needs_sm90
+@DTYPES
+def test_warmup_leaves_nothing_to_compile(fp8: bool) -> None:
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    begin = time.monotonic()
+    assert warmup(4, 64, 512, 384, dtype, (1, 8, 16, 64, 512)) > 0
+    assert time.monotonic() - begin < 60
+    layer = make_layer(64, 512, 384, (3, 0, 64, 9), fp8, "cuda")
+    run_layer(layer)  # loads what the launcher itself needs
+    from moe_plugin.kernels.sm90 import gemm_kernel
+
+    cache = gemm_kernel.experts_kernel.device_caches[torch.cuda.current_device()][0]
+    before = len(cache)
+    for m in (1, 8, 16, 64, 512):
+        run_layer(layer, m)
+    assert len(cache) == before, "a launch compiled a kernel that warmup had not"
+    assert pick_launch(Shape(4, 64, 512, 384, fp8), 8, device_of(layer.x)).hopper
+
+
+@DTYPES
+def test_torch_layer_needs_no_synchronisation(fp8: bool) -> None:
+    layer = make_layer(32, 256, 64, (5, 32), fp8, "cuda")
+    args, out = layer.args(), layer.poisoned_output()
+    graph = torch.cuda.CUDAGraph()
+    batched_experts_torch(*args, 4, out=out)
+    with torch.cuda.graph(graph):  # fails if anything waits for the device
+        batched_experts_torch(*args, 4, out=out)
+    graph.replay()
+    check("torch", out, layer)

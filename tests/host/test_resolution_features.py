@@ -1,0 +1,114 @@
+"""Features of the real host that change what a rank dispatches, or who computes it."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..support.resolving import DEEPSEEK_V3, FP8_BLOCK, LL, QWEN3_30B, Launch, variant, write_models
+
+DP2 = ("--tp-size", "2", "--attn-dp-size", "2")
+ON = ("--use-batched-dp-moe", "on")
+LEAVE = "--moe-a2a-backend none --use-batched-dp-moe off"
+FP4 = {**FP8_BLOCK, "routed_experts_quant_method": "mxfp4"}
+MORE = {
+    "limited-bf16": variant(QWEN3_30B, swiglu_limit=7.0),
+    "limited-fp8": variant(DEEPSEEK_V3, swiglu_limit=7.0),
+    "no-dispatcher": variant(QWEN3_30B, architectures=["AfmoeForCausalLM"]),
+    "fp4-experts": variant(DEEPSEEK_V3, quantization_config=FP4),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Model directories, by name."""
+    return write_models(tmp_path_factory.mktemp("models"), MORE)
+
+
+BF16_ROWS = {"SGLANG_DEEPEP_BF16_DISPATCH": "1"}
+ROWS_FLAG = "--deepep-dispatcher-output-dtype"
+ROLES = (*("--disaggregation-mode", "prefill"), *("--disaggregation-transfer-backend", "mooncake"))
+DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "flashinfer")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "env", "fix"),
+    [
+        ("qwen3-fp8", (*DP2, *LL, ROWS_FLAG, "bf16"), {}, f"remove {ROWS_FLAG}"),
+        ("qwen3-fp8", (*DP2, *LL), BF16_ROWS, f"unset {next(iter(BF16_ROWS))}"),
+        ("qwen3", (*DP2, *LL, ROWS_FLAG, "fp8"), {}, f"remove {ROWS_FLAG}"),
+        ("limited-bf16", (*DP2, *LL), {}, LEAVE),
+        ("fp4-experts", (*DP2, *LL), {}, LEAVE),
+        ("qwen3", ("--tp-size", "2", *LL, "--model-impl", "transformers"), {}, LEAVE),
+        ("qwen3", (*DP2, *ON, *ROLES, "--enable-pd-role-switch"), {}, "remove --enable-pd-role"),
+        ("qwen3", ("--tp-size", "2", *ON, "--dwdp-size", "2"), {}, "remove --dwdp-size"),
+        ("qwen3", (*DP2, *LL, *DETERMINISTIC), {}, "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE=256"),
+        ("qwen3", (*DP2, *LL, "--enable-mis", "--attention-backend", "flashinfer"), {}, LEAVE),
+    ],
+)
+def test_refused_before_anything_loads(
+    launch: Launch,
+    model: str,
+    flags: tuple[str, ...],
+    env: dict[str, str],
+    fix: str,
+) -> None:
+    """Each would die after the weights, or answer wrongly: one error, and a fix that works."""
+    answer = launch(*flags, model=model, env=env)
+    assert not answer["ok"]
+    assert len(answer["errors"]) == 1, answer
+    assert fix in answer["errors"][0]["fix"], answer
+
+
+def test_limited_experts_stay_the_hosts(launch: Launch) -> None:
+    """Within our budgets."""
+    plan = launch(*DP2, *LL, model="limited-fp8")["plan"]
+    assert plan["runner"] == "host"
+    assert plan["max_dispatch_tokens_per_rank"] == 256
+
+
+def test_fp4_experts_are_told_from_the_checkpoints_fp8(launch: Launch) -> None:
+    """Unless the host makes FP8 of them."""
+    env = {"SGLANG_DSV4_FP4_DEQUANT": "1"}
+    assert launch(*DP2, *LL, env=env, model="fp4-experts")["plan"]["runner"] == "moe_plugin"
+
+
+def test_ray_actors_are_left_alone_unless_we_were_asked_for(launch: Launch) -> None:
+    """They load no plugins: neither our experts nor T would reach them."""
+    auto = launch(*DP2, *LL, "--use-ray")
+    assert auto["ok"]
+    assert auto["plan"] is None
+    on = launch(*DP2, *ON, "--use-ray")
+    assert on["type"] == "HostMismatchError"
+    assert "--use-ray" in on["error"]
+
+
+def test_models_that_reach_no_dispatcher_are_not_batched(launch: Launch) -> None:
+    """The host accepts the backend and never uses it."""
+    assert launch(*DP2, *LL, model="no-dispatcher")["plan"] is None
+
+
+def test_rows_in_the_weights_own_dtype_change_nothing(launch: Launch) -> None:
+    """Typed out, what `auto` selects."""
+    same = launch(*DP2, *LL, ROWS_FLAG, "fp8", model="qwen3-fp8")["plan"]
+    assert same == launch(*DP2, *LL, model="qwen3-fp8")["plan"]
+    assert launch(*DP2, *LL, ROWS_FLAG, "bf16")["plan"]["verdict"] == "ok"
+
+
+def test_rows_that_are_not_scattered_are_counted_whole(launch: Launch) -> None:
+    """Without the padding to attention TP every rank may dispatch all of a group's rows."""
+    flags = ("--tp-size", "2", *LL)
+    assert launch(*flags)["resolved"]["chunked_prefill_size"] == 512
+    whole = launch(*flags, "--disable-attn-tp-gather")
+    assert whole["resolved"]["chunked_prefill_size"] == 256
+    assert whole["resolved"]["max_running_requests"] == 256
+    scattered = launch("--tp-size", "4", "--attn-dp-size", "2", *LL,
+                    "--disable-attn-tp-gather")  # fmt: skip
+    assert scattered["plan"]["attn_tp_size"] == 2
+
+
+def test_a_named_graph_backend_wins_over_graphs_switched_off(launch: Launch) -> None:
+    """As in the host; its sizes are filled then."""
+    named = ("--cuda-graph-backend-prefill", "breakable", "--cuda-graph-backend-decode", "full")
+    answer = launch(*DP2, *LL, "--disable-cuda-graph", *named)
+    assert answer["prefill"]["max_bs"] == answer["decode"]["max_bs"] == 256
+    assert all(size % 8 == 0 for size in answer["prefill"]["bs"])

@@ -1,0 +1,119 @@
+"""End to end on CPU: the real SGLang server, two EP ranks through the plugin, against stock."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..support.serving.checkpoint import Shape
+from ..support.serving.compare import check_equal, uncounted_layers
+from ..support.serving.fixture_plugin import write_plugin
+from ..support.serving.prompts import LONG_PROMPT, NEW_TOKENS, PROMPTS, SHORT_PROMPTS
+from ..support.serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+BUDGET = 256  # the default: no flag about sizes is given
+
+PROCESSES = 5  # launcher, data-parallel controller, two schedulers, detokenizer
+
+# Keeps a record of what has become of the plugin in each process of the host.
+PROBE = """
+import json, os, sys, threading, time
+def register():
+    def keep_record():
+        path = os.path.join(os.environ["PROBE_DIR"], f"{os.getpid()}.json")
+        while True:
+            module = sys.modules.get("moe_plugin.integration.plugin")
+            status = getattr(module, "STATUS", None)  # None until its import is over
+            record = {"pid": os.getpid(),
+                      "state": status.state if status else "not imported",
+                      "hooked": status.hooked if status else [],
+                      "detokenizer": "sglang.srt.managers.detokenizer_manager" in sys.modules}
+            with open(path + ".part", "w") as file:
+                json.dump(record, file)
+            os.replace(path + ".part", path)
+            time.sleep(1)
+    threading.Thread(target=keep_record, daemon=True).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of ``served`` leave their records."""
+    return tmp_path_factory.mktemp("probes")
+
+
+@pytest.fixture(scope="module")
+def served(
+    model: Path, stock: list[dict], probes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Two EP ranks through the plugin; ``stock`` first, so that one server runs at a time."""
+    folder = tmp_path_factory.mktemp("probe")
+    env = write_plugin(folder, "probe", PROBE, {"sglang.srt.plugins": "register"})
+    env |= {"PROBE_DIR": str(probes)}
+    args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on")
+    with Server(args, model, ranks=2, env=env) as server:
+        yield server.wait_ready()
+
+
+def test_tokens_and_logprobs_equal_the_stock_host(served: Server, stock: list[dict]) -> None:
+    """Every prompt has 32 or more tokens, one is far longer than the budget."""
+    assert min(len(prompt) for prompt in PROMPTS) >= 32
+    assert len(LONG_PROMPT) > 5 * BUDGET
+    check_equal([served.generate(prompt, NEW_TOKENS) for prompt in PROMPTS], stock)
+
+
+def test_32_concurrent_requests_equal_the_stock_host(served: Server, stock: list[dict]) -> None:
+    """Both ranks busy, batches mixed: the same answers."""
+    many = [SHORT_PROMPTS[i % len(SHORT_PROMPTS)] for i in range(32)]
+    answers = served.generate_many(many, NEW_TOKENS, concurrency=32)
+    check_equal(answers, [stock[i % len(SHORT_PROMPTS)] for i in range(32)])
+
+
+def test_an_idle_rank_takes_part(served: Server, stock: list[dict]) -> None:
+    """One request keeps one rank busy; the other still runs every layer, with no rows."""
+    before = {s["tp_rank"]: s["model_forwards"] for s in served.states()}
+    check_equal([served.generate(PROMPTS[0], NEW_TOKENS)], stock[:1])
+    after = {s["tp_rank"]: s["model_forwards"] for s in served.states()}
+    steps = {rank: after[rank] - before[rank] for rank in after}
+    assert steps[0] == steps[1] >= NEW_TOKENS
+
+
+def test_every_layer_forward_went_through_our_runner(served: Server) -> None:
+    """Per layer and rank, read over HTTP from each scheduler, against the host's own count."""
+    states = served.states()
+    assert sorted(state["tp_rank"] for state in states) == [0, 1]
+    assert uncounted_layers(states, Shape().num_hidden_layers) == []
+    assert all(state["model_forwards"] > 0 for state in states)
+
+
+def test_no_dispatch_was_larger_than_the_plan(served: Server) -> None:
+    """Rows per forward mode stay within T, and the long prompt really filled the budget."""
+    served.generate(LONG_PROMPT, 2)
+    states = served.states()
+    for state in states:
+        assert state["plan"]["max_dispatch_tokens_per_rank"] == BUDGET
+        assert set(state["max_rows"]) == {"extend", "decode"}
+        assert max(state["max_rows_any_rank"].values()) <= BUDGET
+    assert max(state["max_rows"]["extend"] for state in states) == BUDGET
+
+
+def test_plugin_is_loaded_in_every_process(served: Server, probes: Path) -> None:
+    """Launcher, both schedulers and the detokenizer; only schedulers carry runtime hooks."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = [json.loads(path.read_text()) for path in probes.glob("*.json")]
+        states = [record["state"] for record in records]
+        if states == ["active"] * PROCESSES or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert states == ["active"] * PROCESSES, records
+    assert served.process.pid in {record["pid"] for record in records}
+    runtime = [r for r in records if any("run_moe_core" in target for target in r["hooked"])]
+    assert len(runtime) >= 2  # one per rank
+    assert any(r["detokenizer"] and r not in runtime for r in records)

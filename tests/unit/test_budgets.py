@@ -1,0 +1,322 @@
+"""The pure planner: formulas, precedence, every hard limit with a fix, messages with numbers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from moe_plugin.backends.deepep import DEEPEP_LIMITS, TORCH_LIMITS
+from moe_plugin.batched_backend import Capability
+from moe_plugin.errors import BudgetError, ConfigError, UnsupportedError
+from moe_plugin.planning.facts import LaunchFacts, ModelFacts
+from moe_plugin.planning.limits import Limits
+from moe_plugin.planning.memory import allocated, handle_sizes
+from moe_plugin.planning.plan import Plan, Rejection, refusal
+from moe_plugin.planning.planner import make_plan
+from moe_plugin.planning.report import render
+
+V3 = ModelFacts(
+    architecture="DeepseekV3ForCausalLM",
+    hidden_size=7168,
+    num_experts=256,
+    top_k=8,
+    moe_intermediate_size=2048,
+    context_length=163840,
+    weight_format="fp8_block",
+)
+QWEN = ModelFacts(
+    architecture="Qwen3MoeForCausalLM",
+    hidden_size=2048,
+    num_experts=128,
+    top_k=8,
+    moe_intermediate_size=768,
+    context_length=40960,
+)
+
+
+def plan(model: ModelFacts = V3, limits: Limits = DEEPEP_LIMITS, /, **launch: object) -> Plan:
+    """A plan for an H100 with the given launch facts."""
+    return make_plan(model, LaunchFacts(**launch), limits)  # type: ignore[arg-type]
+
+
+def one_error(found: Plan) -> Rejection:
+    """The only rejection; it names a fix and carries it for programs."""
+    assert len(found.errors) == 1, [str(error) for error in found.errors]
+    assert found.errors[0].fix
+    assert found.errors[0].changes
+    return found.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp", "width", "chunk", "prefill", "decode", "running"),
+    [
+        (1, 1, 1, 256, 256, 256, 256),
+        (8, 8, 1, 2048, 256, 256, 2048),
+        (8, 1, 1, 2048, 2048, 2048, 2048),
+        (8, 2, 1, 2048, 1024, 1024, 2048),
+        (8, 8, 4, 2048, 256, 64, 512),
+        (16, 16, 1, 4096, 256, 256, 4096),
+        (16, 4, 2, 4096, 1024, 512, 2048),
+        (8, 8, 3, 2048, 256, 80, 640),  # 85 requests fit; captured batches are multiples of 8
+    ],
+)
+def test_defaults_follow_from_tokens_per_rank(
+    tp: int, dp: int, width: int, chunk: int, prefill: int, decode: int, running: int
+) -> None:
+    """chunk = T x tp; prefill graph = T x attn_tp; decode = T x attn_tp // width; x dp."""
+    found = plan(tp_size=tp, attn_dp_size=dp, draft_width=width)
+    assert found.verdict == "ok"
+    assert found.max_dispatch_tokens_per_rank == 256
+    assert found.chunked_prefill_size == chunk
+    assert found.cuda_graph_max_bs_prefill == prefill
+    assert found.cuda_graph_max_bs_decode == decode
+    assert found.max_running_requests == running
+
+
+def test_precedence_flag_variable_derived_default() -> None:
+    """And where each came from is on the plan."""
+    assert plan().budgets[0].source == "default"
+    assert plan(chunked_prefill_size=512).budgets[0].source == "derived"
+    assert plan(QWEN, capacity=64).max_dispatch_tokens_per_rank == 64
+    assert plan(QWEN, capacity=64, max_tokens=64).verdict == "ok"
+    refused = plan(QWEN, capacity=64, max_tokens=128)
+    assert refused.max_dispatch_tokens_per_rank == 128
+    assert one_error(refused).changes == ((DEEPEP_LIMITS.capacity_variable, None),)
+
+
+def test_a_small_capacity_refuses_a_large_chunk_with_the_users_own_numbers() -> None:
+    """Limit, arithmetic, flag and a value that works."""
+    error = one_error(plan(tp_size=8, attn_dp_size=2, max_tokens=128, chunked_prefill_size=8192))
+    assert error.got == (
+        "--chunked-prefill-size 8192 // 2 DP groups / 4 attention-TP ranks = 1024 rows per rank"
+    )
+    assert error.allowed == "<= 128 (tokens per rank)"
+    assert error.fix == "--chunked-prefill-size 1024"
+
+
+def test_chunking_off_is_bounded_by_the_context_only() -> None:
+    """Also when the DP division turns it off."""
+    assert "40960 tokens" in one_error(plan(QWEN, chunked_prefill_size=-1)).got
+    error = one_error(plan(QWEN, tp_size=8, attn_dp_size=8, chunked_prefill_size=7))
+    assert "7 // 8 DP groups = 0" in error.got
+    assert plan(QWEN, chunked_prefill_size=-1, disaggregation_mode="decode").verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("model", "launch", "limit", "fix"),
+    [
+        (replace(V3, hidden_size=2880), {}, "hidden size", "--moe-a2a-backend none"),
+        (replace(V3, top_k=17), {}, "experts per token", "--moe-a2a-backend none"),
+        (replace(V3, num_experts=250), {"tp_size": 8}, "experts per rank", "experts 6"),
+        (V3, {"tp_size": 12, "attn_dp_size": 12}, "expert-parallel ranks", "none"),
+        (replace(V3, dtype="float16"), {}, "activation dtype", "--dtype bfloat16"),
+        (replace(V3, num_experts=1, top_k=1), {}, "experts", "none"),
+        (V3, {"max_tokens": 2048}, "tokens per rank", "--batched-dp-moe-max-tokens 1024"),
+        (QWEN, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 104"),
+        (V3, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 128"),
+        (V3, {"max_tokens": 104, "tp_size": 8}, "tokens per rank", "tokens 112"),
+        (V3, {"capacity": 2000}, "tokens per rank", "=1024"),
+        (V3, {"capacity": 0}, "tokens per rank", "=256"),
+        (
+            replace(V3, num_experts=896),
+            {"max_tokens": 1024},
+            "communication buffer bytes per rank",
+            "--batched-dp-moe-max-tokens 640",
+        ),
+        (V3, {"lora": True}, "LoRA", "remove --enable-lora"),
+        (V3, {"single_batch_overlap": True}, "single-batch overlap", "remove"),
+        (V3, {"waterfill": True}, "waterfill", "remove"),
+        (V3, {"dispatch_dtype": "bf16"}, "dtype of dispatched rows", "remove --deepep-dispatcher"),
+        (V3, {"chunk_alignment": 4096}, "prefill chunk", "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE"),
+        (V3, {"dispatch_dtype": "bf16", "moe_runner_backend": "deep_gemm"}, "dtype", "remove"),
+        (replace(QWEN, hidden_act="silu, limited"), {}, "experts", "none"),
+        (
+            replace(QWEN, hidden_act="silu, limited"),
+            {"moe_runner_backend": "deep_gemm"},
+            "experts",
+            "none",
+        ),
+        (replace(V3, hidden_act="silu, clamped"), {}, "experts", "none"),
+        (replace(V3, weight_format="fp8_fp4"), {}, "experts", "none"),
+        (replace(V3, weight_format="mxfp4"), {"moe_runner_backend": "deep_gemm"}, "exp", "none"),
+        (replace(V3, num_experts=8), {"tp_size": 16, "attn_dp_size": 16}, "experts per", "8"),
+        (V3, {"diffusion": True}, "rows per rank", "none"),
+        (V3, {"pipeline_warmup": True, "pp_size": 2}, "rows per rank", "unset SGLANG_PP"),
+        (V3, {"draft_shape": (2048, 64)}, "one buffer", "--speculative-moe-a2a-backend none"),
+        (replace(V3, weight_format="awq"), {}, "experts for the batched layout", "none"),
+        (V3, {"moe_runner_backend": "triton"}, "MoE runner", "--moe-runner-backend auto"),
+        (replace(V3, hidden_act="gelu", weight_format="unquantized"), {}, "experts", "none"),
+        (QWEN, {"deepep_mode": "auto"}, "experts for prefill", "--deepep-mode low_latency"),
+        (
+            replace(V3, architecture="GptOssForCausalLM"),
+            {},
+            "model",
+            "--moe-a2a-backend none",
+        ),
+    ],
+)
+def test_hard_limits_are_refused_with_the_way_out(
+    model: ModelFacts, launch: dict[str, object], limit: str, fix: str
+) -> None:
+    """Every limit of the transport and every feature that cannot run, one rejection each."""
+    found = plan(model, **launch)
+    assert found.verdict == "refused"
+    errors = [error for error in found.errors if error.limit.startswith(limit)]
+    assert errors, [str(error) for error in found.errors]
+    assert fix in errors[0].fix
+
+
+def test_fp4_experts_run_on_blackwell() -> None:
+    """On the host's DeepGEMM, within our budgets."""
+    found = plan(replace(V3, weight_format="fp8_fp4"), compute_capability=(10, 0))
+    assert (found.verdict, found.runner) == ("ok", "host")
+
+
+def test_two_batch_overlap_holds_two_batches() -> None:
+    """Rows of one are received while the other's are computed; the experts take turns."""
+    one, two = plan(QWEN), plan(QWEN, two_batch_overlap=True)
+    rows = 256 * 128
+    tensors = (rows * 2048 * 2, rows * 2048 * 2, *handle_sizes(rows, 128, 128))
+    second = sum(map(allocated, tensors))
+    assert two.workspace_bytes - one.workspace_bytes == second
+
+
+def test_suggested_capacities_suit_fp8_rows() -> None:
+    """Nine draft tokens need 18 rows on each of 8 ranks: the next T is 32, not 24."""
+    launch = {"tp_size": 8, "draft_width": 9, "two_batch_overlap": True}
+    fixes = [error.fix for error in plan(V3, capacity=1, **launch).errors]
+    assert any("--batched-dp-moe-max-tokens 32" in fix for fix in fixes), fixes
+    assert not any("24" in fix for fix in fixes), fixes
+
+
+def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
+    """Changing the flag alone would leave two values that differ."""
+    error = one_error(plan(max_tokens=100, capacity=100))
+    assert error.changes == (
+        ("--batched-dp-moe-max-tokens", "128"),
+        (DEEPEP_LIMITS.capacity_variable, None),
+    )
+
+
+def test_refusals_are_complete() -> None:
+    """Fixing the mode bounds prefill, which the chunk then breaks: both are named at once."""
+    found = plan(QWEN, deepep_mode="auto", capacity=128, chunked_prefill_size=8192)
+    assert [error.limit for error in found.errors] == [
+        "experts for prefill",
+        "rows per rank and forward",
+    ]
+
+
+@pytest.mark.parametrize("runner", ["auto", "deep_gemm"])
+def test_host_runner_where_it_works(runner: str) -> None:
+    """Explicit DeepGEMM and per-tensor FP8 keep the host's experts inside our budgets."""
+    model = replace(QWEN, weight_format="fp8_tensor" if runner == "auto" else "unquantized")
+    found = plan(model, moe_runner_backend=runner)
+    assert (found.verdict, found.runner) == ("ok", "host")
+    assert plan(model, moe_runner_backend=runner, has_deep_gemm=False).verdict == "refused"
+    assert plan(model, moe_runner_backend=runner, compute_capability=(8, 0)).verdict == "refused"
+
+
+def test_our_experts_need_no_deep_gemm() -> None:
+    """FP8 blocks and bf16 run on ours, also on Ampere."""
+    for model in (QWEN, V3):
+        found = plan(model, has_deep_gemm=False, compute_capability=(8, 0))
+        assert (found.verdict, found.runner) == ("ok", "moe_plugin")
+
+
+def test_torch_transport_takes_any_shape() -> None:
+    """Small models on CPU: hidden 256, fp32, any top-k; no buffer, no queue pairs."""
+    small = ModelFacts(
+        hidden_size=256, num_experts=16, top_k=4, moe_intermediate_size=64, context_length=2048,
+        dtype="float32",
+    )  # fmt: skip
+    found = plan(
+        *(small, TORCH_LIMITS), tp_size=2, attn_dp_size=2, device="cpu", transport="torch",
+        compute_capability=None, decode_graphs=False, prefill_graphs=False,
+    )  # fmt: skip
+    assert found.verdict == "ok"
+    assert (found.rdma_buffer_bytes, found.nvshmem_qp_depth) == (0, 0)
+    assert (found.cuda_graph_max_bs_decode, found.cuda_graph_max_bs_prefill) == (0, 0)
+    assert found.chunked_prefill_size == 512
+
+
+def test_explicit_queue_pair_depth_is_reported_when_the_host_raises_it() -> None:
+    """It wins when it is large enough; the host silently raises it otherwise."""
+    assert plan(qp_depth=4096).nvshmem_qp_depth == 4096
+    raised = plan(qp_depth=128)
+    assert raised.nvshmem_qp_depth == 1024
+    assert any("NVSHMEM_QP_DEPTH=128" in note for note in raised.notes)
+    depth = next(budget for budget in raised.budgets if budget.name == "nvshmem_qp_depth")
+    assert depth.source == "host"
+
+
+def test_redundant_experts_count_physically() -> None:
+    """EPLB copies need buffer and workspace like any other expert."""
+    found = plan(tp_size=32, attn_dp_size=32, redundant_experts=32)
+    assert found.num_experts == 288
+    assert found.rdma_buffer_bytes > plan(tp_size=32, attn_dp_size=32).rdma_buffer_bytes
+
+
+def test_attention_tp_is_not_paid_for_tenfold() -> None:
+    """One DP group of 8 ranks scatters: the buffer is the same, the budgets are eight times."""
+    flat, scattered = plan(tp_size=8, attn_dp_size=8), plan(tp_size=8, attn_dp_size=1)
+    assert flat.rdma_buffer_bytes == scattered.rdma_buffer_bytes
+    assert scattered.cuda_graph_max_bs_prefill == 8 * flat.cuda_graph_max_bs_prefill
+
+
+def test_context_parallel_ranks_do_not_divide_rows() -> None:
+    """The host shards a chunk over them only when it can; a batch may stay whole."""
+    found = plan(tp_size=8, attn_cp_size=8)
+    assert found.attn_tp_size == 1
+    assert found.chunked_prefill_size == 256
+
+
+def test_dynamic_chunking_stays_below_its_growth() -> None:
+    """It probes at 1.25 times the chunk and grows up to --max-prefill-tokens."""
+    launch = {"pp_size": 2, "tp_size": 8, "dynamic_chunking": True}
+    assert one_error(plan(**launch)).fix == "--max-prefill-tokens 2048"
+    found = plan(**launch, max_prefill_tokens=2048)
+    assert found.verdict == "ok"
+    assert found.chunked_prefill_size * 5 // 4 <= 2048
+
+
+def test_decode_graphs_do_not_outgrow_the_hosts_own() -> None:
+    """A larger T raises running requests, not the host's memory reserve per captured request."""
+    found = plan(tp_size=8, attn_dp_size=8, max_tokens=1024)
+    assert found.cuda_graph_max_bs_decode == 512
+    assert found.max_running_requests == 8192
+
+
+def test_not_batched_is_ok_and_empty() -> None:
+    """Nothing to bound: no budgets, no errors."""
+    found = plan(a2a_backend="none")
+    assert (found.verdict, found.capability.ok, found.budgets) == ("ok", False, ())
+
+
+def test_plans_travel_and_print() -> None:
+    """Pickle to child processes, JSON to tools, a table to people."""
+    found = plan(tp_size=8, attn_dp_size=8, max_tokens=100)
+    assert pickle.loads(pickle.dumps(found)) == found
+    parsed = json.loads(json.dumps(found.as_dict()))
+    assert parsed["capability"]["use_batched_dp_moe"] is True
+    assert parsed["errors"][0]["fix"] == "--batched-dp-moe-max-tokens 112"
+    text = render(found)
+    assert "2048" not in text.splitlines()[0]
+    assert "verdict: refused" in text
+    assert "refused: tokens per rank" in text
+
+
+def test_refusal_raises_the_class_that_fits() -> None:
+    """One kind: its class; several: ConfigError. All are caught as MoePluginError."""
+    budget = Rejection("a", "b", "c", "d")
+    config = Rejection("a", "b", "c", "d", kind="config")
+    unsupported = Rejection("a", "b", "c", "d", kind="unsupported")
+    assert type(refusal([budget])) is BudgetError
+    assert type(refusal([unsupported])) is UnsupportedError
+    mixed = refusal([budget, config, unsupported], Plan(capability=Capability(False, "")))
+    assert type(mixed) is ConfigError
+    assert mixed.rejections == (budget, config, unsupported)
+    assert mixed.plan is not None

@@ -1,0 +1,185 @@
+"""The launch choice is a pure function: tiles that fit, groups that match, tables that win."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_plugin.kernels import launch as launches
+from moe_plugin.kernels.expert_layer import Workspace, workspace_bytes
+from moe_plugin.kernels.launch import (
+    SM90_SHARED_BYTES,
+    Device,
+    Launch,
+    Shape,
+    Tiles,
+    decode_launch,
+    depth_split,
+    encode_launch,
+    heuristic,
+    pick_launch,
+    row_tile,
+    table_key,
+)
+from moe_plugin.kernels.tuning import tune
+from tests.support.kernel_cases import MODELS
+
+H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
+A100 = Device("NVIDIA A100-SXM4-80GB", (8, 0), 108)
+B200 = Device("NVIDIA B200", (10, 0), 148)
+ROWS = (1, 4, 8, 9, 16, 32, 64, 65, 128, 256, 512, 1024, 5000)
+SHAPES = [
+    Shape(m.experts, 256 * m.ranks, m.hidden, m.inter, fp8) for m in MODELS for fp8 in (False, True)
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_tiles_fit_the_multiprocessor(shape: Shape, rows: int) -> None:
+    launch = heuristic(shape, rows, H100)
+    assert launch.hopper
+    for tiles in (launch.gate_up, launch.down):
+        itemsize = 1 if shape.fp8 else 2
+        stage = (2 * tiles.channels + tiles.many) * tiles.depth * itemsize
+        assert tiles.stages >= 2
+        assert tiles.stages * stage * tiles.per_sm < SM90_SHARED_BYTES
+        assert tiles.many >= tiles.rows
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.fp8], ids=str)
+def test_second_gemm_steps_through_the_groups_of_the_first(shape: Shape, rows: int) -> None:
+    for launch in (heuristic(shape, rows, H100), *tune.candidate_launches(shape, rows)):
+        assert launch.gate_up.depth == 128, "dispatch delivers one scale per 128 channels"
+        assert launch.down.depth == launch.gate_up.channels
+
+
+@pytest.mark.parametrize("device", [A100, B200, replace(H100, capability=(8, 9))], ids=str)
+def test_other_gpus_take_the_portable_kernels(device: Device) -> None:
+    assert not heuristic(SHAPES[0], 8, device).hopper
+
+
+def test_few_rows_cost_few() -> None:
+    assert [row_tile(m) for m in (1, 8, 9, 64, 65, 4096)] == [8, 8, 16, 64, 128, 128]
+    assert heuristic(SHAPES[0], 1, H100).gate_up.swap
+    assert not heuristic(SHAPES[0], 512, H100).gate_up.swap
+
+
+def test_depth_is_split_only_where_tiles_are_few() -> None:
+    assert depth_split(1, 4096) == 4
+    assert depth_split(2, 4096) == 2
+    assert depth_split(16, 4096) == depth_split(32, 7168) == 1
+
+
+def test_choice_is_pure_and_ignores_capacity() -> None:
+    shape = SHAPES[0]
+    assert pick_launch(shape, 8, H100) == pick_launch(shape, 8, H100)
+    larger = replace(shape, capacity=4 * shape.capacity)
+    assert pick_launch(shape, 8, H100) == pick_launch(larger, 8, H100)
+
+
+def test_table_wins_over_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = Tiles(64, 8, 8, 64, 5)
+    entry = {table_key(SHAPES[0], 8): encode_launch(Launch(True, tiles, tiles))}
+    monkeypatch.setattr(launches, "tuned_table", lambda name: entry if name == H100.name else {})
+    assert pick_launch(SHAPES[0], 8, H100) == Launch(True, tiles, tiles)
+    assert pick_launch(SHAPES[0], 8, A100) == heuristic(SHAPES[0], 8, A100)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 64, 512])
+def test_launch_survives_json(shape: Shape, rows: int) -> None:
+    launch = heuristic(shape, rows, H100)
+    assert decode_launch(json.loads(json.dumps(encode_launch(launch)))) == launch
+
+
+def test_shipped_tables_decode() -> None:
+    paths = list((Path(launches.__file__).parent / "tuned").glob("*.json"))
+    assert paths
+    for path in paths:
+        for entry in json.loads(path.read_text())["launches"].values():
+            decode_launch(entry)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [16, 37])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_workspace_bytes_bound_what_is_allocated(
+    experts: int, capacity: int, dtype: torch.dtype
+) -> None:
+    shape = Shape(experts, capacity, 4096, 176, dtype == torch.float8_e4m3fn)
+    most = workspace_bytes(experts, capacity, 4096, 176, dtype)
+    totals = [
+        Workspace.of(shape, heuristic(shape, rows, H100), H100).total for rows in (1, 64, 512)
+    ]
+    assert max(totals) <= most
+    assert most in totals, "it is the bytes of some launch"
+
+
+@pytest.mark.parametrize("capacity", [16, 37])
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("group", [None, 64, 128])
+def test_workspace_tensors_lie_side_by_side_as_their_stand_ins_say(
+    group: int | None, split: int, capacity: int
+) -> None:
+    space = Workspace(Shape(3, capacity, 256, 176, group is not None), group, split)
+    tensors, end = space.tensors("cpu"), 0
+    base = tensors[0].data_ptr()
+    for tensor, spec, address in zip(tensors, space.specs(), space.addresses(base), strict=True):
+        if tensor is None:
+            assert spec is address is None
+            continue
+        assert tuple(tensor.shape) == spec.shape
+        assert tensor.stride() == spec.stride()
+        assert tensor.dtype == spec.dtype
+        assert tensor.data_ptr() == address == base + end
+        assert address % 16 == base % 16
+        end += tensor.numel() * tensor.element_size()
+    assert end == space.total
+
+
+def test_skew_decides_between_launches_that_tie() -> None:
+    first, second, third = (
+        Launch(True, Tiles(64, 8, 8, 64, n), Tiles(64, 8, 8, 64, n)) for n in (2, 3, 4)
+    )
+    finals = {first: (1.0, 3.0), second: (1.005, 2.0), third: (1.2, 1.0)}
+    assert tune.choose(finals, tune.AS_GOOD) == second
+
+
+def test_launches_that_share_multiprocessors_come_in_pairs() -> None:
+    shared = [c for c in tune.candidate_launches(SHAPES[1], 8) if c.gate_up.shared]
+    assert shared
+    for launch in shared:
+        assert launch.down.shared
+        for tiles in (launch.gate_up, launch.down):
+            assert (tiles.per_sm, tiles.programs_per_sm) == (2, 1)
+
+
+def test_tuner_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, shape, measured = tmp_path / "table.json", SHAPES[1], []
+    tiles = Tiles(64, 8, 8, 64, 5)
+
+    def cell(_buffers: object, rows: int, **_: object) -> Launch:
+        measured.append(rows)
+        if rows == 64:
+            raise KeyboardInterrupt
+        return Launch(True, tiles, tiles)
+
+    monkeypatch.setattr(tune, "tune_cell", cell)
+    monkeypatch.setattr(tune, "precompile", lambda *_: {})
+    monkeypatch.setattr(tune, "device_of", lambda _: H100)
+    monkeypatch.setattr(tune.torch, "empty", lambda *_, **__: None)
+    fake = type("Fake", (), {"shape": shape})()
+    monkeypatch.setattr(tune.Buffers, "create", staticmethod(lambda _: fake))
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune([shape], path, (8, 16, 64))
+    seen: list[tuple[int, int]] = []
+    measured.clear()
+    tune.tune([shape], path, (8, 16, 32), lambda done, total, _: seen.append((done, total)))
+    assert measured == [32], "cells that the table holds are not measured again"
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert set(json.loads(path.read_text())["launches"]) == {
+        table_key(shape, rows) for rows in (8, 16, 32)
+    }

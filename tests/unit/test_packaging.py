@@ -1,0 +1,92 @@
+"""The wheel: what is in it, and that it works without the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = {"moe_plugin": "moe_plugin", "kernels": "moe_plugin.kernels"}
+SHIPPED["integration"] = "moe_plugin.integration"
+
+
+def _settings() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_declared_packages_equal_the_tree() -> None:
+    """An undeclared package vanishes from the wheel without a warning."""
+    found = set()
+    for folder, name in SHIPPED.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            rest = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join([name, *rest]))
+    assert set(_settings()["tool"]["setuptools"]["packages"]) == found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a clean copy of the tracked files."""
+    source = tmp_path_factory.mktemp("source")
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in files.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    subprocess.run([*command, str(source)], check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_has_no_foreign_top_level(wheel: Path) -> None:
+    """Never a top-level `kernels`: SGLang imports Hugging Face's package of that name."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"moe_plugin"}
+    assert "moe_plugin/kernels/experts_torch.py" in names
+    assert "moe_plugin/integration/plugin.py" in names
+    assert "moe_plugin/py.typed" in names
+    assert not any("cpu_platform" in name or name.startswith("tests") for name in names)
+
+
+def test_wheel_loads_in_the_host_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """Installed from the wheel, the host finds the plugin and its parser knows our flag."""
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*command, str(target), str(wheel)], check=True, capture_output=True)
+    code = (
+        "import moe_plugin, moe_plugin.kernels.experts_torch as kernels\n"
+        "from sglang.srt.plugins import load_plugins\n"
+        "load_plugins()\n"
+        "from sglang.srt.server_args import prepare_server_args\n"
+        "from moe_plugin.integration import flags\n"
+        "from moe_plugin.integration.status import STATUS\n"
+        "args = prepare_server_args(['--model-path', 'none', '--use-batched-dp-moe', 'off'])\n"
+        "print(moe_plugin.__file__, kernels.__file__, STATUS.state,\n"
+        "      flags.requested(args).switch, sep='\\n')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(target), "SGLANG_PLUGINS": "moe_plugin"}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    package, kernels, state, switch = result.stdout.split()[-4:]
+    assert Path(package).is_relative_to(target)
+    assert Path(kernels).is_relative_to(target)
+    assert (state, switch) == ("active", "off")
