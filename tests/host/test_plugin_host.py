@@ -266,8 +266,9 @@ args = prepare_server_args({argv!r})
 args.resolve_once()
 import sglang.srt.managers.scheduler as scheduler
 from moe_plugin.integration import host_symbols as hosts, plugin
+from moe_plugin.integration.status import STATUS
 from sglang.srt.plugins.hook_registry import HookRegistry
-STATUS = plugin.Status()
+STATUS.state = "not loaded"
 hosts.check_version = lambda: "sglang 9.9.9 is outside the supported range"
 plugin.register()
 HookRegistry.apply_hooks()
