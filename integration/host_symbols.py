@@ -113,11 +113,11 @@ MOE_FORWARD = HostSymbol(
     "upstream breaks prefill graphs at normal-mode DeepEP only",
     runtime=True,
 )
-PREFILL_VOTE = HostSymbol(
-    "managers.scheduler_components.dp_attn._local_prefill_cuda_graph_vote",
-    ("local_batch", "model_config"),
-    "replay prefill graphs while another group decodes",
-    "upstream converts decode batches under all-to-all backends",
+SYNC_VOTES = HostSymbol(
+    "managers.scheduler_components.dp_attn.MLPSyncBatchInfo.all_gather",
+    ("self", "device", "group"),
+    "let each attention-DP group replay its own graph",
+    "upstream couples the groups only where something but low latency joins them",
     runtime=True,
 )
 """Checked only where it is used: optional."""

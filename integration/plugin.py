@@ -12,7 +12,7 @@ import logging
 import sys
 from typing import Any
 
-from ..envs import DISABLE, REPLAY_MIXED_STEPS, USE_BATCHED_DP_MOE
+from ..envs import DISABLE, USE_BATCHED_DP_MOE
 from ..errors import ConfigError, HostMismatchError
 from . import flags, host_symbols
 from .status import STATUS
@@ -79,7 +79,7 @@ def _hook_flags() -> None:
 
 
 def _hook_runtime() -> None:
-    from .serve import buffer, mixed_steps, moe_layer, server_info, start_guard
+    from .serve import buffer, moe_layer, own_graphs, server_info, start_guard
 
     _hook(host_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE")
     _hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER")
@@ -87,11 +87,10 @@ def _hook_runtime() -> None:
     _hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND")
     _hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND")
     _hook(host_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND")
-    if REPLAY_MIXED_STEPS.read():
-        if problem := host_symbols.check_symbol(host_symbols.PREFILL_VOTE):
-            logger.warning("mixed steps stay eager, which is slower: %s", problem)
-        else:
-            _hook(host_symbols.PREFILL_VOTE, mixed_steps.around_prefill_graph_vote, "AROUND")
+    if problem := host_symbols.check_symbol(host_symbols.SYNC_VOTES):
+        logger.warning("groups run the same graphs or none, which is slower: %s", problem)
+    else:
+        _hook(host_symbols.SYNC_VOTES, own_graphs.around_all_gather, "AROUND")
 
 
 def _register_inert() -> None:

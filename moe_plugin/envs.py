@@ -133,16 +133,4 @@ TRANSPORT = Variable(
     _choice("auto", "deepep", "torch"),
     "auto (DeepEP on GPUs, torch on CPU), deepep, or torch (torch.distributed; development).",
 )
-REPLAY_MIXED_STEPS = Variable(
-    "MOE_PLUGIN_REPLAY_MIXED_STEPS",
-    True,
-    parse_bool,
-    "0: while one group prefills, decoding ones do not join its graphs: eager steps (slower).",
-)
-VARIABLES: tuple[Variable[Any], ...] = (
-    DISABLE,
-    USE_BATCHED_DP_MOE,
-    MAX_TOKENS,
-    TRANSPORT,
-    REPLAY_MIXED_STEPS,
-)
+VARIABLES: tuple[Variable[Any], ...] = (DISABLE, USE_BATCHED_DP_MOE, MAX_TOKENS, TRANSPORT)

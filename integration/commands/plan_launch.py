@@ -25,6 +25,8 @@ RESOLVED = (
     "deepep_mode",
     "moe_runner_backend",
     "ep_size",
+    "moe_dense_tp_size",
+    "enable_dp_lm_head",
     "attention_backend",
     "speculative_num_draft_tokens",
 )

@@ -1,4 +1,4 @@
-"""Which of the planned budgets are filled: those that the user left unset."""
+"""Which of the planned values are filled: those that the user left unset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .launch_facts import explicit_graph_max
 
 
 def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
-    """The budgets that the user left unset, as declarations."""
+    """The values that the user left unset, as declarations."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
     cfg = resolving_view(server_args)
@@ -24,4 +24,9 @@ def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
             fills["max_running_requests"] = plan.max_running_requests
         if plan.cuda_graph_max_bs_decode and explicit_graph_max(server_args, "decode") is None:
             fills["cuda_graph_max_bs_decode"] = plan.cuda_graph_max_bs_decode
+    if plan.groups_apart:
+        if cfg.moe_dense_tp_size is None:
+            fills["moe_dense_tp_size"] = 1
+        if not cfg.enable_dp_lm_head:
+            fills["enable_dp_lm_head"] = True
     return {name: value for name, value in fills.items() if hasattr(cfg, name)}

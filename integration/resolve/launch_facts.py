@@ -79,6 +79,11 @@ def prefill_attention(cfg: Any) -> str | None:
     return backend
 
 
+def _separate_draft(cfg: Any) -> bool:
+    path = cfg.speculative_draft_model_path
+    return bool(cfg.speculative_algorithm) and path not in (None, cfg.model_path)
+
+
 def chunk_alignment(cfg: Any) -> int:
     """Tokens of a prefill chunk below which the host's scheduler refuses to start
     (``Scheduler.check_truncation_align_fits_chunk``)."""
@@ -165,5 +170,9 @@ def launch_facts(
         chunk_alignment=chunk_alignment(cfg),
         diffusion=bool(getattr(cfg, "dllm_algorithm", None)),
         pipeline_warmup=environment_bool("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP") is True,
+        moe_dense_tp_size=cfg.moe_dense_tp_size,
+        dp_lm_head=bool(cfg.enable_dp_lm_head),
+        tp_lm_head_all_to_all=bool(server_args.enable_tp_lm_head_all_to_all),
+        separate_draft=_separate_draft(cfg),
         draft_shape=draft_shape(server_args, cfg, backend or cfg.moe_a2a_backend),
     )

@@ -13,6 +13,7 @@ from ...errors import UnsupportedError, explain
 from ...planning.compatibility import LEAVE_TEXT
 from ...planning.plan import Plan
 from ...runtime.config import BatchedMoEConfig
+from ...runtime.metadata import rows_to_launch_for
 from ...runtime.runner import BatchedMoERunner, ExpertWeights, make_moe_runner, warm_up
 from ...runtime.stats import STATS
 from ..resolve.launch_facts import deterministic, dispatch_dtype
@@ -113,11 +114,10 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
         return original(layer, dispatch_output)
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
 
-    metadata = buffer.current_metadata()
-    expected_m = dispatch_output.expected_m
-    if metadata is not None:
-        cfg = runner.config
-        expected_m = metadata.expected_rows(cfg.top_k, cfg.num_experts)
+    cfg, own_tokens = runner.config, dispatch_output.topk_ids.shape[0]
+    expected_m = rows_to_launch_for(
+        buffer.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts
+    )
     output = runner.run_experts(
         dispatch_output.hidden_states,
         dispatch_output.hidden_states_scale,

@@ -97,6 +97,10 @@ class LaunchFacts:
         chunk_alignment: tokens that a prefill chunk must at least hold, or the scheduler refuses.
         diffusion: a diffusion LLM decodes blocks (``--dllm-algorithm``).
         pipeline_warmup: ``SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP`` is on.
+        moe_dense_tp_size: ranks that share a dense layer; None is the host's choice.
+        dp_lm_head: the LM head is shared inside each DP group only (``--enable-dp-lm-head``).
+        tp_lm_head_all_to_all: it is shared by all ranks, as typed, and does not go with that.
+        separate_draft: speculation with a draft model of its own, not the target's layers.
         draft_shape: (hidden size, routed experts) of a draft model on the same all-to-all; None
             without one, or when it repeats the target's layers.
     """
@@ -143,6 +147,10 @@ class LaunchFacts:
     chunk_alignment: int = 1
     diffusion: bool = False
     pipeline_warmup: bool = False
+    moe_dense_tp_size: int | None = None
+    dp_lm_head: bool = False
+    tp_lm_head_all_to_all: bool = False
+    separate_draft: bool = False
     draft_shape: tuple[int, int] | None = None
 
     @property

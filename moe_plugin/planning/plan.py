@@ -96,6 +96,8 @@ class Plan:
         top_k: experts per token.
         attn_tp_size: ranks that one DP group's rows are scattered over.
         dtype: activation dtype by torch name.
+        groups_apart: nothing of the model but the all-to-all joins the DP groups, so that each
+            replays its own graph: ``--moe-dense-tp-size 1 --enable-dp-lm-head``, typed or filled.
     """
 
     capability: Capability
@@ -121,6 +123,7 @@ class Plan:
     top_k: int = 0
     attn_tp_size: int = 1
     dtype: str = "bfloat16"
+    groups_apart: bool = False
 
     @property
     def verdict(self) -> Literal["ok", "refused"]:
@@ -136,6 +139,12 @@ class Plan:
     def bounds_decode(self) -> bool:
         """Whether decode, verify and draft rows go through the bounded buffer."""
         return Mode.DECODE in self.capability.modes
+
+    @property
+    def all_low_latency(self) -> bool:
+        """Whether every dispatch of this instance is DeepEP's low latency, which asks the ranks for
+        the same calls in the same order and nothing more."""
+        return self.capability.backend == "deepep" and self.bounds_prefill
 
     @property
     def captures_prefill(self) -> bool:

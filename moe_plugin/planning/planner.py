@@ -15,6 +15,7 @@ from .compatibility import LEAVE, LEAVE_TEXT, choose_runner
 from .demands import check_needs, decode_requests, needs_of, prefill_chunk
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .fixes import complete
+from .groups_apart import groups_apart
 from .ledger import ledger
 from .limits import Limits
 from .memory import workspace_bytes
@@ -103,6 +104,7 @@ def _plan_once(
         top_k=model.top_k,
         attn_tp_size=launch.attn_tp_size,
         dtype=model.dtype,
+        groups_apart=groups_apart(model, launch, capability),
     )
     return _fill(plan, launch, limits, source, most)
 

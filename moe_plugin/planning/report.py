@@ -43,6 +43,10 @@ def render(plan: Plan) -> str:
             f"buffer {plan.rdma_buffer_bytes} bytes ({gib(plan.rdma_buffer_bytes)}), on the device "
             f"{gib(plan.rdma_device_bytes)}; workspace {gib(plan.workspace_bytes)}; per rank",
         ]
+    if plan.groups_apart:
+        lines.append(
+            "each DP group replays its own graph: --moe-dense-tp-size 1 --enable-dp-lm-head"
+        )
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"refused: {error}" for error in plan.errors]
     lines.append(f"verdict: {plan.verdict}")

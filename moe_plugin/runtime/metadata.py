@@ -41,6 +41,28 @@ class DPMetadata:
         return max(1, ceil_div(sum(self.sp_local_sizes) * top_k, num_experts))
 
 
+def rows_to_launch_for(
+    metadata: DPMetadata | None, own_tokens: int, ranks: int, top_k: int, num_experts: int
+) -> int:
+    """Mean live rows per expert for which a launch of the experts is chosen; at least 1.
+
+    The one place where that is decided: for eager steps, and for what is captured. Where the host
+    does not say what the other ranks hold, because each group decides for itself, they are taken to
+    hold as many as this one. So a launch depends on the group's own batch alone, and a request gets
+    the same bits whatever the others do. A decode graph is also replayed while others prefill, when
+    its experts have many times these rows; mostly all decode, which is what it is captured for.
+
+    Args:
+        metadata: tokens per rank, where the host knows them.
+        own_tokens: tokens that this rank dispatches, padded ones included.
+        ranks: of the all-to-all.
+        top_k: experts per token.
+        num_experts: over all ranks.
+    """
+    known = metadata or DPMetadata((own_tokens,) * ranks)
+    return known.expected_rows(top_k, num_experts)
+
+
 @lru_cache(maxsize=64)  # every layer of a forward asks for the same
 def _scattered(tokens_of_groups: tuple[int, ...], attn_tp_size: int, ranks: int) -> DPMetadata:
     sizes: list[int] = []

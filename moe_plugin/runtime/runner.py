@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from .config import BatchedMoEConfig
-from .metadata import DPMetadata
+from .metadata import DPMetadata, rows_to_launch_for
 
 if TYPE_CHECKING:
     import torch
@@ -133,9 +133,9 @@ class BatchedMoERunner:
         )
         hook()
         recv_x, recv_scale = recv if isinstance(recv, tuple) else (recv, None)
-        if metadata is None:  # the best guess: the other ranks hold as many
-            metadata = DPMetadata((hidden_states.shape[0],) * cfg.num_ranks)
-        expected_m = metadata.expected_rows(cfg.top_k, cfg.num_experts)
+        expected_m = rows_to_launch_for(
+            metadata, hidden_states.shape[0], cfg.num_ranks, cfg.top_k, cfg.num_experts
+        )
         output = self.run_experts(recv_x, recv_scale, masked_m, weights, expected_m)
         combined, _, hook = transport.low_latency_combine(
             output, topk_ids, topk_weights, handle, return_recv_hook=True

@@ -23,6 +23,8 @@ FIELDS = (
     "moe_a2a_backend",
     "deepep_mode",
     "ep_size",
+    "moe_dense_tp_size",
+    "enable_dp_lm_head",
     "cuda_graph_max_bs_decode",
     "cuda_graph_max_bs_prefill",
     "speculative_num_draft_tokens",

@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from .base import Hook, Transport
 
 
+def check_tokens(tokens: int, max_num_tokens: int, where: str) -> None:
+    """Refuse more than T tokens in one dispatch.
+
+    Raises:
+        BudgetError: ``tokens`` exceed ``max_num_tokens``; ``where`` says on which rank.
+    """
+    if tokens > max_num_tokens:
+        raise BudgetError(
+            explain(
+                "tokens in one all-to-all dispatch (n <= T)",
+                got=f"{tokens} {where}",
+                allowed=f"<= {max_num_tokens}",
+                fix="resolve the arguments with the plugin loaded so that budgets are "
+                "planned, or raise --batched-dp-moe-max-tokens",
+            )
+        )
+
+
 class GuardedTransport:
     """A transport that refuses batches above its capacity and records what it carried.
 
@@ -57,21 +75,25 @@ class GuardedTransport:
         rows = x.shape[0]
         metadata = self._metadata()
         busiest = max(rows, metadata.max_tokens if metadata is not None else 0)
-        if busiest > self.max_num_tokens:
-            where = "on this rank" if rows == busiest else "on the busiest rank"
-            raise BudgetError(
-                explain(
-                    "tokens in one all-to-all dispatch (n <= T)",
-                    got=f"{busiest} {where}",
-                    allowed=f"<= {self.max_num_tokens}",
-                    fix="resolve the arguments with the plugin loaded so that budgets are "
-                    "planned, or raise --batched-dp-moe-max-tokens",
-                )
-            )
+        where = "on this rank" if rows == busiest else "on the busiest rank"
+        check_tokens(busiest, self.max_num_tokens, where)
+        self._stats.dispatches += 1
         self._stats.record_rows(self._mode(), rows, busiest)
         return self.inner.low_latency_dispatch(
             x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, **options
         )
+
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: Any,
+        **options: Any,
+    ) -> tuple[torch.Tensor, Any, Hook]:
+        """As the inner transport's, counted."""
+        self._stats.combines += 1
+        return self.inner.low_latency_combine(x, topk_idx, topk_weights, handle, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
