@@ -31,6 +31,7 @@ step up up --cold --variants a b c
 step checks checks
 step drift drift
 step rounds rounds --variants b c a --seldom a --budget 1500
+step client client --variants b c --points chat/64 chat@16
 step down down
 step up-warm up --one-by-one --quick --variants b c
 step down-warm down

@@ -6,22 +6,16 @@ import json
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import served
 import startup
+from common import Bench
 from servers import Detached
-from serving.server import COMMON_ARGS
-from variants import SLIM
-
-if TYPE_CHECKING:
-    from bench import Bench
 
 
 def stage_start(bench: Bench) -> None:
     """Start phases, mixed prompts, clients that go away, planned and measured memory."""
-    common = COMMON_ARGS if bench.cpu else SLIM
-    server = bench.launch("c", bench.model(), common)
+    server = bench.launch(bench.variant("c"), bench.model(), bench.alone_args())
     report = bench.report
     try:
         watch = startup.Watch(server, time.monotonic())

@@ -10,21 +10,17 @@ answer to read. Graphs that compute something else under load have more of it.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from math import sqrt
-from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from load import TOKEN_IDS
+from common import Bench
 from servers import Detached, load_state
 from serving.server import Server
-
-if TYPE_CHECKING:
-    from bench import Bench
+from streams import TOKEN_IDS
 
 COMPARED = 16  # tokens of every answer
 NEW_TOKENS = (16, 96)  # of an answer under load: requests end at different times
@@ -32,7 +28,6 @@ PROMPT_TOKENS = (16, 64)
 READABLE = 259  # ids from here on the host does not take as input
 AT_ONCE = 64
 READERS = 16
-_PREFILL = re.compile(r"Prefill batch.* graph: (True|False)")
 
 Answer = tuple[int, list[int]]  # a prompt's number, and what came
 
@@ -48,9 +43,9 @@ def stage_drift(bench: Bench) -> None:
         alone = list(pool.map(lambda server: answers_alone(server, few), servers))
     outcomes = bench.report.setdefault("drift", {})
     for server, own in zip(servers, alone, strict=True):
-        before = len(_prefills(server))
+        logged = server.log_bytes()
         loaded = answers_under_load(server, many)
-        replayed = _prefills(server)[before:]
+        replayed = server.prefills(logged)
         reader.idle()
         outcomes[server.record.variant] = {
             "alone": {"regret": regret(reader, own), **kept(own, alone[0])},
@@ -131,7 +126,7 @@ def regret(reader: Server, answers: Sequence[Answer]) -> dict[str, float]:
 def prompt(index: int) -> list[int]:
     """Token ids, by number."""
     rng = random.Random(f"drift/{index}")
-    return [rng.randint(*TOKEN_IDS) for _ in range(rng.randint(*PROMPT_TOKENS))]
+    return rng.choices(TOKEN_IDS, k=rng.randint(*PROMPT_TOKENS))
 
 
 def _estimate(values: Sequence[float]) -> dict[str, float]:
@@ -147,9 +142,3 @@ def _ask(server: Server, ids: Sequence[int], count: int) -> list[int]:
     if len(tokens) != count:
         raise RuntimeError(f"{len(tokens)} of {count} tokens")
     return tokens
-
-
-def _prefills(server: Detached) -> list[bool]:
-    """Whether each prefill batch replayed a graph, as the host logs it."""
-    log = Path(server.record.log).read_text(errors="replace")
-    return [found == "True" for found in _PREFILL.findall(log)]

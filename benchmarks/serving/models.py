@@ -26,6 +26,7 @@ from serving.checkpoint import (
 )
 
 BLOCK = 128
+CONTEXT = 40960  # as Qwen3-30B-A3B has it
 FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -57,7 +58,7 @@ class DeepSeekShape:
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     vocab_size: int = 260
-    max_position_embeddings: int = 8192
+    max_position_embeddings: int = CONTEXT
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,18 @@ class Block:
 def write_model(name: str, folder: Path, device: str) -> Path:
     """Write a model by its name on the command line, unless it is there; returns its folder.
 
-    ``qwen3-bf16`` or ``qwen3-fp8`` with eight layers, ``qwen3-bf16-16`` with sixteen, and
-    ``deepseek-v3``.
+    ``qwen3-bf16`` or ``qwen3-fp8`` with eight layers, ``qwen3-bf16-16`` with sixteen;
+    ``deepseek-v3`` with four, ``deepseek-v3-6`` with six, the first of them dense.
     """
     if (folder / "written").exists():
         return folder
     if found := re.fullmatch(r"qwen3-(bf16|fp8)(?:-(\d+))?", name):
         layers = int(found[2] or QWEN3_30B_LAYERS.num_hidden_layers)
-        shape = replace(QWEN3_30B_LAYERS, num_hidden_layers=layers)
+        shape = replace(QWEN3_30B_LAYERS, num_hidden_layers=layers, max_position_embeddings=CONTEXT)
         write_qwen3(folder, shape, device, fp8=found[1] == "fp8")
-    elif name == "deepseek-v3":
-        write_deepseek(folder, DeepSeekShape(), device)
+    elif found := re.fullmatch(r"deepseek-v3(?:-(\d+))?", name):
+        layers = int(found[1] or DeepSeekShape().num_hidden_layers)
+        write_deepseek(folder, DeepSeekShape(num_hidden_layers=layers), device)
     else:
         raise ValueError(f"unknown model {name!r}")
     (folder / "written").touch()

@@ -10,16 +10,15 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
+from common import Bench
 from served import LENGTHS
 from servers import Detached, load_state, save_state
+from variants import OURS
 
 from tests.support import rank_killed, server_checks
-
-if TYPE_CHECKING:
-    from bench import Bench
 
 NEW_TOKENS = 32
 
@@ -50,7 +49,7 @@ def stage_checks(bench: Bench) -> None:
     options = bench.options
     layers = json.loads((bench.model() / "config.json").read_text())["num_hidden_layers"]
     outcomes = bench.report.setdefault("checks", {})
-    for record in [s.record for s in load_state(options.work) if s.record.variant[0] in "cde"]:
+    for record in [s.record for s in load_state(options.work) if s.record.variant[0] in OURS]:
         server = Running(record)
         if options.kill:
             checks = _killing(server, options.gpus)

@@ -5,38 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from statistics import mean, variance
+from statistics import mean, median, variance
 from typing import Any
 
-# Two-sided 95 % quantiles of Student's t for 1 ... 30 degrees of freedom.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+from scipy import stats
 
 Round = dict[str, Any]
 
 
 def quantile(freedom: float) -> float:
-    """Student's two-sided 95 % quantile; never below the true one."""
-    if freedom < 1:
-        return math.inf
-    if freedom >= 31:
-        return 2.042 if freedom < 61 else 2.0 if freedom < 121 else 1.98
-    return _T95[int(freedom) - 1]
+    """Student's two-sided 95 % quantile."""
+    return float(stats.t.ppf(0.975, freedom)) if freedom > 0 else math.inf
 
 
-def by_round(rounds: Iterable[Round], variant: str, point: int, metric: str) -> dict[str, float]:
+def point_of(row: Round) -> str:
+    """Where a round was measured; the first records have one load, and name its requests."""
+    return str(row.get("point") or f"short/{row['concurrency']}")
+
+
+def points_of(rounds: Iterable[Round]) -> list[str]:
+    """Points of all rounds, as they first occur."""
+    return list(dict.fromkeys(point_of(row) for row in rounds))
+
+
+def by_round(rounds: Iterable[Round], variant: str, point: str, metric: str) -> dict[str, float]:
     """A variant's values at one concurrency, by the key that its rivals' rounds share."""
     return {
         r["key"]: r[metric]
         for r in rounds
-        if r["variant"] == variant and r["concurrency"] == point and r.get(metric)
+        if r["variant"] == variant and point_of(r) == point and r.get(metric)
     }
 
 
-def paired(rounds: Sequence[Round], one: str, other: str, point: int, metric: str) -> list[float]:
+def paired(rounds: Sequence[Round], one: str, other: str, point: str, metric: str) -> list[float]:
     """Ratios one / other of the rounds that both ran.
 
     A round without a token has none; its requests are among the lost ones (:mod:`load`).
@@ -45,7 +46,21 @@ def paired(rounds: Sequence[Round], one: str, other: str, point: int, metric: st
     return [ones[key] / others[key] for key in ones if key in others]
 
 
-def consecutive(rounds: Sequence[Round], variant: str, point: int, metric: str) -> list[float]:
+def best(
+    rounds: Sequence[Round], names: Iterable[str], point: str, metric: str, *, most: bool
+) -> str | None:
+    """Of these variants the one with the best median at a point; None where none ran."""
+    medians = {
+        name: median(values)
+        for name in names
+        if (values := by_round(rounds, name, point, metric).values())
+    }
+    if not medians:
+        return None
+    return (max if most else min)(medians, key=lambda name: medians[name])
+
+
+def consecutive(rounds: Sequence[Round], variant: str, point: str, metric: str) -> list[float]:
     """Each round of a variant over its previous one: what nothing but chance changes."""
     values = list(by_round(rounds, variant, point, metric).values())
     return [after / before for before, after in pairwise(values)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from serving.server import LAUNCH_SERVER, Server, ServerDied, cpu_env, free_port
 from variants import Variant, cache_env
 
 TAIL_BYTES = 6000
+ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+_PREFILL = re.compile(rb"Prefill batch.* graph: (True|False)")
 
 
 @dataclass
@@ -56,10 +60,18 @@ class Detached(Server):
 
     def alive(self) -> bool:
         """Whether the process that was started still runs."""
-        if (pid := self.record.pid) not in group_members(pid):
-            return False
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return str(self.port).encode() in command  # a reused id is not ours
+        pid = self.record.pid
+        return pid in group_members(pid) and not _is_another(pid, str(self.port))
+
+    def log_bytes(self) -> int:
+        """How long its log is by now."""
+        return Path(self.record.log).stat().st_size
+
+    def prefills(self, since: int = 0) -> list[bool]:
+        """Whether each prefill batch that it logged past ``since`` bytes replayed a graph."""
+        with Path(self.record.log).open("rb") as file:
+            file.seek(since)
+            return [found == b"True" for found in _PREFILL.findall(file.read())]
 
     def answers(self) -> bool:
         """Whether the health check, which generates a token, succeeds."""
@@ -160,21 +172,24 @@ def load_state(work: Path) -> list[Detached]:
 def group_members(group: int) -> list[int]:
     """Processes of a process group that still run, zombies left out."""
     members = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, IndexError):
-            state, _parent, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state not in "ZX":
-                members.append(int(entry.name))
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(pid) == group and psutil.Process(pid).status() not in ENDED:
+                members.append(pid)
     return members
+
+
+def _is_another(pid: int, port: str) -> bool:
+    """Whether the id belongs to a process that is not the server on this port: ids are reused."""
+    with contextlib.suppress(psutil.Error):  # ended, and perhaps a zombie
+        return port not in psutil.Process(pid).cmdline()
+    return False
 
 
 def stop_group(pid: int, port: str) -> None:
     """End a server and its children: politely, then for good; wait until they are gone."""
-    with contextlib.suppress(OSError):
-        if port.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-            return  # the id belongs to somebody else by now
+    if _is_another(pid, port):
+        return
     for sent, patience_s in ((signal.SIGTERM, 4.0), (signal.SIGKILL, 20.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, sent)

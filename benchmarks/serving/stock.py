@@ -10,15 +10,13 @@ import re
 import time
 import urllib.error
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import startup
-from servers import Detached, launch
+from common import Bench
+from servers import Detached
 from serving.prompts import long_prompt
-from variants import DEEPEP, ON, RESIDENT, SLIM, STOCK_ENV, Variant
-
-if TYPE_CHECKING:
-    from bench import Bench
+from variants import DEEPEP, ON, STOCK_ENV, Variant
 
 PROMPT_TOKENS = 1000
 SHARED_S = 150.0
@@ -55,10 +53,8 @@ def stage_stock(bench: Bench) -> None:
         servers = []
         for index, row in enumerate(ROWS):
             launched = Variant(f"{host}-{index}", row.title, (*flags, *row.args), env)
-            more = (*SLIM, *RESIDENT, *bench.options.more)
-            servers.append(
-                launch(launched, bench.written(row.model), bench.options.work, more, cold=False)
-            )
+            args = bench.shared_args(launched)
+            servers.append(bench.launch(launched, bench.written(row.model), args))
         try:
             outcomes += _outcomes(host, servers, min(bench.options.timeout, SHARED_S))
             bench.save()

@@ -51,7 +51,7 @@ def rows_below(document: str, head: str) -> list[list[str]]:
 
 def middle(result: report.Report, variant: str, point: int, metric: str) -> float:
     """Median over the rounds."""
-    return median(by_round(result["rounds"], variant, point, metric).values())
+    return median(by_round(result["rounds"], variant, f"short/{point}", metric).values())
 
 
 def interval(found: report.Report) -> str:
@@ -69,7 +69,7 @@ def test_tables_of_throughput(document: str, results: str) -> None:
         point = int(name)
         expected = [f"{middle(result, v, point, 'tokens_per_s'):,.0f}" for v in ("b", OURS)]
         assert [stock, mine] == expected, point
-        found = [interval(ratios[metric][name]) for metric in ("tokens_per_s", "itl_ms")]
+        found = [interval(ratios[metric][f"short/{name}"]) for metric in ("tokens_per_s", "itl_ms")]
         assert [tokens, itl] == found, point
         expected = [f"{middle(result, v, point, 'ttft_ms'):.1f}" for v in ("b", OURS)]
         assert ttft == ", ".join(expected), point

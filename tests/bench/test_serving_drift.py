@@ -11,6 +11,7 @@ import pytest
 
 sys.path += [
     str(Path(__file__).parents[2] / "benchmarks" / "serving"),
+    str(Path(__file__).parents[2] / "benchmarks"),
     str(Path(__file__).parents[1] / "support"),
 ]
 import drift
