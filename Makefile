@@ -64,7 +64,6 @@ bench-gpu: install
 	$(BIN)/python -P benchmarks/serving/bench.py start --out benchmarks/results
 	$(BIN)/python -P benchmarks/serving/bench.py pair --budget 3600 --out benchmarks/results
 	$(BIN)/python -P benchmarks/transport/bench.py --out benchmarks/results
-	$(BIN)/python -P benchmarks/attention/bench.py --out benchmarks/results
 
 test-gpu: install
 	$(PYTEST) -m gpu

@@ -13,8 +13,8 @@
 
 Variants, stock: a tensor parallel; t the same with experts in parallel; g attention DP + EP without
 an all-to-all; b DeepEP + DeepGEMM with five settings by hand; k megamoe (FP8). Ours: c with no flag
-about sizes; d512 with T = 512; e with mixed steps eager. With --gpus N every server spans N GPUs;
-on one GPU there is no t and no g.
+about sizes; d512 with T = 512. With --gpus N every server spans N GPUs; on one GPU there is no t
+and no g.
 
 Points: `all`, or loads (short, chat, long, deep, shared) as `chat`, `chat/64` (in flight) or
 `chat@16` (a second). Give `up` the points of `rounds`: the KV caches are sized for them.

@@ -17,7 +17,7 @@ LOCAL_ENDS = ("--moe-dense-tp-size", "1", "--enable-dp-lm-head")  # nothing join
 
 STOCK_TP = ("a", "t")
 STOCK_DP = ("b", "g", "k")  # a DP group on every GPU, like ours
-OURS = ("c", "d", "e")  # the first letters
+OURS = ("c", "d")  # the first letters
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,11 @@ def variant(name: str, *, cpu: bool = False, gpus: int = 1) -> Variant:
         return Variant(name, "stock megamoe (FP8)", args, stock, gpus)
     if name == "c":
         return Variant(name, "ours", (*groups, *ON), env, gpus)
-    if name == "e":
-        eager = {"MOE_PLUGIN_REPLAY_MIXED_STEPS": "0"}
-        return Variant(name, "ours, mixed steps eager", (*groups, *ON), env | eager, gpus)
     if name[0] == "d" and name[1:].isdigit():
         tokens = ("--batched-dp-moe-max-tokens", name[1:])
         return Variant(name, f"ours, T = {name[1:]}", (*groups, *ON, *tokens), env, gpus)
     raise ValueError(
-        f"unknown variant {name!r} with {gpus} GPUs: a, b, k, c, e, or d and its T, such as d512; "
+        f"unknown variant {name!r} with {gpus} GPUs: a, b, k, c, or d and its T, such as d512; "
         "with several GPUs also t and g"
     )
 

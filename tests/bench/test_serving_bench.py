@@ -285,7 +285,7 @@ def test_servers_of_several_gpus() -> None:
     assert variants.variant("g", gpus=4).args == size + groups + experts
     assert variants.variant("c", gpus=4).args == size + groups + variants.ON
     assert variants.variant("k", gpus=4).args[-3:] == variants.LOCAL_ENDS
-    for name in "atgbkce":
+    for name in "atgbkc":
         found = variants.variant(name, gpus=4)
         assert found.env["NCCL_NVLS_ENABLE"] == "0"
         assert ("MOE_PLUGIN_DISABLE" in found.env) == (name not in variants.OURS)
