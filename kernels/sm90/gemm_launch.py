@@ -39,7 +39,7 @@ def _prepare(
         "maxnreg": min(240, 65536 // (tiles.per_sm * (tiles.warps + 4) * 32) // 8 * 8),
         "launch_pdl": chained or p.fused,
     }
-    return arguments, min(bound, device.sms * tiles.programs_per_sm), options
+    return arguments, min(bound, device.sms * tiles.per_sm), options
 
 
 def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:

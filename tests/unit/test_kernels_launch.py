@@ -148,15 +148,6 @@ def test_skew_decides_between_launches_that_tie() -> None:
     assert tune.choose(finals, tune.AS_GOOD) == second
 
 
-def test_launches_that_share_multiprocessors_come_in_pairs() -> None:
-    shared = [c for c in tune.candidate_launches(SHAPES[1], 8) if c.gate_up.shared]
-    assert shared
-    for launch in shared:
-        assert launch.down.shared
-        for tiles in (launch.gate_up, launch.down):
-            assert (tiles.per_sm, tiles.programs_per_sm) == (2, 1)
-
-
 def test_tuner_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, shape, measured = tmp_path / "table.json", SHAPES[1], []
     tiles = Tiles(64, 8, 8, 64, 5)
