@@ -6,8 +6,7 @@
     problem.py            one GEMM as data: its tensors, and the GPU that it runs on
     expert_layer.py       a layer as its two GEMMs, and the workspace between them
     sm90/                 the warp-specialised kernel for Hopper: gemm_kernel.py multiplies what
-                          ring.py streams, gemm_launch.py launches; remembered_layer.py is the
-                          short way for a layer that has run before
+                          ring.py streams, gemm_launch.py launches
     portable/             the same in plain Triton: SM80 and later, and the CPU interpreter
     tuning/               measure launches; compile for a GPU that is not there
 

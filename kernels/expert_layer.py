@@ -46,14 +46,6 @@ class Workspace:
         group = launch.gate_up.channels if shape.fp8 and device.has_fp8 else None
         return Workspace(shape, group, launch.down.split)
 
-    def addresses(self, base: int) -> tuple[int, int | None, int | None, int | None]:
-        """Of act, parts, arrivals and scale, in an allocation at `base`."""
-        parts, arrivals, scale = (
-            None if spec is None else base + offset
-            for spec, offset in zip(self._specs[1:], self._offsets[1:], strict=True)
-        )
-        return base, parts, arrivals, scale
-
     def tensors(self, device: torch.device | str) -> list[torch.Tensor | None]:
         """Freshly allocated act, parts, arrivals and scale."""
         memory = torch.empty(self.total, dtype=torch.uint8, device=device)

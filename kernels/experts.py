@@ -14,7 +14,6 @@ from .launch import Device, Launch, Shape, pick_launch, portable_launch
 from .portable.masked_gemm import launch_portable
 from .problem import Problem, device_of, probe, tma_ready
 from .sm90.gemm_launch import compile_hopper, run_hopper
-from .sm90.remembered_layer import remember_layer, run_remembered
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup", "workspace_bytes"]
 
@@ -64,12 +63,6 @@ def batched_experts(
     Returns [L, M, H] bf16. Safe under CUDA-graph capture: counts are read on the device only.
     """
     weights = w13, w13_scale, w2, w2_scale
-    if launch is None:
-        done = run_remembered(
-            hidden_states, hidden_states_scale, *weights, masked_m, expected_m, out
-        )
-        if done is not None:
-            return done
     _check(hidden_states, hidden_states_scale, *weights, masked_m, out)
     device = device_of(hidden_states)
     fp8 = hidden_states_scale is not None
@@ -91,8 +84,6 @@ def batched_experts(
         chosen = portable_launch(shape, expected_m)
         gemms = problems()
     run_layer(*gemms, chosen, device)
-    if launch is None and chosen.hopper:
-        remember_layer(hidden_states, *weights, shape, device)
     return out
 
 

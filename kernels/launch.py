@@ -57,10 +57,7 @@ class Tiles:
     the wide operand; `split` programs share the depth of one tile; weights are fetched `burst`
     steps at a time (one, where the depth does not divide into bursts). The `warps` that multiply
     form one group or two; two, with 64 rows each, only for tiles of 128 rows as the wide operand.
-
-    A multiprocessor has room for `per_sm` programs, of this launch alone (`shared` false) or of
-    this and the one after or before: the second launch of a layer then waits beside the first,
-    its ring full of weights, and memory does not pause between them.
+    A multiprocessor has room for `per_sm` programs.
     """
 
     channels: int
@@ -74,12 +71,6 @@ class Tiles:
     split: int = 1
     burst: int = 1
     groups: int = 1
-    shared: bool = False
-
-    @property
-    def programs_per_sm(self) -> int:
-        """Programs of this launch on one multiprocessor."""
-        return self.per_sm // 2 if self.shared else self.per_sm
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Check, then measure, the expert kernels: `bench.py STAGE --out DIR`.
 
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
-the server calls, against DeepGEMM, the host's fused MoE and the ceilings), compile (seconds to
-compile and load all kernels of a plan, from an empty cache and from a filled one). `check` comes
-first: `all.sh` and `make bench-kernels` time nothing after a red one.
+the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
+costs the host where no graph is replayed), compile (seconds to compile and load all kernels of a
+plan, from an empty cache and from a filled one). `check` comes first: `all.sh` and
+`make bench-kernels` time nothing after a red one.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from cases import (
 )
 from ceilings import measure_ceilings, weights_read_seconds
 from deepgemm import layer_call
+from eager import time_eager
 from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
 from verdict import ceilings_sound, verdict
@@ -50,6 +52,7 @@ from moe_plugin.kernels.tuning.tune import (
 )
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+EAGER_ROWS = (1, 64)
 
 
 class Watchdog:
@@ -246,6 +249,23 @@ def time_fused_moe(buffers: Buffers, rows: int, top_k: int) -> dict[str, Any]:
         return {"fused_moe_error": f"{type(error).__name__}: {error}"[:200]}
 
 
+def run_eager(out: Path, models: list[int], rows: Sequence[int], watchdog: Watchdog) -> None:
+    """One eager call of the server's entry point, on the host's clock."""
+    result: dict[str, Any] = {"environment": environment(), "cells": []}
+    for index in models:
+        for fp8 in (False, True):
+            shape = model_shape(index, fp8, max(rows))
+            buffers = None  # frees the previous shape's memory first
+            buffers = Buffers.create(shape)
+            for m in rows:
+                watchdog(f"eager {MODELS[index].name} fp8={fp8} {m}")
+                cell = {"model": MODELS[index].name, "dtype": "fp8" if fp8 else "bf16", "rows": m}
+                cell |= time_eager(buffers, m)
+                result["cells"].append(cell)
+                print(cell, flush=True)
+                (out / "kernels-eager.json").write_text(json.dumps(result, indent=1))
+
+
 WARM_UP = """
 import sys, time
 import torch
@@ -289,7 +309,7 @@ def run_compile(out: Path, models: list[int]) -> None:
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("check", "sweep", "bars", "compile"))
+    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "compile"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
     parser.add_argument("--rows", type=int, nargs="+", help="per expert")
@@ -303,6 +323,8 @@ def main() -> None:
         raise SystemExit(not run_checks(watchdog))
     if args.stage == "sweep":
         run_sweep(args.out, args.models, args.rows or ROW_COUNTS, watchdog)
+    elif args.stage == "eager":
+        run_eager(args.out, args.models, args.rows or EAGER_ROWS, watchdog)
     elif args.stage == "compile":
         run_compile(args.out, args.models)
     else:

@@ -8,7 +8,7 @@ already holds are skipped.
 
 import json
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -83,20 +83,12 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
                 hopper_tiles(*tile, inner, fp8, warps, per_sm, swap, parts, burst, groups)
                 for parts in splits
             ]
-    return _with_shared(gate_up), _with_shared(down)
-
-
-def _with_shared(tiles: list[Tiles]) -> list[Tiles]:
-    """Tiles that leave room for another program also with that room left to the other launch."""
-    both = [*tiles, *(replace(t, shared=True) for t in tiles if t.per_sm == 2)]
-    return list(dict.fromkeys(both))
+    return list(dict.fromkeys(gate_up)), list(dict.fromkeys(down))
 
 
 def compatible(shape: Shape, gate_up: Tiles, down: Tiles) -> bool:
-    """Whether both share the multiprocessors or neither does, and the second GEMM steps through
-    the groups that the first one quantised."""
-    same_step = not shape.fp8 or down.depth == gate_up.channels
-    return same_step and down.shared == gate_up.shared
+    """Whether the second GEMM steps through the groups that the first one quantised."""
+    return not shape.fp8 or down.depth == gate_up.channels
 
 
 def candidate_launches(shape: Shape, expected_m: int) -> list[Launch]:
@@ -223,13 +215,10 @@ def tune_cell(
                          **{k: getattr(tiles, k) for k in tiles.__slots__}}
                     )  # fmt: skip
     first, second = timings["gate_up"], timings["down"]
-    pairs = sorted(
+    finalists = sorted(
         (Launch(True, a, b) for a in first for b in second if compatible(shape, a, b)),
         key=lambda pair: first[pair.gate_up] + second[pair.down],
-    )
-    # Alone, a launch that shares its multiprocessors cannot show what that gains.
-    finalists = [p for p in pairs if not p.down.shared][:FINALISTS]
-    finalists += [p for p in pairs if p.down.shared][: FINALISTS // 2]
+    )[:FINALISTS]
     sparse = rows <= FEWEST_ROWS and shape.experts > 1
     skewed = (rows,) + (0,) * (shape.experts - 1)
     if not sparse:

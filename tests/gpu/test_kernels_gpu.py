@@ -8,10 +8,6 @@ import torch
 
 from moe_plugin.kernels.experts import batched_experts, batched_experts_torch, warmup
 from moe_plugin.kernels.launch import Launch, Shape, pick_launch, portable_launch
-from moe_plugin.kernels.portable.unfused import (
-    batched_experts_unfused,
-    batched_experts_unfused_torch,
-)
 from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tuning.tune import candidate_launches
 from tests.support.kernel_cases import MODELS, Layer, check, make_layer, one_hot_counts, zipf_counts
@@ -109,13 +105,6 @@ def test_model_size_with_skewed_routing(fp8: bool) -> None:
     for counts in (zipf_counts(64, 16, 512), one_hot_counts(64, 8, 512)):
         layer = make_layer(512, model.hidden, model.inter, counts, fp8, "cuda")
         check(model.name, run_layer(layer, 16), layer, [0, 1, 31, 63])
-
-
-@DTYPES
-def test_unfused_layer(fp8: bool) -> None:
-    layer = make_layer(128, 512, 384, (5, 0, 128), fp8, "cuda")
-    out = batched_experts_unfused(*layer.args(), 8, out=layer.poisoned_output())
-    check("unfused", out, layer, twins=[batched_experts_unfused_torch])
 
 
 def test_unaligned_rows_take_the_portable_kernels() -> None:

@@ -19,16 +19,6 @@ if INTERPRETED:
     from moe_plugin.kernels import problem
     from moe_plugin.kernels.experts import batched_experts
     from moe_plugin.kernels.launch import Device
-    from moe_plugin.kernels.portable.masked_gemm import (
-        masked_grouped_gemm,
-        masked_grouped_gemm_torch,
-    )
-    from moe_plugin.kernels.portable.unfused import (
-        batched_experts_unfused,
-        batched_experts_unfused_torch,
-        masked_silu_quant,
-        masked_silu_quant_torch,
-    )
     from tests.support.kernel_cases import Layer, check, make_layer
 
 DTYPES = pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
@@ -113,39 +103,3 @@ def test_fp8_decoded_from_bytes(inter: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(problem, "INTERPRETER", Device("no fp8", (8, 0), 4))
     layer = make_layer(16, 128, inter, (5, 16, 0), True, "cpu")
     check("decoded", run_layer(layer), layer)
-
-
-@inside
-@DTYPES
-def test_unfused_layer(fp8: bool) -> None:
-    layer = make_layer(16, 256, 112, (5, 0, 16), fp8, "cpu")
-    out = batched_experts_unfused(*layer.args(), 4, out=layer.poisoned_output())
-    check("unfused", out, layer, twins=[batched_experts_unfused_torch])
-
-
-@inside
-@DTYPES
-def test_grouped_gemm(fp8: bool) -> None:
-    layer = make_layer(16, 256, 112, (5, 0, 16), fp8, "cpu")
-    args = (*layer.args()[:4], layer.args()[-1], 4)
-    out = masked_grouped_gemm(*args, out=torch.full((3, 16, 224), torch.nan).bfloat16())
-    ref = masked_grouped_gemm_torch(*args, out=torch.full((3, 16, 224), torch.nan).bfloat16())
-    assert torch.equal(out.isnan(), ref.isnan())
-    error = (out.float() - ref.float()).nan_to_num()
-    assert error.norm() <= 4e-3 * ref.float().nan_to_num().norm()
-
-
-@inside
-@DTYPES
-def test_activation(fp8: bool) -> None:
-    counts = torch.tensor([3, 0, 16], dtype=torch.int32)
-    both = torch.randn(3, 16, 2 * 176).bfloat16()
-    for e, m in enumerate(counts.tolist()):
-        both[e, m:] = torch.nan
-    act, scale = masked_silu_quant(both, counts, fp8)
-    want, want_scale = masked_silu_quant_torch(both, counts, fp8)
-    for e, m in enumerate(counts.tolist()):
-        close = act[e, :m].float() - want[e, :m].float()
-        assert close.norm() <= 2e-2 * want[e, :m].float().norm()
-        if fp8:
-            torch.testing.assert_close(scale[e, :m], want_scale[e, :m], rtol=1e-5, atol=0)
