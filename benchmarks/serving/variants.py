@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +18,11 @@ LOCAL_ENDS = ("--moe-dense-tp-size", "1", "--enable-dp-lm-head")  # nothing join
 STOCK_TP = ("a", "t")
 STOCK_DP = ("b", "g", "k")  # a DP group on every GPU, like ours
 OURS = ("c", "d")  # the first letters
+EXTRAS = {
+    "mixed": ("--enable-mixed-chunk",),
+    "delay": ("--enable-prefill-delayer",),
+}
+"""The host's own ways to let decoding requests wait less for prefills, tried as ``c+mixed``."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,16 @@ def variant(name: str, *, cpu: bool = False, gpus: int = 1) -> Variant:
             attention-DP group and one expert-parallel rank for each.
 
     Raises:
-        ValueError: no such variant, or none with so many GPUs.
+        ValueError: no such variant or extra, or none with so many GPUs.
     """
+    name, *extras = name.split("+")
+    if extras:
+        found = variant(name, cpu=cpu, gpus=gpus)
+        more = [flag for extra in extras for flag in EXTRAS[extra]]
+        title = ", ".join([found.title, *extras])
+        return replace(
+            found, name="+".join([name, *extras]), title=title, args=(*found.args, *more)
+        )
     if cpu and name in (*STOCK_TP, *STOCK_DP):
         return Variant(name, "stock on CPU", (), STOCK_ENV)
     several = gpus > 1
