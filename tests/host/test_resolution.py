@@ -10,6 +10,7 @@ from ..support.resolving import LL, Launch, Worker
 
 CAPACITY = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
+ON = ("--use-batched-dp-moe", "on")
 
 
 def test_on_selects_deepep_and_fills_every_budget(launch: Launch) -> None:
@@ -275,7 +276,7 @@ def test_mixed_chunks_leave_room_to_prefill(launch: Launch) -> None:
     answer = launch(*TP8, *LL, "--enable-mixed-chunk")
     assert answer["resolved"]["max_running_requests"] == 8 * 128
     answer = launch(
-        *(*TP8, *LL, "--enable-mixed-chunk", "--chunked-prefill-size", "512"),
+        *(*TP8, *ON, "--enable-mixed-chunk", "--chunked-prefill-size", "512"),
         *("--max-running-requests", "512"),
     )
     assert "--max-running-requests 256" in answer["error"]
@@ -298,7 +299,7 @@ def test_cpu_resolves_without_graphs(launch: Launch) -> None:
 def test_several_reasons_come_as_one_error(launch: Launch) -> None:
     """Not one per start."""
     answer = launch(
-        *(*TP8, *LL, "--batched-dp-moe-max-tokens", "128", "--chunked-prefill-size", "8192"),
+        *(*TP8, *ON, "--batched-dp-moe-max-tokens", "128", "--chunked-prefill-size", "8192"),
         *("--max-running-requests", "4096", "--enable-single-batch-overlap"),
     )
     assert answer["type"] == "ConfigError"

@@ -80,9 +80,9 @@ def test_precedence_flag_variable_derived_default() -> None:
     """And where each came from is on the plan."""
     assert plan().budgets[0].source == "default"
     assert plan(chunked_prefill_size=512).budgets[0].source == "derived"
-    assert plan(QWEN, capacity=64).max_dispatch_tokens_per_rank == 64
-    assert plan(QWEN, capacity=64, max_tokens=64).verdict == "ok"
-    refused = plan(QWEN, capacity=64, max_tokens=128)
+    assert plan(QWEN, host_tokens_per_rank=64).max_dispatch_tokens_per_rank == 64
+    assert plan(QWEN, host_tokens_per_rank=64, max_tokens=64).verdict == "ok"
+    refused = plan(QWEN, host_tokens_per_rank=64, max_tokens=128)
     assert refused.max_dispatch_tokens_per_rank == 128
     assert one_error(refused).changes == ((DEEPEP_LIMITS.capacity_variable, None),)
 
@@ -118,8 +118,8 @@ def test_chunking_off_is_bounded_by_the_context_only() -> None:
         (QWEN, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 104"),
         (V3, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 128"),
         (V3, {"max_tokens": 104, "tp_size": 8}, "tokens per rank", "tokens 112"),
-        (V3, {"capacity": 2000}, "tokens per rank", "=1024"),
-        (V3, {"capacity": 0}, "tokens per rank", "=256"),
+        (V3, {"host_tokens_per_rank": 2000}, "tokens per rank", "=1024"),
+        (V3, {"host_tokens_per_rank": 0}, "tokens per rank", "=256"),
         (
             replace(V3, num_experts=896),
             {"max_tokens": 1024},
@@ -187,14 +187,14 @@ def test_two_batch_overlap_holds_two_batches() -> None:
 def test_suggested_capacities_suit_fp8_rows() -> None:
     """Nine draft tokens need 18 rows on each of 8 ranks: the next T is 32, not 24."""
     launch = {"tp_size": 8, "draft_width": 9, "two_batch_overlap": True}
-    fixes = [error.fix for error in plan(V3, capacity=1, **launch).errors]
+    fixes = [error.fix for error in plan(V3, host_tokens_per_rank=1, **launch).errors]
     assert any("--batched-dp-moe-max-tokens 32" in fix for fix in fixes), fixes
     assert not any("24" in fix for fix in fixes), fixes
 
 
 def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
     """Changing the flag alone would leave two values that differ."""
-    error = one_error(plan(max_tokens=100, capacity=100))
+    error = one_error(plan(max_tokens=100, host_tokens_per_rank=100))
     assert error.changes == (
         ("--batched-dp-moe-max-tokens", "128"),
         (DEEPEP_LIMITS.capacity_variable, None),
@@ -203,7 +203,7 @@ def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
 
 def test_refusals_are_complete() -> None:
     """Fixing the mode bounds prefill, which the chunk then breaks: both are named at once."""
-    found = plan(QWEN, deepep_mode="auto", capacity=128, chunked_prefill_size=8192)
+    found = plan(QWEN, deepep_mode="auto", host_tokens_per_rank=128, chunked_prefill_size=8192)
     assert [error.limit for error in found.errors] == [
         "experts for prefill",
         "rows per rank and forward",
