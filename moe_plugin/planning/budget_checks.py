@@ -20,6 +20,40 @@ from .row_budgets import (
 )
 
 ROWS = "rows per rank and forward"
+DRAFT_FLAGS = (
+    "--speculative-num-steps",
+    "--speculative-eagle-topk",
+    "--speculative-num-draft-tokens",
+    "--speculative-dflash-block-size",
+    "--speculative-dspark-block-size",
+)
+"""Flags that set the rows per running request; without them the host chooses."""
+
+
+def check_counts(launch: LaunchFacts) -> list[Rejection]:
+    """Counts that no arithmetic can start from: mistyped."""
+    errors = []
+    for flag, value, least in (
+        ("--tp-size", launch.tp_size, 1),
+        ("--ep-num-redundant-experts", launch.redundant_experts, 0),
+    ):
+        if value < least:
+            change = (flag, str(least))
+            fix, got = " ".join(change), f"{flag} {value}"
+            errors.append(Rejection("launch", got, f">= {least}", fix, (change,), "config"))
+    if launch.draft_width < 1:
+        listed = ", ".join(DRAFT_FLAGS[:3])
+        errors.append(
+            Rejection(
+                "draft tokens per request",
+                got=f"{launch.draft_width}, from {listed} or a block size",
+                allowed=">= 1",
+                fix=f"remove {listed}, or raise them: unset, the host chooses",
+                changes=tuple((flag, None) for flag in DRAFT_FLAGS),
+                kind="config",
+            )
+        )
+    return errors
 
 
 def check_budgets(

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..batched_backend import Capability
 from ..capability import use_batched_dp_moe
-from .budget_checks import check_budgets
+from .budget_checks import check_budgets, check_counts
 from .compatibility import choose_runner
 from .explain import explain_plan
 from .facts import LaunchFacts, ModelFacts
@@ -43,6 +43,8 @@ def make_plan(
     capability = capability or use_batched_dp_moe(launch.capability_facts(model))
     if not capability.ok:
         return Plan(capability=capability, transport=launch.transport, ep_size=launch.tp_size)
+    if errors := check_counts(launch):
+        return Plan(capability=capability, transport=launch.transport, errors=tuple(errors))
     plan = _plan_once(model, launch, limits, capability)
     return replace(plan, errors=complete(plan.errors, model, launch, limits, _replan))
 
