@@ -15,8 +15,8 @@ _ours: dict[str, str] = {}
 """Variables that this process set by itself, so that a second resolution tells them apart."""
 
 
-def user_capacity(limits: Limits) -> int | None:
-    """The capacity variable as the *user* set it: not what this process exported itself.
+def user_tokens_per_rank(limits: Limits) -> int | None:
+    """The host's variable for T as the *user* set it: not what this process exported itself.
 
     Raises:
         ConfigError: it is no integer. The host would warn and go on with its default.

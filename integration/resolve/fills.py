@@ -1,4 +1,4 @@
-"""Which of the planned values are filled: those that the user left unset."""
+"""Which of the planned values are declared: those that the user left unset, and lowered caps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .launch_facts import explicit_graph_max
 
 
 def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
-    """The values that the user left unset, as declarations."""
+    """The values that the user left unset, and the cap that the plan lowered, as declarations."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
     cfg = resolving_view(server_args)
@@ -20,7 +20,7 @@ def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
         if plan.cuda_graph_max_bs_prefill and explicit_graph_max(server_args, "prefill") is None:
             fills["cuda_graph_max_bs_prefill"] = plan.cuda_graph_max_bs_prefill
     if plan.bounds_decode and plan.max_running_requests:
-        if server_args.max_running_requests is None:
+        if server_args.max_running_requests != plan.max_running_requests:
             fills["max_running_requests"] = plan.max_running_requests
         if plan.cuda_graph_max_bs_decode and explicit_graph_max(server_args, "decode") is None:
             fills["cuda_graph_max_bs_decode"] = plan.cuda_graph_max_bs_decode

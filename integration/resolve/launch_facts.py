@@ -15,12 +15,12 @@ from .host_environment import environment_bool, environment_int
 
 def attn_dp_size(cfg: Any) -> int:
     """Attention-DP groups. 0.5.20 and 0.5.21 spell it ``--dp-size N --enable-dp-attention``."""
-    groups = getattr(cfg, "attn_dp_size", None)
-    if groups is None:
-        groups = cfg.dp_size if cfg.enable_dp_attention else 1
-    elif groups == 1 and getattr(cfg, "enable_dp_attention", False):
-        groups = cfg.dp_size
-    return max(1, int(groups))
+    dp_groups = getattr(cfg, "attn_dp_size", None)
+    if dp_groups is None:
+        dp_groups = cfg.dp_size if cfg.enable_dp_attention else 1
+    elif dp_groups == 1 and getattr(cfg, "enable_dp_attention", False):
+        dp_groups = cfg.dp_size
+    return max(1, int(dp_groups))
 
 
 def transport_of(cfg: Any) -> str:
@@ -40,8 +40,10 @@ def explicit_graph_max(server_args: Any, phase: str) -> int | None:
     sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
     if sizes:
         return int(max(sizes))
-    largest = named.get("max_bs") or getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
-    return int(largest) if largest else None
+    largest = named.get("max_bs")
+    if largest is None:
+        largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
+    return None if largest is None else int(largest)
 
 
 def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
@@ -110,7 +112,7 @@ def launch_facts(
     *,
     backend: str | None = None,
     mode: str | None = None,
-    capacity: int | None = None,
+    host_tokens_per_rank: int | None = None,
     late: bool = False,
 ) -> LaunchFacts:
     """Facts of the launch as far as resolution has come.
@@ -120,12 +122,12 @@ def launch_facts(
         cfg: the host's live view of it.
         backend: all-to-all backend to plan for; the view's by default.
         mode: deepep mode to plan for; the view's by default.
-        capacity: the capacity variable as the *user* set it.
-        late: the host has resolved everything: the view's chunk is one group's.
+        host_tokens_per_rank: the host's variable for T as the *user* set it.
+        late: the host has resolved everything: the view's chunk is one DP group's.
     """
     request = requested(server_args)
     draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None)
-    groups = attn_dp_size(cfg)
+    dp_groups = attn_dp_size(cfg)
     dtype, dtype_source = dispatch_dtype(cfg)
     return LaunchFacts(
         a2a_backend=backend or cfg.moe_a2a_backend,
@@ -134,7 +136,7 @@ def launch_facts(
         device=str(cfg.device),
         transport=transport_of(cfg),
         tp_size=cfg.tp_size,
-        attn_dp_size=groups,
+        attn_dp_size=dp_groups,
         attn_cp_size=max(1, int(getattr(cfg, "attn_cp_size", 1) or 1)),
         pp_size=cfg.pp_size,
         redundant_experts=cfg.ep_num_redundant_experts,
@@ -148,12 +150,13 @@ def launch_facts(
         page_size=max(1, int(cfg.page_size or 1)),
         decode_graphs=graphs_enabled(server_args, cfg, "decode"),
         prefill_graphs=graphs_enabled(server_args, cfg, "prefill"),
+        required=request.switch == "on",
         max_tokens=request.max_tokens,
         max_tokens_source=request.max_tokens_source,
-        capacity=capacity,
+        host_tokens_per_rank=host_tokens_per_rank,
         qp_depth=environment_int("NVSHMEM_QP_DEPTH"),
         chunked_prefill_size=server_args.chunked_prefill_size,
-        group_chunk=cfg.chunked_prefill_size if late else None,
+        dp_group_chunk=cfg.chunked_prefill_size if late else None,
         max_running_requests=server_args.max_running_requests,
         cuda_graph_max_bs_prefill=explicit_graph_max(server_args, "prefill"),
         cuda_graph_max_bs_decode=explicit_graph_max(server_args, "decode"),
@@ -166,7 +169,7 @@ def launch_facts(
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
-        whole_rows=bool(getattr(cfg, "disable_attn_tp_gather", False)) and groups == 1,
+        whole_rows=bool(getattr(cfg, "disable_attn_tp_gather", False)) and dp_groups == 1,
         chunk_alignment=chunk_alignment(cfg),
         diffusion=bool(getattr(cfg, "dllm_algorithm", None)),
         pipeline_warmup=environment_bool("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP") is True,

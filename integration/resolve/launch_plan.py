@@ -10,7 +10,7 @@ from ...batched_backend import Capability, CapabilityFacts
 from ...capability import backend_names, get_backend, use_batched_dp_moe
 from ...planning.plan import Plan
 from ...planning.planner import make_plan
-from .capacity import user_capacity
+from .capacity import user_tokens_per_rank
 from .installation import check_host
 from .launch_facts import launch_facts, transport_of
 from .model_facts import model_facts
@@ -41,9 +41,13 @@ def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool 
     if not capability.ok:
         return Plan(capability=capability)
     limits = limits_of(get_backend(capability.backend), transport_of(cfg))
-    capacity = user_capacity(limits)
     launch = launch_facts(
-        server_args, cfg, backend=backend, mode=mode, capacity=capacity, late=late
+        server_args,
+        cfg,
+        backend=backend,
+        mode=mode,
+        host_tokens_per_rank=user_tokens_per_rank(limits),
+        late=late,
     )
     plan = make_plan(model_facts(server_args), launch, limits, capability)
     return check_host(plan, cfg)

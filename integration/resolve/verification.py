@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ...batched_backend import Capability
 from ...capability import get_backend
-from ...planning.compatibility import LEAVE, LEAVE_TEXT
 from ...planning.plan import Change, Plan, Rejection, refusal
-from ...planning.row_budgets import ceil_div, ceil_to, prefill_tokens_per_group, requests_per_group
 from ..flags import requested
-from .draft_facts import draft_width
 from .launch_facts import attn_dp_size, explicit_graph_max
 from .launch_plan import plan_for
-
-
-@dataclass(frozen=True, slots=True)
-class Final:
-    """Final values of one launch, per attention-DP group where the host counts that way."""
-
-    chunk: int
-    prefill_graph: int
-    decode_graph: int
-    running: int | None
-
-
-def final_values(cfg: Any) -> Final:
-    """Read the resolved budgets. 0 stands for graphs that are not captured."""
-    config = cfg.cuda_graph_config
-    sizes = {"prefill": 0, "decode": 0}
-    for phase in sizes:
-        found = getattr(config, phase, None)
-        if cfg.device != "cpu" and found is not None and found.backend != "disabled":
-            sizes[phase] = max([*(found.bs or ()), found.max_bs or 0])
-    return Final(
-        cfg.chunked_prefill_size, sizes["prefill"], sizes["decode"], cfg.max_running_requests
-    )
+from .resolved_rows import check_final
 
 
 def verify(server_args: Any, planned: Plan | None) -> Plan | None:
@@ -70,8 +45,7 @@ def _refill(server_args: Any, plan: Plan, cfg: Any) -> None:
     if filled and 0 < chunk < cfg.chunked_prefill_size:
         lower["chunked_prefill_size"] = chunk
     if plan.bounds_decode and plan.max_running_requests:
-        running = cfg.max_running_requests
-        if server_args.max_running_requests is None and (running or 0) > plan.max_running_requests:
+        if (cfg.max_running_requests or 0) > plan.max_running_requests:
             lower["max_running_requests"] = plan.max_running_requests
         config = cfg.cuda_graph_config
         most = plan.cuda_graph_max_bs_decode
@@ -114,62 +88,3 @@ def _left(cfg: Any, capability: Capability) -> Rejection:
         changes=(("--use-batched-dp-moe", "auto"),),
         kind="config",
     )
-
-
-def check_final(plan: Plan, server_args: Any, cfg: Any) -> list[Rejection]:
-    """Rows per rank of the *resolved* values: some were rounded or replaced by the host."""
-    tokens, scatter = plan.max_dispatch_tokens_per_rank, plan.attn_tp_size
-    final = final_values(cfg)
-    errors = []
-
-    def check(flag: str, got: str, rows: int, fits: int) -> None:
-        if rows > tokens:
-            errors.append(
-                Rejection(
-                    "rows per rank and forward",
-                    got=f"{got} = {rows} rows per rank, as the host resolved it",
-                    allowed=f"<= {tokens} (tokens per rank)",
-                    fix=f"{flag} {fits}",
-                    changes=((flag, str(fits)),),
-                )
-            )
-
-    if plan.bounds_prefill and cfg.disaggregation_mode != "decode":
-        chunk = final.chunk
-        most = tokens * scatter * attn_dp_size(cfg)
-        raw = server_args.chunked_prefill_size
-        if chunk <= 0 and (raw is None or raw > 0):
-            got = "the host switched chunked prefill off (multi-item scoring, or this model)"
-            allowed = f"chunks of at most {most} tokens"
-            errors.append(Rejection("rows per rank and forward", got, allowed, LEAVE_TEXT, LEAVE))
-        elif chunk <= 0:
-            check("--chunked-prefill-size", "chunked prefill off", tokens + 1, most)
-        rows = prefill_tokens_per_group(
-            chunk,
-            dynamic_chunking=bool(getattr(cfg, "enable_dynamic_chunking", False)),
-            pp_size=cfg.pp_size,
-            max_prefill_tokens=cfg.max_prefill_tokens,
-        )
-        check("--chunked-prefill-size", f"chunk {chunk}", ceil_div(rows, scatter), most)
-        graph = final.prefill_graph
-        check(
-            "--cuda-graph-max-bs-prefill",
-            f"prefill graph {graph}",
-            ceil_div(graph, scatter),
-            tokens * scatter // 8 * 8,
-        )
-    if plan.bounds_decode and cfg.disaggregation_mode != "prefill":
-        width = draft_width(server_args, cfg)
-        groups = attn_dp_size(cfg)
-        fits = tokens * scatter // width
-        if final.running is None:
-            check("--max-running-requests", "max_running_requests unset", tokens + 1, fits * groups)
-            return errors
-        pool = requests_per_group(final.running, groups)
-        got = f"{pool} requests per DP group x {width}"
-        rows = ceil_div(pool * width, scatter)
-        check("--max-running-requests", got, rows, fits * groups)
-        graph = min(final.decode_graph, ceil_to(pool, scatter))
-        got = f"decode graph {graph} x {width}"
-        check("--cuda-graph-max-bs-decode", got, ceil_div(graph * width, scatter), fits)
-    return errors

@@ -14,7 +14,7 @@ from ..attached_plan import plan_of, was_resolved
 from ..resolve.capacity import HOST_TOKENS_PER_RANK
 from ..resolve.host_environment import environment_int
 from ..resolve.launch_plan import capability_for, plan_for
-from ..resolve.verification import check_final
+from ..resolve.resolved_rows import check_final
 from ..status import STATUS
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ that every rank of every node derives the same plan.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import lcm
+from math import gcd, lcm
 
 from ..batched_backend import CapabilityFacts
 
@@ -73,12 +73,14 @@ class LaunchFacts:
         page_size: KV-cache page, tokens; the host wants chunks in whole pages.
         decode_graphs: decode CUDA graphs are captured.
         prefill_graphs: prefill CUDA graphs are captured.
-        max_tokens: our flag, tokens per rank.
+        required: ``--use-batched-dp-moe on``: what T cannot carry is refused. Under ``auto`` caps
+            that the host would take are lowered instead.
+        max_tokens: T as our flag or variable says.
         max_tokens_source: the flag or variable it came from.
-        capacity: the host's capacity variable, tokens per rank.
+        host_tokens_per_rank: T as the user set it in the host's variable.
         qp_depth: ``NVSHMEM_QP_DEPTH``.
         chunked_prefill_size: as typed, before the host divides by attention DP; <= 0 is off.
-        group_chunk: chunk of one DP group as the host resolved it; None until it has, and then
+        dp_group_chunk: chunk of one DP group as the host resolved it; None until it has, and then
             only what was typed is known (:attr:`known_chunk`).
         max_running_requests: as typed, over all DP groups.
         cuda_graph_max_bs_prefill: tokens per DP group.
@@ -125,12 +127,13 @@ class LaunchFacts:
     page_size: int = 1
     decode_graphs: bool = True
     prefill_graphs: bool = True
+    required: bool = True
     max_tokens: int | None = None
     max_tokens_source: str = "--batched-dp-moe-max-tokens"
-    capacity: int | None = None
+    host_tokens_per_rank: int | None = None
     qp_depth: int | None = None
     chunked_prefill_size: int | None = None
-    group_chunk: int | None = None
+    dp_group_chunk: int | None = None
     max_running_requests: int | None = None
     cuda_graph_max_bs_prefill: int | None = None
     cuda_graph_max_bs_decode: int | None = None
@@ -163,8 +166,8 @@ class LaunchFacts:
     @property
     def known_chunk(self) -> int:
         """Chunk of one DP group, as resolved or as typed; 0 when unknown or off."""
-        if self.group_chunk is not None:
-            return max(0, self.group_chunk)
+        if self.dp_group_chunk is not None:
+            return max(0, self.dp_group_chunk)
         return max(0, (self.chunked_prefill_size or 0) // self.attn_dp_size)
 
     @property
@@ -179,6 +182,19 @@ class LaunchFacts:
         if alignment % self.attn_cp_size:
             alignment *= self.attn_cp_size
         return alignment
+
+    @property
+    def capture_multiple(self) -> int:
+        """Multiple of the decode batches that the host captures: their rows divide by the
+        alignment (``base_cuda_graph_runner.py: get_batch_sizes_to_capture``)."""
+        if self.two_batch_overlap:
+            return self.host_alignment
+        return self.host_alignment // gcd(self.draft_width, self.host_alignment)
+
+    @property
+    def grows_chunks(self) -> bool:
+        """Whether the host resizes chunks: it does so in pipelines only."""
+        return self.dynamic_chunking and self.pp_size > 1
 
     def capability_facts(self, model: ModelFacts) -> CapabilityFacts:
         """What the capability predicate may see of this launch."""

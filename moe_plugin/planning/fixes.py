@@ -25,6 +25,7 @@ _INTEGERS = {
     "--cuda-graph-max-bs-decode": "cuda_graph_max_bs_decode",
     "--cuda-graph-max-bs-prefill": "cuda_graph_max_bs_prefill",
     "--ep-num-redundant-experts": "redundant_experts",
+    "--page-size": "page_size",
 }
 _TEXTS = {
     "--deepep-mode": "deepep_mode",
@@ -36,6 +37,10 @@ _SWITCHES = {
     "--enable-single-batch-overlap": "single_batch_overlap",
     "--enable-lora": "lora",
     "--enable-waterfill": "waterfill",
+}
+_GRAPHS_OFF = {
+    "--disable-decode-cuda-graph": "decode_graphs",
+    "--disable-prefill-cuda-graph": "prefill_graphs",
 }
 Replan = Callable[[ModelFacts, LaunchFacts, Limits], tuple[Rejection, ...]]
 
@@ -107,15 +112,17 @@ def applied(
             if _INTEGERS[name] == "max_tokens":
                 values["max_tokens_source"] = name
             if name == "--chunked-prefill-size":
-                values["group_chunk"] = None  # what the host made of the old one
+                values["dp_group_chunk"] = None  # what the host made of the old one
         elif name in _TEXTS:
             values[_TEXTS[name]] = value or "auto"
         elif name in _SWITCHES:
             values[_SWITCHES[name]] = value is not None
+        elif name in _GRAPHS_OFF:
+            values[_GRAPHS_OFF[name]] = value is None
         elif name == "SGLANG_ENABLE_JIT_DEEPGEMM":
             values["deep_gemm_switched_off"] = value in ("0", "false")
         elif name == limits.capacity_variable:
-            values["capacity"] = None if value is None else int(value)
+            values["host_tokens_per_rank"] = None if value is None else int(value)
         elif name == "--speculative-moe-a2a-backend":
             values |= {"draft_a2a_backend": value, "draft_shape": None}
         elif name == FLASHINFER_TILE and value:

@@ -1,8 +1,9 @@
 """The planner: integers in, frozen plan out. Nothing is read, nothing is measured.
 
 A batched all-to-all moves at most T rows per rank and forward. Everything that decides how many
-rows a rank may hold follows from T here, once: prefill chunk, graph sizes, running requests,
-buffer. ``docs/budgets.md`` shows the same arithmetic on one page.
+rows a rank may hold follows from T here, once: facts and limits give T, T gives the budgets
+(prefill chunk, graph sizes, running requests), and both give the buffer. ``docs/budgets.md`` shows
+the same arithmetic on one page.
 """
 
 from __future__ import annotations
@@ -11,26 +12,19 @@ from dataclasses import replace
 
 from ..batched_backend import Capability
 from ..capability import use_batched_dp_moe
-from .compatibility import LEAVE, LEAVE_TEXT, choose_runner
-from .demands import check_needs, decode_requests, needs_of, prefill_chunk
-from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
+from .budget_checks import check_budgets, check_counts
+from .compatibility import choose_runner
+from .explain import explain_plan
+from .facts import LaunchFacts, ModelFacts
 from .fixes import complete
 from .groups_apart import groups_apart
-from .ledger import ledger
 from .limits import Limits
 from .memory import workspace_bytes
 from .plan import Budget, Plan, Rejection, Source
-from .row_budgets import ceil_to, chunk_per_group, floor_to, requests_per_group
-from .transport_checks import check_capacity, check_model, token_multiple
+from .row_budgets import RowBudget, ceil_to, floor_to, row_budgets
+from .transport_checks import check_model, check_tokens_per_rank, token_multiple
 
 __all__ = ["Budget", "Plan", "Rejection", "make_plan"]
-
-HOST_REQUESTS = 4096
-"""Most running requests per scheduler that the host chooses by itself: each costs a row of its
-request table, 4 bytes per token of context."""
-HOST_DECODE_GRAPH = 512
-"""Largest decode graph that the host captures by itself. A larger T does not ask for more: its
-memory reserve grows by up to 4.5 MiB per request and DP group, and larger batches run eagerly."""
 
 
 def make_plan(
@@ -50,6 +44,8 @@ def make_plan(
     capability = capability or use_batched_dp_moe(launch.capability_facts(model))
     if not capability.ok:
         return Plan(capability=capability, transport=launch.transport, ep_size=launch.tp_size)
+    if errors := check_counts(launch):
+        return Plan(capability=capability, transport=launch.transport, errors=tuple(errors))
     plan = _plan_once(model, launch, limits, capability)
     return replace(plan, errors=complete(plan.errors, model, launch, limits, _replan))
 
@@ -66,19 +62,30 @@ def _plan_once(
     experts = model.num_experts + launch.redundant_experts
     multiple = token_multiple(model, launch, limits)
     most = limits.largest_tokens(model.hidden_size, launch.tp_size, experts, multiple)
-    tokens, source, errors = _choose_tokens(model, launch, limits, capability, most, multiple)
-    errors += check_model(model, launch, limits)
+    tokens_per_rank, source, errors = _choose_tokens_per_rank(
+        model, launch, limits, capability, most, multiple
+    )
+    launch, notes = _capped(launch, capability, tokens_per_rank)
+    budgets = row_budgets(launch, capability.modes, tokens_per_rank, limits.default_max_tokens)
+    errors += check_model(model, launch, limits, most, multiple)
     runner, unsupported = choose_runner(model, launch, capability)
     errors += unsupported
-    errors += check_needs(model, launch, capability, tokens, multiple)
+    errors += check_budgets(
+        model, launch, capability.modes, budgets, tokens_per_rank, multiple, most
+    )
     size = limits.buffer_bytes
-    buffer = size(tokens, model.hidden_size, launch.tp_size, experts) if size else 0
+    buffer = size(tokens_per_rank, model.hidden_size, launch.tp_size, experts) if size else 0
+    values = {budget.name: budget.value for budget in budgets}
     plan = Plan(
         capability=capability,
-        max_dispatch_tokens_per_rank=tokens,
+        max_dispatch_tokens_per_rank=tokens_per_rank,
         token_multiple=multiple,
+        chunked_prefill_size=values.get("chunked_prefill_size", 0),
+        cuda_graph_max_bs_prefill=values.get("cuda_graph_max_bs_prefill", 0),
+        cuda_graph_max_bs_decode=values.get("cuda_graph_max_bs_decode", 0),
+        max_running_requests=values.get("max_running_requests", 0),
         nvshmem_qp_depth=(
-            max(limits.default_qp_depth, launch.qp_depth or 0, limits.qp_depth(tokens))
+            max(limits.default_qp_depth, launch.qp_depth or 0, limits.qp_depth(tokens_per_rank))
             if limits.qp_depth
             else 0
         ),
@@ -86,7 +93,7 @@ def _plan_once(
         rdma_device_bytes=limits.device_bytes(buffer) if limits.device_bytes else buffer,
         workspace_bytes=workspace_bytes(
             experts,
-            tokens,
+            tokens_per_rank,
             model.hidden_size,
             model.moe_intermediate_size,
             model.dtype,
@@ -96,6 +103,7 @@ def _plan_once(
             batches=2 if launch.two_batch_overlap else 1,
         ),
         errors=tuple(errors),
+        notes=tuple(notes),
         runner=runner,
         transport=launch.transport,
         ep_size=launch.tp_size,
@@ -106,10 +114,10 @@ def _plan_once(
         dtype=model.dtype,
         groups_apart=groups_apart(model, launch, capability),
     )
-    return _fill(plan, launch, limits, source, most)
+    return explain_plan(plan, launch, limits, budgets, source, most)
 
 
-def _choose_tokens(
+def _choose_tokens_per_rank(
     model: ModelFacts,
     launch: LaunchFacts,
     limits: Limits,
@@ -120,74 +128,58 @@ def _choose_tokens(
     """T: our flag, else the host's variable, else what the user's own values need."""
     errors: list[Rejection] = []
     variable = limits.capacity_variable or ""
-    flag, capacity = launch.max_tokens, launch.capacity
-    if flag is not None and capacity is not None and flag != capacity:
+    flag, host = launch.max_tokens, launch.host_tokens_per_rank
+    if flag is not None and host is not None and flag != host:
         errors.append(
             Rejection(
                 "tokens per rank",
-                got=f"{launch.max_tokens_source} {flag} and {variable}={capacity}",
+                got=f"{launch.max_tokens_source} {flag} and {variable}={host}",
                 allowed="one value",
                 fix=f"unset {variable}",
                 changes=((variable, None),),
                 kind="config",
             )
         )
-    explicit = flag if flag is not None else capacity
+    explicit = flag if flag is not None else host
+    if most == 0:  # refused for it; plan on, so that one message names everything
+        return multiple, "default", errors
     if explicit is not None:
         name = launch.max_tokens_source if flag is not None else variable
-        errors += check_capacity(model, launch, limits, explicit, name, most, multiple)
+        errors += check_tokens_per_rank(model, launch, limits, explicit, name, most, multiple)
         # Plan on with the nearest value that works, so that one message names everything.
         return min(max(floor_to(explicit, multiple), multiple), most), "user", errors
     default = min(ceil_to(limits.default_max_tokens, multiple), most)
-    needed = max((need.rows for need in needs_of(launch, capability, default)), default=0)
-    tokens = min(max(default, ceil_to(needed, multiple)), most)
-    if most == 0:
-        size = limits.buffer_bytes
-        least = size(multiple, model.hidden_size, launch.tp_size, model.num_experts) if size else 0
-        errors.append(
-            Rejection(
-                "communication buffer bytes per rank",
-                got=f"{least} bytes at {multiple} tokens per rank",
-                allowed=f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})",
-                fix=LEAVE_TEXT,
-                changes=LEAVE,
+    typed = [b for b in row_budgets(launch, capability.modes, default) if b.typed]
+    needed = max((b.rows for b in typed if _is_demand(launch, b, most)), default=0)
+    tokens_per_rank = min(max(default, ceil_to(needed, multiple)), most)
+    return tokens_per_rank, "derived" if tokens_per_rank > default else "default", errors
+
+
+def _is_demand(launch: LaunchFacts, budget: RowBudget, most: int) -> bool:
+    """Whether T follows what the user typed. A cap on running requests that no T carries is a
+    ceiling far above what runs: the host lets its KV cache undercut it."""
+    if budget.most is None:
+        return False
+    return launch.required or budget.name != "max_running_requests" or budget.rows <= most
+
+
+def _capped(
+    launch: LaunchFacts, capability: Capability, tokens_per_rank: int
+) -> tuple[LaunchFacts, list[str]]:
+    """Running requests as far as T carries them, where refusing was not asked for.
+
+    Typed, they are a cap: the host takes what fits its KV cache, and ends in DeepEP's assert if
+    that is more than T. Under a lower cap the same requests wait.
+    """
+    running = launch.max_running_requests
+    if launch.required or running is None:
+        return launch, []
+    for budget in row_budgets(launch, capability.modes, tokens_per_rank):
+        limit = budget.limit(tokens_per_rank)
+        if budget.name == "max_running_requests" and limit and limit < running:
+            note = (
+                f"--max-running-requests {running} is lowered to {limit}: "
+                f"T = {tokens_per_rank} carries no more ({budget.bound})"
             )
-        )
-        tokens = multiple
-    return tokens, "derived" if tokens > default else "default", errors
-
-
-def _fill(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most: int) -> Plan:
-    """Fill what the user left unset, and record every value with its arithmetic."""
-    tokens = plan.max_dispatch_tokens_per_rank
-    groups = launch.attn_dp_size
-    chunk = graph_prefill = running = graph_decode = 0
-    if plan.bounds_prefill:
-        chunk = launch.chunked_prefill_size or 0
-        if launch.chunked_prefill_size is None:
-            chunk = prefill_chunk(launch, tokens) * groups
-        rows = tokens * launch.attn_tp_size
-        if launch.prefill_graphs:
-            here = chunk_per_group(chunk, groups) or rows
-            fits = floor_to(min(rows, here), GRAPH_MULTIPLE)
-            graph_prefill = launch.cuda_graph_max_bs_prefill or max(GRAPH_MULTIPLE, fits)
-    if plan.bounds_decode and launch.disaggregation_mode != "prefill":
-        fits = decode_requests(launch, tokens)
-        running = launch.max_running_requests or min(fits, HOST_REQUESTS) * groups
-        here = chunk_per_group(chunk, groups) or launch.known_chunk
-        if launch.mixed_chunk and launch.max_running_requests is None and here > 0:
-            # Half of each chunk stays free for prefill: at running >= chunk it would be none.
-            running = min(running, max(1, here // 2) * groups)
-        if launch.decode_graphs:
-            pool = ceil_to(requests_per_group(running, groups), launch.graph_multiple)
-            default = decode_requests(launch, min(tokens, limits.default_max_tokens))
-            largest = min(fits, pool, max(default, HOST_DECODE_GRAPH))
-            graph_decode = launch.cuda_graph_max_bs_decode or max(1, largest)
-    plan = replace(
-        plan,
-        chunked_prefill_size=chunk,
-        cuda_graph_max_bs_prefill=graph_prefill,
-        cuda_graph_max_bs_decode=graph_decode,
-        max_running_requests=running,
-    )
-    return ledger(plan, launch, limits, source, most)
+            return replace(launch, max_running_requests=limit), [note]
+    return launch, []

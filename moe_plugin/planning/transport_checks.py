@@ -10,11 +10,11 @@ from .plan import Change, Rejection
 from .row_budgets import ceil_to
 
 
-def check_capacity(
+def check_tokens_per_rank(
     model: ModelFacts,
     launch: LaunchFacts,
     limits: Limits,
-    tokens: int,
+    tokens_per_rank: int,
     name: str,
     most: int,
     multiple: int,
@@ -25,20 +25,20 @@ def check_capacity(
     def reject(limit: str, got: str, allowed: str, fix: int) -> Rejection:
         written = f"{name}={fix}" if name.isupper() else f"{name} {fix}"
         changes: tuple[Change, ...] = ((name, str(fix)),)
-        if launch.capacity is not None and name != limits.capacity_variable:
+        if launch.host_tokens_per_rank is not None and name != limits.capacity_variable:
             changes += ((limits.capacity_variable or "", None),)
             written += f", and unset {limits.capacity_variable}"
         return Rejection(limit, got, allowed, written, changes)
 
-    shown = f"{name}={tokens}" if name.isupper() else f"{name} {tokens}"
-    if tokens <= 0:
+    shown = f"{name}={tokens_per_rank}" if name.isupper() else f"{name} {tokens_per_rank}"
+    if tokens_per_rank <= 0:
         fix = min(limits.default_max_tokens, most)
         return [reject("tokens per rank", shown, ">= 1", fix)]
-    if limits.max_tokens is not None and tokens > limits.max_tokens:
+    if limits.max_tokens is not None and tokens_per_rank > limits.max_tokens:
         allowed = f"<= {limits.max_tokens} ({limits.source('max_tokens')})"
         return [reject("tokens per rank", shown, allowed, most)]
-    if tokens > most and most and limits.buffer_bytes and limits.max_buffer_bytes:
-        size = limits.buffer_bytes(tokens, model.hidden_size, launch.tp_size, experts)
+    if tokens_per_rank > most and most and limits.buffer_bytes and limits.max_buffer_bytes:
+        size = limits.buffer_bytes(tokens_per_rank, model.hidden_size, launch.tp_size, experts)
         if size >= limits.max_buffer_bytes:
             got = (
                 f"{size} bytes ({gib(size)}) for {shown}, hidden {model.hidden_size}, "
@@ -46,8 +46,8 @@ def check_capacity(
             )
             allowed = f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})"
             return [reject("communication buffer bytes per rank", got, allowed, most)]
-    if tokens % multiple:
-        fix = min(most, max(multiple, ceil_to(tokens, multiple)))
+    if tokens_per_rank % multiple:
+        fix = min(most, max(multiple, ceil_to(tokens_per_rank, multiple)))
         why = f"a multiple of {multiple}: captured buckets are multiples of {GRAPH_MULTIPLE}"
         if multiple > GRAPH_MULTIPLE:
             fp8 = dispatches_fp8(model, launch) and limits.fp8_row_multiple > 1
@@ -67,9 +67,19 @@ def token_multiple(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> in
     return limits.token_multiple(launch.tp_size, GRAPH_MULTIPLE, fp8=fp8)
 
 
-def check_model(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> list[Rejection]:
-    """Shapes, dtype and ranks against the transport's hard limits."""
-    errors = []
+def check_model(
+    model: ModelFacts, launch: LaunchFacts, limits: Limits, most: int, multiple: int
+) -> list[Rejection]:
+    """Shapes, dtype, ranks and experts against the transport's hard limits.
+
+    Args:
+        model: the routed experts.
+        launch: topology and redundant experts.
+        limits: of the transport.
+        most: the largest T, 0 if none.
+        multiple: what T must be a multiple of.
+    """
+    errors = [] if most else [_no_buffer(model, launch, limits, multiple)]
     ranks = launch.tp_size
     experts = model.num_experts + launch.redundant_experts
 
@@ -88,7 +98,7 @@ def check_model(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> list[
     if not limits.ranks_ok(ranks):
         allowed = f"<= {limits.max_free_ranks}, or a multiple of {limits.rank_multiple}"
         leave("expert-parallel ranks", f"--tp-size {ranks}", allowed, "ranks")
-    if experts % ranks:
+    if experts % ranks and most:
         more = launch.redundant_experts + -experts % ranks
         errors.append(
             Rejection(
@@ -111,3 +121,21 @@ def check_model(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> list[
             )
         )
     return errors
+
+
+def _no_buffer(model: ModelFacts, launch: LaunchFacts, limits: Limits, multiple: int) -> Rejection:
+    """Not even the smallest T has a buffer: for the redundant experts, or for the model's own."""
+    hidden, ranks, experts = model.hidden_size, launch.tp_size, model.num_experts
+    redundant = launch.redundant_experts
+    size = limits.buffer_bytes
+    least = size(multiple, hidden, ranks, experts + redundant) if size else 0
+    limit = "communication buffer bytes per rank"
+    allowed = f"< {limits.max_buffer_bytes} ({limits.source('max_buffer_bytes')})"
+    if redundant > 0 and limits.largest_tokens(hidden, ranks, experts, multiple):
+        got = (
+            f"{least} bytes at T = {multiple} for {experts} experts and {redundant} redundant ones"
+        )
+        change = ("--ep-num-redundant-experts", str(-experts % ranks))
+        return Rejection(limit, got, allowed, " ".join(change), (change,))
+    got = f"{least} bytes at T = {multiple} for {experts + redundant} experts"
+    return Rejection(limit, got, allowed, LEAVE_TEXT, LEAVE)

@@ -10,6 +10,7 @@ from ..support.resolving import LL, Launch, Worker
 
 CAPACITY = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
+ON = ("--use-batched-dp-moe", "on")
 
 
 def test_on_selects_deepep_and_fills_every_budget(launch: Launch) -> None:
@@ -275,7 +276,7 @@ def test_mixed_chunks_leave_room_to_prefill(launch: Launch) -> None:
     answer = launch(*TP8, *LL, "--enable-mixed-chunk")
     assert answer["resolved"]["max_running_requests"] == 8 * 128
     answer = launch(
-        *(*TP8, *LL, "--enable-mixed-chunk", "--chunked-prefill-size", "512"),
+        *(*TP8, *ON, "--enable-mixed-chunk", "--chunked-prefill-size", "512"),
         *("--max-running-requests", "512"),
     )
     assert "--max-running-requests 256" in answer["error"]
@@ -295,10 +296,81 @@ def test_cpu_resolves_without_graphs(launch: Launch) -> None:
     assert answer["resolved"]["chunked_prefill_size"] == 256
 
 
+def test_a_cap_of_running_requests_is_lowered_where_the_host_would_take_it(
+    launch: Launch,
+) -> None:
+    """The host lets its KV cache undercut any cap; what T does not carry must wait. ``on`` refuses.
+
+    16,384 is more than any T carries on 8 ranks: it asks for no larger T either.
+    """
+    auto = ("--moe-a2a-backend", "deepep", "--deepep-mode", "auto")
+    typed = ("--max-running-requests", "16384", "--cuda-graph-max-bs-decode", "128")
+    answer = launch(*TP8, *auto, *typed, model="qwen3-fp8", log=True)
+    assert answer["ok"], answer["error"]
+    assert answer["plan"]["max_dispatch_tokens_per_rank"] == 256
+    assert answer["resolved"]["max_running_requests"] == 2048
+    assert answer["decode"]["max_bs"] == 128
+    assert answer["log"].count("--max-running-requests 16384 is lowered to 2048") == 1
+    answer = launch(*TP8, *ON, *typed, model="qwen3-fp8")
+    assert answer["errors"][0]["changes"] == [["--max-running-requests", "8192"]]
+
+
+def test_a_cap_is_lowered_again_when_a_wider_draft_comes_to_light(
+    launch: Launch, models: dict[str, str]
+) -> None:
+    """And with mixed chunks, to less than a chunk."""
+    eagle = ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", models["qwen3"])
+    answer = launch(*TP8, *LL, *eagle, "--max-running-requests", "16384")
+    assert answer["resolved"]["max_running_requests"] == 64 * 8
+    answer = launch(*TP8, *LL, "--enable-mixed-chunk", "--max-running-requests", "16384")
+    assert answer["resolved"]["max_running_requests"] == 255 * 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        (
+            ("--cuda-graph-max-bs-decode", "0"),
+            [["--cuda-graph-max-bs-decode", None], ["--disable-decode-cuda-graph", ""]],
+        ),
+        (
+            ("--cuda-graph-config", '{"prefill": {"max_bs": 0}}'),
+            [["--cuda-graph-max-bs-prefill", None], ["--disable-prefill-cuda-graph", ""]],
+        ),
+        (
+            ("--cuda-graph-max-bs-prefill", "3"),
+            [["--cuda-graph-max-bs-prefill", "8"]],
+        ),
+        (
+            ("--cuda-graph-bs-decode", "3", "5"),
+            [["--cuda-graph-bs-decode", None], ["--cuda-graph-max-bs-decode", "2"]],
+        ),
+    ],
+)
+def test_sizes_that_leave_nothing_to_capture_are_refused(
+    launch: Launch, flags: tuple[str, ...], changes: list[list[str | None]]
+) -> None:
+    """The host asserts on them after the weights, or captures up to 2,048 for a prefill size of 0.
+
+    Two attention-TP ranks share a decode batch: odd sizes are dropped.
+    """
+    answer = launch("--tp-size", "2", *LL, *flags)
+    assert [error["changes"] for error in answer["errors"]] == [changes]
+
+
+def test_mistyped_draft_steps_are_the_users(launch: Launch, models: dict[str, str]) -> None:
+    """A width of 0 is refused as such."""
+    eagle = ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", models["qwen3"])
+    steps = ("--speculative-num-steps", "-1", "--speculative-eagle-topk", "1")
+    answer = launch(*TP8, *ON, *eagle, *steps, "--speculative-num-draft-tokens", "4")
+    assert answer["errors"][0]["limit"] == "draft tokens per request"
+    assert ["--speculative-num-steps", None] in answer["errors"][0]["changes"]
+
+
 def test_several_reasons_come_as_one_error(launch: Launch) -> None:
     """Not one per start."""
     answer = launch(
-        *(*TP8, *LL, "--batched-dp-moe-max-tokens", "128", "--chunked-prefill-size", "8192"),
+        *(*TP8, *ON, "--batched-dp-moe-max-tokens", "128", "--chunked-prefill-size", "8192"),
         *("--max-running-requests", "4096", "--enable-single-batch-overlap"),
     )
     assert answer["type"] == "ConfigError"

@@ -37,6 +37,10 @@ QWEN = ModelFacts(
 )
 
 
+T_FLAG = "--batched-dp-moe-max-tokens"
+T_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+
+
 def plan(model: ModelFacts = V3, limits: Limits = DEEPEP_LIMITS, /, **launch: object) -> Plan:
     """A plan for an H100 with the given launch facts."""
     return make_plan(model, LaunchFacts(**launch), limits)  # type: ignore[arg-type]
@@ -80,9 +84,9 @@ def test_precedence_flag_variable_derived_default() -> None:
     """And where each came from is on the plan."""
     assert plan().budgets[0].source == "default"
     assert plan(chunked_prefill_size=512).budgets[0].source == "derived"
-    assert plan(QWEN, capacity=64).max_dispatch_tokens_per_rank == 64
-    assert plan(QWEN, capacity=64, max_tokens=64).verdict == "ok"
-    refused = plan(QWEN, capacity=64, max_tokens=128)
+    assert plan(QWEN, host_tokens_per_rank=64).max_dispatch_tokens_per_rank == 64
+    assert plan(QWEN, host_tokens_per_rank=64, max_tokens=64).verdict == "ok"
+    refused = plan(QWEN, host_tokens_per_rank=64, max_tokens=128)
     assert refused.max_dispatch_tokens_per_rank == 128
     assert one_error(refused).changes == ((DEEPEP_LIMITS.capacity_variable, None),)
 
@@ -105,68 +109,179 @@ def test_chunking_off_is_bounded_by_the_context_only() -> None:
     assert plan(QWEN, chunked_prefill_size=-1, disaggregation_mode="decode").verdict == "ok"
 
 
+LEAVE = "run without it: --moe-a2a-backend none --use-batched-dp-moe off"
+LL = "--deepep-mode low_latency"
+
+
 @pytest.mark.parametrize(
-    ("model", "launch", "limit", "fix"),
+    ("model", "launch", "limit", "got", "fix"),
     [
-        (replace(V3, hidden_size=2880), {}, "hidden size", "--moe-a2a-backend none"),
-        (replace(V3, top_k=17), {}, "experts per token", "--moe-a2a-backend none"),
-        (replace(V3, num_experts=250), {"tp_size": 8}, "experts per rank", "experts 6"),
-        (V3, {"tp_size": 12, "attn_dp_size": 12}, "expert-parallel ranks", "none"),
-        (replace(V3, dtype="float16"), {}, "activation dtype", "--dtype bfloat16"),
-        (replace(V3, num_experts=1, top_k=1), {}, "experts", "none"),
-        (V3, {"max_tokens": 2048}, "tokens per rank", "--batched-dp-moe-max-tokens 1024"),
-        (QWEN, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 104"),
-        (V3, {"max_tokens": 100}, "tokens per rank", "--batched-dp-moe-max-tokens 128"),
-        (V3, {"max_tokens": 104, "tp_size": 8}, "tokens per rank", "tokens 112"),
-        (V3, {"capacity": 2000}, "tokens per rank", "=1024"),
-        (V3, {"capacity": 0}, "tokens per rank", "=256"),
+        (replace(V3, hidden_size=2880), {}, "hidden size", "2880", LEAVE),
+        (replace(V3, top_k=17), {}, "experts per token", "17", LEAVE),
+        (
+            replace(V3, num_experts=252),
+            {"tp_size": 12, "attn_dp_size": 12},
+            "expert-parallel ranks",
+            "--tp-size 12",
+            LEAVE,
+        ),
+        (replace(V3, num_experts=1, top_k=1), {}, "experts", "1", LEAVE),
+        (replace(V3, dtype="float16"), {}, "activation dtype", "float16", "--dtype bfloat16"),
+        (
+            replace(V3, num_experts=250),
+            {"tp_size": 8},
+            "experts per rank",
+            "250 experts over 8 ranks",
+            "--ep-num-redundant-experts 6, or a --tp-size that divides 250",
+        ),
+        (
+            replace(V3, num_experts=8),
+            {"tp_size": 16, "attn_dp_size": 16},
+            "experts per rank",
+            "8 experts over 16 ranks",
+            "--ep-num-redundant-experts 8, or a --tp-size that divides 8",
+        ),
+        (V3, {"max_tokens": 2048}, "tokens per rank", "2048", f"{T_FLAG} 1024"),
+        (QWEN, {"max_tokens": 100}, "tokens per rank", "100", f"{T_FLAG} 104"),
+        (V3, {"max_tokens": 100}, "tokens per rank", "100", f"{T_FLAG} 128"),
+        (V3, {"max_tokens": 104, "tp_size": 8}, "tokens per rank", "104", f"{T_FLAG} 112"),
+        (V3, {"host_tokens_per_rank": 2000}, "tokens per rank", "=2000", f"{T_VARIABLE}=1024"),
+        (V3, {"host_tokens_per_rank": 0}, "tokens per rank", "=0", f"{T_VARIABLE}=256"),
         (
             replace(V3, num_experts=896),
             {"max_tokens": 1024},
             "communication buffer bytes per rank",
-            "--batched-dp-moe-max-tokens 640",
+            "(49.77 GiB) for --batched-dp-moe-max-tokens 1024",
+            f"{T_FLAG} 640",
         ),
-        (V3, {"lora": True}, "LoRA", "remove --enable-lora"),
-        (V3, {"single_batch_overlap": True}, "single-batch overlap", "remove"),
-        (V3, {"waterfill": True}, "waterfill", "remove"),
-        (V3, {"dispatch_dtype": "bf16"}, "dtype of dispatched rows", "remove --deepep-dispatcher"),
-        (V3, {"chunk_alignment": 4096}, "prefill chunk", "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE"),
-        (V3, {"dispatch_dtype": "bf16", "moe_runner_backend": "deep_gemm"}, "dtype", "remove"),
-        (replace(QWEN, hidden_act="silu, limited"), {}, "experts", "none"),
+        (
+            V3,
+            {"lora": True},
+            "LoRA",
+            "--enable-lora",
+            f"remove --enable-lora and --lora-paths, or {LEAVE}",
+        ),
+        (
+            V3,
+            {"single_batch_overlap": True},
+            "single-batch overlap",
+            "compute capability 9.0",
+            "remove --enable-single-batch-overlap",
+        ),
+        (
+            V3,
+            {"waterfill": True},
+            "waterfill",
+            "a shared expert per rank",
+            "remove --enable-waterfill, or --moe-runner-backend deep_gemm",
+        ),
+        (
+            V3,
+            {"dispatch_dtype": "bf16"},
+            "dtype of dispatched rows",
+            "bf16 (--deepep-dispatcher-output-dtype) with fp8_block weights",
+            "remove --deepep-dispatcher-output-dtype",
+        ),
+        (
+            V3,
+            {"dispatch_dtype": "bf16", "moe_runner_backend": "deep_gemm"},
+            "dtype of dispatched rows",
+            "bf16 (--deepep-dispatcher-output-dtype) with fp8_block weights",
+            "remove --deepep-dispatcher-output-dtype",
+        ),
+        (
+            V3,
+            {"chunk_alignment": 4096},
+            "prefill chunk with deterministic inference",
+            "256 tokens per DP group",
+            "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE=256, or --attention-backend triton, which "
+            "has none",
+        ),
+        (
+            replace(QWEN, hidden_act="silu, limited"),
+            {},
+            "experts for the batched layout",
+            "activation silu, limited",
+            LEAVE,
+        ),
         (
             replace(QWEN, hidden_act="silu, limited"),
             {"moe_runner_backend": "deep_gemm"},
-            "experts",
-            "none",
+            "experts for the batched layout",
+            "leaves the limit of the activation out",
+            LEAVE,
         ),
-        (replace(V3, hidden_act="silu, clamped"), {}, "experts", "none"),
-        (replace(V3, weight_format="fp8_fp4"), {}, "experts", "none"),
-        (replace(V3, weight_format="mxfp4"), {"moe_runner_backend": "deep_gemm"}, "exp", "none"),
-        (replace(V3, num_experts=8), {"tp_size": 16, "attn_dp_size": 16}, "experts per", "8"),
-        (V3, {"diffusion": True}, "rows per rank", "none"),
-        (V3, {"pipeline_warmup": True, "pp_size": 2}, "rows per rank", "unset SGLANG_PP"),
-        (V3, {"draft_shape": (2048, 64)}, "one buffer", "--speculative-moe-a2a-backend none"),
-        (replace(V3, weight_format="awq"), {}, "experts for the batched layout", "none"),
-        (V3, {"moe_runner_backend": "triton"}, "MoE runner", "--moe-runner-backend auto"),
-        (replace(V3, hidden_act="gelu", weight_format="unquantized"), {}, "experts", "none"),
-        (QWEN, {"deepep_mode": "auto"}, "experts for prefill", "--deepep-mode low_latency"),
         (
-            replace(V3, architecture="GptOssForCausalLM"),
+            replace(V3, hidden_act="silu, clamped"),
             {},
-            "model",
-            "--moe-a2a-backend none",
+            "experts for the batched layout",
+            "leaves the clamp of DeepseekV3ForCausalLM out",
+            LEAVE,
         ),
+        (
+            replace(V3, weight_format="fp8_fp4"),
+            {},
+            "experts for the batched layout",
+            "FP4 experts need compute capability 10.0",
+            LEAVE,
+        ),
+        (
+            replace(V3, weight_format="mxfp4"),
+            {"moe_runner_backend": "deep_gemm"},
+            "experts for the batched layout",
+            "FP4 experts need compute capability 10.0",
+            LEAVE,
+        ),
+        (
+            replace(V3, weight_format="awq"),
+            {},
+            "experts for the batched layout",
+            "awq weights",
+            LEAVE,
+        ),
+        (
+            replace(V3, hidden_act="gelu", weight_format="unquantized"),
+            {},
+            "experts for the batched layout",
+            "activation gelu",
+            LEAVE,
+        ),
+        (V3, {"diffusion": True}, "rows per rank and forward", "--dllm-algorithm", LEAVE),
+        (
+            V3,
+            {"pipeline_warmup": True, "pp_size": 2},
+            "rows per rank and forward",
+            "warm-up batches of up to 64 rows",
+            "unset SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP",
+        ),
+        (
+            V3,
+            {"draft_shape": (2048, 64)},
+            "one buffer for target and draft",
+            "(2048, 64)",
+            "--speculative-moe-a2a-backend none",
+        ),
+        (
+            V3,
+            {"moe_runner_backend": "triton"},
+            "MoE runner",
+            "--moe-runner-backend triton with fp8_block weights",
+            "--moe-runner-backend auto",
+        ),
+        (QWEN, {"deepep_mode": "auto"}, "experts for prefill", "--deepep-mode auto", LL),
+        (replace(V3, architecture="GptOssForCausalLM"), {}, "model", "GptOssForCausalLM", LEAVE),
     ],
 )
 def test_hard_limits_are_refused_with_the_way_out(
-    model: ModelFacts, launch: dict[str, object], limit: str, fix: str
+    model: ModelFacts, launch: dict[str, object], limit: str, got: str, fix: str
 ) -> None:
-    """Every limit of the transport and every feature that cannot run, one rejection each."""
-    found = plan(model, **launch)
-    assert found.verdict == "refused"
-    errors = [error for error in found.errors if error.limit.startswith(limit)]
-    assert errors, [str(error) for error in found.errors]
-    assert fix in errors[0].fix
+    """Every limit of the transport and every feature that cannot run: one rejection, which says
+    what was found and what to type instead."""
+    error = one_error(plan(model, **launch))
+    assert (error.limit, error.fix) == (limit, fix)
+    assert got in error.got
+    if fix.endswith(LEAVE):
+        assert error.limit == "LoRA" or ("--use-batched-dp-moe", "off") in error.changes
 
 
 def test_fp4_experts_run_on_blackwell() -> None:
@@ -187,14 +302,14 @@ def test_two_batch_overlap_holds_two_batches() -> None:
 def test_suggested_capacities_suit_fp8_rows() -> None:
     """Nine draft tokens need 18 rows on each of 8 ranks: the next T is 32, not 24."""
     launch = {"tp_size": 8, "draft_width": 9, "two_batch_overlap": True}
-    fixes = [error.fix for error in plan(V3, capacity=1, **launch).errors]
+    fixes = [error.fix for error in plan(V3, host_tokens_per_rank=1, **launch).errors]
     assert any("--batched-dp-moe-max-tokens 32" in fix for fix in fixes), fixes
     assert not any("24" in fix for fix in fixes), fixes
 
 
 def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
     """Changing the flag alone would leave two values that differ."""
-    error = one_error(plan(max_tokens=100, capacity=100))
+    error = one_error(plan(max_tokens=100, host_tokens_per_rank=100))
     assert error.changes == (
         ("--batched-dp-moe-max-tokens", "128"),
         (DEEPEP_LIMITS.capacity_variable, None),
@@ -203,7 +318,7 @@ def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
 
 def test_refusals_are_complete() -> None:
     """Fixing the mode bounds prefill, which the chunk then breaks: both are named at once."""
-    found = plan(QWEN, deepep_mode="auto", capacity=128, chunked_prefill_size=8192)
+    found = plan(QWEN, deepep_mode="auto", host_tokens_per_rank=128, chunked_prefill_size=8192)
     assert [error.limit for error in found.errors] == [
         "experts for prefill",
         "rows per rank and forward",
@@ -288,6 +403,79 @@ def test_decode_graphs_do_not_outgrow_the_hosts_own() -> None:
     found = plan(tp_size=8, attn_dp_size=8, max_tokens=1024)
     assert found.cuda_graph_max_bs_decode == 512
     assert found.max_running_requests == 8192
+
+
+def test_a_page_that_no_t_holds_asks_for_a_smaller_page() -> None:
+    """A larger T helps up to DeepEP's 1,024 rows; beyond, only the page can change."""
+    flat = {"tp_size": 8, "attn_dp_size": 8}
+    assert one_error(plan(**flat, page_size=512)).changes == ((T_FLAG, "512"),)
+    error = one_error(plan(**flat, page_size=2048))
+    assert "--page-size 2048" in error.got
+    assert error.changes == (("--page-size", "256"),)
+    assert plan(**flat, page_size=256).verdict == "ok"
+    assert plan(tp_size=8, page_size=2048).verdict == "ok"  # eight ranks hold it together
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_graphs_of_size_zero_are_refused_and_not_filled(phase: str) -> None:
+    """The host keeps graphs on, and asserts that it has something to capture."""
+    error = one_error(plan(**{f"cuda_graph_max_bs_{phase}": 0}))
+    flag, off = f"--cuda-graph-max-bs-{phase}", f"--disable-{phase}-cuda-graph"
+    assert error.changes == ((flag, None), (off, ""))
+    assert error.fix == f"{off} in place of {flag}"
+    switched_off = plan(**{f"cuda_graph_max_bs_{phase}": 0, f"{phase}_graphs": False})
+    assert (switched_off.verdict, getattr(switched_off, f"cuda_graph_max_bs_{phase}")) == ("ok", 0)
+
+
+def test_redundant_experts_that_leave_no_buffer_are_refused_for_themselves() -> None:
+    """A million of them, mistyped: the model alone has a buffer."""
+    for redundant in (1_000_000, 999_999):
+        error = one_error(plan(tp_size=8, attn_dp_size=8, redundant_experts=redundant))
+        assert error.limit == "communication buffer bytes per rank"
+        assert f"256 experts and {redundant} redundant ones" in error.got
+        assert error.changes == (("--ep-num-redundant-experts", "0"),)
+    error = one_error(plan(replace(V3, num_experts=1_000_000)))
+    assert ("--moe-a2a-backend", "none") in error.changes
+
+
+def test_counts_that_arithmetic_cannot_start_from_are_the_users() -> None:
+    """Mistyped steps make a draft width of 0: said so, and not divided by."""
+    error = one_error(plan(draft_width=0))
+    assert error.limit == "draft tokens per request"
+    assert ("--speculative-num-steps", None) in error.changes
+    assert one_error(plan(tp_size=0)).fix == "--tp-size 1"
+    assert one_error(plan(redundant_experts=-8)).fix == "--ep-num-redundant-experts 0"
+
+
+def test_a_decode_instance_prints_no_limit_for_its_prefills() -> None:
+    """It runs none that T bounds: 65,536 is not 63,488 too many."""
+    found = plan(
+        *(V3,), tp_size=8, attn_dp_size=8, disaggregation_mode="decode", chunked_prefill_size=65536
+    )
+    assert found.verdict == "ok"
+    chunk = next(budget for budget in found.budgets if budget.name == "chunked_prefill_size")
+    assert (chunk.value, chunk.headroom, chunk.limit) == (65536, None, "none (a decode instance)")
+
+
+def test_the_table_agrees_with_the_refusals_under_dynamic_chunking() -> None:
+    """T = 256 carries a chunk of 204 per DP group: 1.25 times it is 255."""
+    launch = {
+        "tp_size": 8,
+        "attn_dp_size": 8,
+        "pp_size": 2,
+        "dynamic_chunking": True,
+        "max_prefill_tokens": 256,
+        "max_tokens": 256,
+    }
+    chunk = next(b for b in plan(**launch).budgets if b.name == "chunked_prefill_size")
+    assert (chunk.value, chunk.headroom) == (1600, 32)
+    assert chunk.limit == "<= 1632 (T x attention TP x DP / 1.25)"
+    assert plan(**launch, chunked_prefill_size=1632).verdict == "ok"
+    error = one_error(plan(**launch, chunked_prefill_size=1640))
+    assert error.got == (
+        "--chunked-prefill-size 1640 // 8 DP groups x 1.25 (dynamic chunking) = 257 rows per rank"
+    )
+    assert error.fix == "--chunked-prefill-size 1632"
 
 
 def test_not_batched_is_ok_and_empty() -> None:
