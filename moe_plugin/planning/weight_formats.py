@@ -155,7 +155,7 @@ _ROWS = (
         title="int4 weights with FP8 rows (W4AFP8)",
         # Its method asks for no runner: these names change nothing.
         host=dict.fromkeys(
-            ("auto", "cutlass", "deep_gemm", "triton", "triton_kernel", "humming"), _W4A8
+            ("auto", "cutlass", "deep_gemm", "humming", "marlin", "triton", "triton_kernel"), _W4A8
         ),
     ),
     WeightFormat(

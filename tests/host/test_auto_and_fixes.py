@@ -10,13 +10,24 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from moe_plugin.integration.resolve.installation import foreign_device
+
 from ..support.changes import after
+from ..support.hosts import host_result
 from ..support.resolving import (
-    DEEPSEEK_V3, FP8_BLOCK, MODELS, QWEN3_30B, Worker, quantized, variant, write_models,
+    DEEPSEEK_V3,
+    FP8_BLOCK,
+    MODELS,
+    QWEN3_30B,
+    Worker,
+    quantized,
+    variant,
+    write_models,
 )  # fmt: skip
 
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
@@ -129,6 +140,10 @@ ROWS = (
         ("--tp-size", "8", "--enable-prefill-cp", "--cp-strategy", "zigzag", *FEW), "planned"),
     # Only the stock host runs it, or may.
     Row("variable that is no number", "qwen3-fp8", LL, "alone", {CAPACITY: "many"}, says=CAPACITY),
+    Row("a capacity that graphs of ours do not suit", "qwen3-fp8", DEEPEP, "alone",
+        {CAPACITY: "100"}, says="a multiple of 8"),
+    Row("a capacity that FP8 rows do not suit", "qwen3-fp8", (*DEEPEP, "--tp-size", "4"),
+        "refused", {CAPACITY: "100"}, says="FP8 rows"),
     Row("plain experts", "mixtral-fp8", LL, "alone", says="MixtralForCausalLM"),
     Row("plain experts, bf16", "mixtral", LL, "refused", says="unquantized"),
     Row("zero experts", "longcat", (*LL, "--trust-remote-code"), "alone", says="Longcat"),
@@ -204,17 +219,18 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, An
         worker = Worker(models["qwen3"], target)
         try:
             first = worker.ask(cases)
-            again = [
-                after(case, [tuple(c) for error in answer.get("errors", ()) for c in error["changes"]])
-                for case, answer in zip(cases, first, strict=True)
-            ]  # fmt: skip
-            second = worker.ask(again)
+            pairs = zip(cases, first, strict=True)
+            second = worker.ask(after(case, _changes(answer)) for case, answer in pairs)
         finally:
             worker.close()
         found |= {
             row.name: pair for row, pair in zip(rows, zip(first, second, strict=True), strict=True)
         }
     return found
+
+
+def _changes(answer: dict[str, Any]) -> list[tuple[str, str | None]]:
+    return [(name, value) for error in answer.get("errors", ()) for name, value in error["changes"]]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
@@ -236,3 +252,41 @@ def test_launch(row: Row, answers: dict[str, tuple[Any, Any]]) -> None:
         return
     assert answer["plan"]["runner"] == row.runner
     assert answer["plan"]["verdict"] == "ok"
+
+
+@pytest.mark.parametrize(("device", "foreign"), [("cuda", False), ("cpu", False), ("npu", True)])
+def test_other_devices_are_the_hosts_alone(device: str, foreign: bool) -> None:
+    """DeepEP's host names are the same on NPUs; its kernels and T are not."""
+    assert bool(foreign_device(SimpleNamespace(device=device))) == foreign
+
+
+MISTAKE = """
+import io, logging
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+from moe_plugin.integration.attached_plan import plan_of
+from moe_plugin.integration.resolve import hooks
+
+log = io.StringIO()
+hooks.plan_for = lambda *args, **options: 1 // 0
+def resolve(*flags):
+    args = prepare_server_args(["--model-path", {model!r}, "--device", "cpu", *flags])
+    logging.getLogger().addHandler(logging.StreamHandler(log))
+    try:
+        args.resolve_once()
+    except Exception as error:
+        return type(error).__name__
+    return plan_of(args) is None and args._moe_plugin_request.left_alone
+
+emit([resolve(), resolve("--use-batched-dp-moe", "on")])
+"""
+
+
+def test_a_mistake_of_ours_breaks_no_launch(models: dict[str, str]) -> None:
+    """``auto`` goes on without us; ``on`` shows it."""
+    left, on = host_result(MISTAKE.format(model=models["qwen3"]))
+    assert (
+        left == "left alone: planning failed: ZeroDivisionError: integer division or modulo by zero"
+    )
+    assert on == "ZeroDivisionError"
