@@ -31,12 +31,14 @@ class Request:
         max_tokens: explicit tokens per rank, or None.
         switch_source: the flag or variable that gave the switch, or "default".
         max_tokens_source: likewise for ``max_tokens``.
+        left_alone: why the plugin leaves this launch alone; empty where it does not.
     """
 
     switch: Switch = "auto"
     max_tokens: int | None = None
     switch_source: str = "default"
     max_tokens_source: str = "default"
+    left_alone: str = ""
 
 
 def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
@@ -78,9 +80,10 @@ def requested(server_args: Any) -> Request:
     return carried if isinstance(carried, Request) else _request(None, None)
 
 
-def stand_down(server_args: Any) -> None:
+def stand_down(server_args: Any, reason: str) -> None:
     """From here on, in every process, this launch is one with ``--use-batched-dp-moe off``."""
-    setattr(server_args, _ATTRIBUTE, replace(requested(server_args), switch="off"))
+    request = replace(requested(server_args), switch="off", left_alone=reason)
+    setattr(server_args, _ATTRIBUTE, request)
 
 
 def _request(switch: Switch | None, max_tokens: int | None) -> Request:

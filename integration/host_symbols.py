@@ -85,6 +85,25 @@ DEVICE_MEMORY = HostSymbol(
     "swap the host's flat DeepEP reserve for the planned bytes",
     "the host reserves from a start-up plan",
 )
+MODEL_OVERRIDES = HostSymbol(
+    "arg_groups.overrides.collect_model_override_declarations",
+    ("architecture", "server_args", "hf_config"),
+    "know early what a model's own rules make of all-to-all, runner and topology",
+    "the host decides about the all-to-all before budgets and memory",
+)
+RUNNER_OVERRIDES = HostSymbol(
+    "arg_groups.overrides._moe_runner_backend_quant_constraints",
+    ("view",),
+    "know early what the quantization makes of the runner",
+    "the host decides about the all-to-all before budgets and memory",
+)
+BACKEND_OVERRIDES = HostSymbol(
+    "arg_groups.overrides._a2a_backend_overrides",
+    ("view",),
+    "know early that waterfill selects deepep",
+    "the host decides about the all-to-all before budgets and memory",
+)
+"""These three are checked only where they are used: optional."""
 SCHEDULER_INIT = HostSymbol(
     "managers.scheduler.Scheduler.__init__",
     ("self", "server_args", "port_args"),

@@ -90,8 +90,10 @@ def _unplanned(record: Any) -> Plan:
     """The answer for a launch that has no plan: what the capability says, if it can be asked."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
-    if flags.requested(record).switch == "off":
-        return Plan(capability=Capability(False, "--use-batched-dp-moe off"))
+    request = flags.requested(record)
+    if request.switch == "off":
+        reason = request.left_alone or "--use-batched-dp-moe off"
+        return Plan(capability=Capability(False, reason))
     cfg = resolving_view(record)
     try:
         return Plan(capability=capability_for(record, cfg, cfg.moe_a2a_backend, cfg.deepep_mode))

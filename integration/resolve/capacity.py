@@ -31,7 +31,7 @@ def user_tokens_per_rank(limits: Limits) -> int | None:
         fix = f"{name}={limits.default_max_tokens}"
         got = f"{name}={text!r}, for which the host would take {HOST_TOKENS_PER_RANK}"
         changes = ((name, str(limits.default_max_tokens)),)
-        error = Rejection("tokens per rank", got, "an integer", fix, changes, "config")
+        error = Rejection("tokens per rank", got, "an integer", fix, changes, "config", True)
         raise refusal([error]) from None
 
 

@@ -13,19 +13,20 @@ after the last step                         hold the final values against the pl
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import HostMismatchError
+from ...errors import MoePluginError
 from ...planning.plan import Plan, refusal
 from ..attached_plan import attach_plan, plan_of
-from ..flags import requested, stand_down
+from ..flags import requested
 from .capacity import export_capacity, withdraw_capacity
 from .fills import fills_of
-from .installation import runtime_problems
+from .foresight import foresee
+from .installation import foreign_device, runtime_problems, schedulers_are_ray_actors
 from .launch_plan import plan_for
 from .model_facts import model_facts
+from .refusals import leave_alone, refuse_or_leave
 from .reservation import reserve
 from .selection import not_batched, select_backend
 from .verification import verify
@@ -53,10 +54,9 @@ def install() -> None:
 
 def _before_graph_config(server_args: Any, previous: Step) -> None:
     withdraw_capacity()
-    if requested(server_args).switch == "off":
-        attach_plan(server_args, None)
-    else:
-        attach_plan(server_args, _plan_and_fill(server_args))
+    attach_plan(server_args, None)
+    if requested(server_args).switch != "off":
+        attach_plan(server_args, _ours(_plan_and_fill, server_args))
     previous(server_args)
 
 
@@ -71,7 +71,8 @@ def _after_everything(server_args: Any, previous: Step) -> None:
     previous(server_args)
     if requested(server_args).switch == "off":
         return
-    plan = verify(server_args, plan_of(server_args))
+    planned = plan_of(server_args)
+    plan = verify(server_args, planned) if planned else _ours(_verify_unplanned, server_args)
     attach_plan(server_args, plan)
     if plan is None:
         return
@@ -89,11 +90,32 @@ def _after_everything(server_args: Any, previous: Step) -> None:
         logger.warning("batched data-parallel MoE: %s", note)
 
 
+def _ours(step: Callable[[Any], Plan | None], server_args: Any) -> Plan | None:
+    """A step that nothing of the launch depends on yet: its own mistakes break no launch."""
+    try:
+        return step(server_args)
+    except MoePluginError as error:
+        if not error.rejections:
+            raise
+        refuse_or_leave(server_args, error.rejections, error.plan)
+        return None
+    except Exception as error:
+        if requested(server_args).switch == "on":
+            raise
+        logger.debug("moe_plugin: planning failed", exc_info=True)
+        leave_alone(server_args, [f"planning failed: {type(error).__name__}: {error}"])
+        return None
+
+
+def _verify_unplanned(server_args: Any) -> Plan | None:
+    return verify(server_args, None)
+
+
 def _plan_and_fill(server_args: Any) -> Plan | None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
 
-    cfg = resolving_view(server_args)
+    cfg = foresee(server_args, resolving_view(server_args))
     backend, mode, chosen = select_backend(server_args, cfg)
     plan = plan_for(server_args, cfg, backend, mode)
     if not plan.capability.ok:
@@ -101,37 +123,22 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
             architecture = model_facts(server_args).architecture
             raise refusal([not_batched(plan.capability.reason, architecture)], plan)
         return None
-    if _schedulers_are_ray_actors(cfg):
-        _stand_down(server_args, ["--use-ray or RayEngine: its schedulers load no plugins"])
+    if problems := foreign_device(cfg) or schedulers_are_ray_actors(cfg):
+        leave_alone(server_args, problems)
         return None
     if plan.errors:
-        raise refusal(plan.errors, plan)
-    if unsound := runtime_problems():
-        _stand_down(server_args, unsound)
+        refuse_or_leave(server_args, plan.errors, plan)
+        return None
+    if problems := runtime_problems():
+        leave_alone(server_args, problems)
         return None
     if chosen:
         declare_resolution(server_args, SOURCE, **chosen)
         listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
-        logger.info("--use-batched-dp-moe on: selected %s", listed)
+        logger.info("batched data-parallel MoE: selected %s", listed)
     fills = fills_of(server_args, plan)
     if fills:
         declare_resolution(server_args, SOURCE, **fills)
         listed = ", ".join(f"{name}={value}" for name, value in fills.items())
         logger.info("batched data-parallel MoE: filled %s", listed)
     return plan
-
-
-def _schedulers_are_ray_actors(cfg: Any) -> bool:
-    return bool(getattr(cfg, "use_ray", False)) or "sglang.srt.ray.engine" in sys.modules
-
-
-def _stand_down(server_args: Any, problems: list[str]) -> None:
-    """Our experts cannot get in: ``auto`` leaves the host as it is, ``on`` refuses."""
-    listed = "; ".join(problems)
-    if requested(server_args).switch == "on":
-        raise HostMismatchError(
-            f"moe_plugin cannot act on this launch: {listed}. Fix: remove "
-            f"{requested(server_args).switch_source} or the cause, or use a supported SGLang"
-        )
-    logger.warning("moe_plugin leaves this launch alone: %s", listed)
-    stand_down(server_args)

@@ -1,7 +1,8 @@
-"""What only this installation can tell: is DeepEP there, and can it run on this device."""
+"""What only this installation can tell: is DeepEP there, and can it run here at all."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -50,6 +51,25 @@ def runtime_problems() -> list[str]:
     if not _checks_machine:
         return []
     return problems(runtime=True)
+
+
+def foreign_device(cfg: Any) -> list[str]:
+    """Why this device is the host's alone: neither DeepEP nor our kernels are for it."""
+    device = str(cfg.device)
+    if device == "cpu":
+        return []
+    if not device.startswith("cuda"):
+        return [f"--device {device}: batched data-parallel MoE is for CUDA"]
+    import torch
+
+    return ["ROCm: batched data-parallel MoE is for CUDA"] if torch.version.hip else []
+
+
+def schedulers_are_ray_actors(cfg: Any) -> list[str]:
+    """Why our experts would not reach the schedulers: Ray's actors load no plugins."""
+    if getattr(cfg, "use_ray", False) or "sglang.srt.ray.engine" in sys.modules:
+        return ["--use-ray or RayEngine: its schedulers load no plugins"]
+    return []
 
 
 def skip_machine_checks() -> None:

@@ -11,6 +11,8 @@ from ...planning.facts import LaunchFacts
 from ..flags import requested
 from .draft_facts import draft_has_routed_moe, draft_shape, draft_width
 from .host_environment import environment_bool, environment_int
+from .host_runners import batched_runners, is_foreign
+from .lora_facts import adapts_experts
 
 
 def attn_dp_size(cfg: Any) -> int:
@@ -161,13 +163,16 @@ def launch_facts(
         cuda_graph_max_bs_prefill=explicit_graph_max(server_args, "prefill"),
         cuda_graph_max_bs_decode=explicit_graph_max(server_args, "decode"),
         moe_runner_backend=cfg.moe_runner_backend,
+        runner_typed=cfg.moe_runner_backend == server_args.moe_runner_backend,
+        foreign_runner=is_foreign(cfg.moe_runner_backend),
+        host_runners=batched_runners(),
         has_deep_gemm=find_spec("deep_gemm") is not None,
         deep_gemm_switched_off=environment_bool("SGLANG_ENABLE_JIT_DEEPGEMM") is False,
         dispatch_dtype=dtype,
         dispatch_dtype_source=dtype_source,
         compute_capability=compute_capability(cfg),
         single_batch_overlap=cfg.enable_single_batch_overlap,
-        lora=bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths)),
+        lora=adapts_experts(cfg),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
         whole_rows=bool(getattr(cfg, "disable_attn_tp_gather", False)) and dp_groups == 1,
         chunk_alignment=chunk_alignment(cfg),

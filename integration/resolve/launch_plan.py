@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...backends.deepep import limits_of
 from ...batched_backend import Capability, CapabilityFacts
 from ...capability import backend_names, get_backend, use_batched_dp_moe
-from ...planning.plan import Plan
+from ...planning.fixes import applied
+from ...planning.plan import Change, Plan
 from ...planning.planner import make_plan
 from .capacity import user_tokens_per_rank
 from .installation import check_host
@@ -27,7 +29,15 @@ def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capab
     return use_batched_dp_moe(launch.capability_facts(model))
 
 
-def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool = False) -> Plan:
+def plan_for(
+    server_args: Any,
+    cfg: Any,
+    backend: str,
+    mode: str,
+    *,
+    late: bool = False,
+    changes: Sequence[Change] = (),
+) -> Plan:
     """Plan for a backend and mode with what the user set.
 
     Args:
@@ -36,6 +46,7 @@ def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool 
         backend: the all-to-all backend to plan for.
         mode: the deepep mode to plan for.
         late: everything is resolved, so that the view's chunk is one DP group's.
+        changes: fixes that the plan takes for done.
     """
     capability = capability_for(server_args, cfg, backend, mode)
     if not capability.ok:
@@ -49,5 +60,6 @@ def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool 
         host_tokens_per_rank=user_tokens_per_rank(limits),
         late=late,
     )
-    plan = make_plan(model_facts(server_args), launch, limits, capability)
+    model, launch = applied(model_facts(server_args), launch, limits, list(changes))
+    plan = make_plan(model, launch, limits, capability)
     return check_host(plan, cfg)

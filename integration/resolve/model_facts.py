@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from ...planning.compatibility import NO_DISPATCHER
 from ...planning.facts import ModelFacts
+from ...planning.host_models import NO_DISPATCHER
 from .host_environment import environment_bool
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -26,6 +27,7 @@ _ACTIVATION_LIMITS = (
 )  # fmt: skip
 _CLAMP_ALONE = frozenset({"Step3p5ForCausalLM", "BailingMoeV3ForCausalLM", "GigaChat35ForCausalLM"})
 """Models that give the experts ``gemm1_clamp_limit`` alone: the host's DeepGEMM ignores it."""
+_ONLINE_HUMMING = "SGLANG_HUMMING_ONLINE_QUANT_CONFIG"
 _TRANSFORMERS = "TransformersMoEForCausalLM"
 _INTERMEDIATE = ("moe_intermediate_size", "moe_hidden_size", "intermediate_size")
 
@@ -77,7 +79,7 @@ def architecture(model: Any) -> str:
 
 def activation(text: Any, architecture: str) -> str:
     """Name of the experts' activation, marked where the host clamps or scales it."""
-    name = str(getattr(text, "hidden_act", None) or "silu")
+    name = str(getattr(text, "mlp_hidden_act", None) or getattr(text, "hidden_act", None) or "silu")
     limits = [getattr(text, attribute, None) for attribute in _ACTIVATION_LIMITS]
     # Lists are per layer, with nothing or zero where a layer has no limit.
     limited = any(any(value) if isinstance(value, (list, tuple)) else value for value in limits)
@@ -96,11 +98,15 @@ def weight_format(server_args: Any, model: Any) -> str:
     )
     config = config if isinstance(config, dict) else {}
     name = name or config.get("quant_method")
+    if name == "humming" and not config and not os.environ.get(_ONLINE_HUMMING):
+        name = None  # nothing to read and nothing to make: the host leaves the experts as they are
     if not name:
         return "unquantized"
+    if getattr(model, "nvfp4_moe_meta", None) is not None and name == "fp8":
+        return "fp8_nvfp4"
     dequantised = environment_bool("SGLANG_DSV4_FP4_DEQUANT")
     if getattr(model, "is_fp4_experts", False) and not dequantised:
-        return "fp8_fp4" if name == "fp8" else "mxfp4"
+        return {"fp8": "fp8_fp4", "humming": "humming_fp4"}.get(name, "mxfp4")
     if name == "fp8":
         block = config.get("weight_block_size")
         return "fp8_tensor" if not block else f"fp8_block{'' if block == [128, 128] else block}"

@@ -7,47 +7,70 @@ from typing import Any
 from ...capability import backend_names
 from ...planning.plan import Rejection, refusal
 from ..flags import requested
+from .foresight import Foreseen
+from .refusals import refuse
 
 
 def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]]:
-    """(backend, mode, what ``on`` has to declare). Contradictions raise."""
+    """(backend, mode, what has to be declared now). Contradictions raise.
+
+    Args:
+        server_args: the raw record.
+        cfg: the host's view of it as it will be: a backend that the host selects by itself later
+            is declared now, before graphs and memory are decided.
+    """
     backend, mode = cfg.moe_a2a_backend, cfg.deepep_mode
-    if requested(server_args).switch != "on":
-        return backend, mode, {}
-    _refuse_rivals(cfg)
     chosen = {}
+    if requested(server_args).switch != "on":
+        if backend in backend_names() and _now(server_args) != backend:
+            chosen["moe_a2a_backend"] = backend
+        return backend, mode, chosen
+    _refuse_rivals(cfg)
     # The host cannot tell its defaults `none` and `auto` from a choice: both count as unset.
     if backend == "none":
-        backend = chosen["moe_a2a_backend"] = "deepep"
+        backend = "deepep"
     if backend not in backend_names():
-        raise refusal(
-            [
-                Rejection(
-                    "all-to-all backend",
-                    got=f"--use-batched-dp-moe on with --moe-a2a-backend {backend}",
-                    allowed=f"one of {backend_names()}",
-                    fix="--moe-a2a-backend deepep, or --use-batched-dp-moe off",
-                    changes=(("--moe-a2a-backend", "deepep"),),
-                    kind="config",
-                )
-            ]
-        )
+        refuse(server_args, _low_latency(cfg), [_other_backend(backend)])
     if backend == "deepep" and mode == "normal":
-        raise refusal(
-            [
-                Rejection(
-                    "deepep mode",
-                    got="--use-batched-dp-moe on with --deepep-mode normal",
-                    allowed="low_latency: normal mode has no batched layout",
-                    fix="--deepep-mode low_latency, or --use-batched-dp-moe off",
-                    changes=(("--deepep-mode", "low_latency"),),
-                    kind="config",
-                )
-            ]
-        )
+        refuse(server_args, cfg, [_normal_mode()])
     if backend == "deepep" and mode == "auto":
         mode = chosen["deepep_mode"] = "low_latency"
+    if _now(server_args) != backend:
+        chosen["moe_a2a_backend"] = backend
     return backend, mode, chosen
+
+
+def _now(server_args: Any) -> str:
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    return str(resolving_view(server_args).moe_a2a_backend)
+
+
+def _low_latency(cfg: Any) -> Any:
+    """What ``on`` makes of a mode that is unset."""
+    return Foreseen(cfg, {"deepep_mode": "low_latency"}) if cfg.deepep_mode == "auto" else cfg
+
+
+def _other_backend(backend: str) -> Rejection:
+    return Rejection(
+        "all-to-all backend",
+        got=f"--use-batched-dp-moe on with --moe-a2a-backend {backend}",
+        allowed=f"one of {backend_names()}",
+        fix="--moe-a2a-backend deepep, or --use-batched-dp-moe off",
+        changes=(("--moe-a2a-backend", "deepep"),),
+        kind="config",
+    )
+
+
+def _normal_mode() -> Rejection:
+    return Rejection(
+        "deepep mode",
+        got="--use-batched-dp-moe on with --deepep-mode normal",
+        allowed="low_latency: normal mode has no batched layout",
+        fix="--deepep-mode low_latency, or --use-batched-dp-moe off",
+        changes=(("--deepep-mode", "low_latency"),),
+        kind="config",
+    )
 
 
 def _refuse_rivals(cfg: Any) -> None:

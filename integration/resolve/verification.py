@@ -11,28 +11,43 @@ from ...planning.plan import Change, Plan, Rejection, refusal
 from ..flags import requested
 from .launch_facts import attn_dp_size, explicit_graph_max
 from .launch_plan import plan_for
+from .refusals import leave_alone, refuse
 from .resolved_rows import check_final
 
 
 def verify(server_args: Any, planned: Plan | None) -> Plan | None:
-    """The final plan. Raises one error naming everything that no longer holds."""
+    """The final plan. Raises one error naming everything that no longer holds.
+
+    A batched backend that nobody foresaw is left alone under ``auto`` when nothing was planned:
+    the launch is then the stock host's in every value. With a plan, budgets are filled, and the
+    final values have to fit them.
+    """
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
     cfg = resolving_view(server_args)
     plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
     capability = plan.capability
-    before = planned.capability if planned else Capability(False, "")
-    if capability.ok and capability.modes != before.modes:
-        raise refusal([_flipped(cfg, capability)])
     if not capability.ok:
         if planned is not None and requested(server_args).switch == "on":
             raise refusal([_left(cfg, capability)])
         return None
+    if planned is None:
+        if requested(server_args).switch == "on":
+            refuse(server_args, cfg, [_flipped(cfg, capability)])
+        leave_alone(server_args, [_flipped(cfg, capability).got])
+        return None
+    plan = _within(plan)
     _refill(server_args, plan, cfg)
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
         raise refusal(errors, plan)
-    return replace(plan, reserved_bytes=planned.reserved_bytes if planned else 0)
+    return replace(plan, reserved_bytes=planned.reserved_bytes)
+
+
+def _within(plan: Plan) -> Plan:
+    """``plan``, on the host's experts where only they run what the host made of the launch."""
+    errors = tuple(error for error in plan.errors if not error.host_runs)
+    return plan if errors == plan.errors else replace(plan, errors=errors, runner="host")
 
 
 def _refill(server_args: Any, plan: Plan, cfg: Any) -> None:

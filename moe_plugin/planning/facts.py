@@ -85,14 +85,17 @@ class LaunchFacts:
         max_running_requests: as typed, over all DP groups.
         cuda_graph_max_bs_prefill: tokens per DP group.
         cuda_graph_max_bs_decode: requests per DP group.
-        moe_runner_backend: ``auto`` or the user's choice.
+        moe_runner_backend: ``auto``, the user's choice, or what the host makes of ``auto``.
+        runner_typed: it is the user's choice, ``auto`` included; not the host's.
+        foreign_runner: the runner is another plugin's.
+        host_runners: runners that this host has functions for low-latency rows for.
         has_deep_gemm: DeepGEMM is installed.
         deep_gemm_switched_off: ``SGLANG_ENABLE_JIT_DEEPGEMM=0``.
         dispatch_dtype: what the user wants rows dispatched in, ``auto`` or a dtype of the host's.
         dispatch_dtype_source: the flag or variable it came from.
         compute_capability: (major, minor) of the device; None on a CPU.
         single_batch_overlap: ``--enable-single-batch-overlap``.
-        lora: LoRA adapters are served.
+        lora: LoRA adapters of routed experts are served.
         waterfill: ``--enable-waterfill``.
         whole_rows: attention-TP ranks may all dispatch all of a group's rows
             (``--disable-attn-tp-gather`` without attention DP).
@@ -138,6 +141,9 @@ class LaunchFacts:
     cuda_graph_max_bs_prefill: int | None = None
     cuda_graph_max_bs_decode: int | None = None
     moe_runner_backend: str = "auto"
+    runner_typed: bool = True
+    foreign_runner: bool = False
+    host_runners: frozenset[str] = frozenset({"deep_gemm", "humming", "flashinfer_cutedsl"})
     has_deep_gemm: bool = True
     deep_gemm_switched_off: bool = False
     dispatch_dtype: str = "auto"

@@ -115,6 +115,8 @@ def applied(
                 values["dp_group_chunk"] = None  # what the host made of the old one
         elif name in _TEXTS:
             values[_TEXTS[name]] = value or "auto"
+            if name == "--moe-runner-backend":
+                values["runner_typed"] = True
         elif name in _SWITCHES:
             values[_SWITCHES[name]] = value is not None
         elif name in _GRAPHS_OFF:

@@ -31,6 +31,8 @@ class Rejection:
         fix: what to type instead.
         changes: the same fix for programs.
         kind: which error it is raised as.
+        host_runs: the stock host runs this launch, or may: nothing to refuse it for unless the
+            plugin was asked for by name.
     """
 
     limit: str
@@ -39,6 +41,7 @@ class Rejection:
     fix: str
     changes: tuple[Change, ...] = ()
     kind: Kind = "budget"
+    host_runs: bool = False
 
     def __str__(self) -> str:
         return explain(self.limit, got=self.got, allowed=self.allowed, fix=self.fix)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .compatibility import LEAVE, LEAVE_TEXT, dispatches_fp8
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .limits import Limits
@@ -57,14 +59,23 @@ def check_tokens_per_rank(
                 f"a multiple of {multiple}, so that ranks x T is one of {rows}"
                 f"{' as FP8 rows need it' if fp8 else ''} ({limits.source(limit)})"
             )
-        return [reject("tokens per rank", shown, why, fix)]
+        error = reject("tokens per rank", shown, why, fix)
+        # The host's own variable, in a launch whose captured buckets are the host's own.
+        unplanned = multiple_of(model, launch, limits, captured=1)
+        host_runs = name == limits.capacity_variable and tokens_per_rank % unplanned == 0
+        return [replace(error, host_runs=host_runs)]
     return []
 
 
 def token_multiple(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> int:
     """What T must be a multiple of in this launch."""
+    return multiple_of(model, launch, limits, captured=GRAPH_MULTIPLE)
+
+
+def multiple_of(model: ModelFacts, launch: LaunchFacts, limits: Limits, *, captured: int) -> int:
+    """The same where captured buckets are multiples of ``captured``."""
     fp8 = dispatches_fp8(model, launch)
-    return limits.token_multiple(launch.tp_size, GRAPH_MULTIPLE, fp8=fp8)
+    return limits.token_multiple(launch.tp_size, captured, fp8=fp8)
 
 
 def check_model(

@@ -1,17 +1,30 @@
-"""The list of models without a DeepEP forward, against the source of the host's models."""
+"""The lists of models, against the source of the host's models."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from moe_plugin.planning.compatibility import NO_DEEPEP_FORWARD, NO_DISPATCHER
+from moe_plugin.planning.host_models import (
+    NO_DISPATCHER,
+    PLAIN_EXPERTS,
+    REFUSED_BY_HOST,
+    UNPROVEN,
+    WRONG_SUMS,
+)  # fmt: skip
 
 FUSED = re.compile(r"fused_moe import fused_moe$", re.MULTILINE)
-EXPERTS = re.compile(r"get_moe_impl_class|FusedMoE\(|EPMoE")
+ITS_OWN = re.compile(r"get_moe_impl_class\(")
+PLAIN = re.compile(r"(?<!\w)(?:FusedMoE\(|EPMoE)")
 ALL_TO_ALL = re.compile(r"deepep|a2a")
+REFUSES = re.compile(r"raise NotImplementedError\(\s*\"[^\"]*(?:DeepEP|forward_deepep)", re.DOTALL)
+BORDERS = re.compile(r"append_stages\(")
+SUMS = re.compile(r"(?:all_reduce|reduce_moe_output)\(")
+SHARED = re.compile(r"shared_experts? = |shared_mlp = ")
 # In the same file as models with experts: a dense one; and wrappers of transformers' own models,
 # which a plan knows by one name, whatever they wrap.
 OTHERS = re.compile(r"^HunYuanDenseV1ForCausalLM$|^Transformers")
@@ -26,26 +39,87 @@ def _entry_classes(tree: ast.Module) -> list[str]:
     return []
 
 
-def _without_all_to_all(experts: re.Pattern[str]) -> set[str]:
-    """Models of files that build such experts and never speak of an all-to-all."""
+@cache
+def _sources() -> dict[str, str]:
+    """Source of the file that defines each architecture."""
     host = find_spec("sglang")
     assert host is not None
     assert host.submodule_search_locations
-    found = set()
+    found = {}
     for path in Path(host.submodule_search_locations[0], "srt", "models").rglob("*.py"):
         source = path.read_text()
-        if experts.search(source) and not ALL_TO_ALL.search(source):
-            found |= set(_entry_classes(ast.parse(source)))
+        found |= dict.fromkeys(_entry_classes(ast.parse(source)), source)
     return found
+
+
+def _models(holds: Callable[[str], object]) -> set[str]:
+    return {name for name, source in _sources().items() if holds(source)}
 
 
 def test_models_that_call_the_fused_kernel_reach_no_dispatcher() -> None:
     """Whatever backend is selected: there is nothing to bound."""
-    assert _without_all_to_all(FUSED) == NO_DISPATCHER
+    fused = _models(lambda source: FUSED.search(source) and not ALL_TO_ALL.search(source))
+    assert fused == NO_DISPATCHER - {"QuantMixtralForCausalLM"}
+    lists = _sources()["QuantMixtralForCausalLM"]
+    assert not ITS_OWN.search(lists)
+    assert not PLAIN.search(lists)
 
 
-def test_models_whose_source_never_speaks_of_an_all_to_all_are_refused() -> None:
-    """They scatter no tokens: every rank would dispatch all rows, of which T is not a bound."""
-    found = _without_all_to_all(EXPERTS)
+def test_models_whose_source_never_speaks_of_an_all_to_all_are_listed() -> None:
+    """Each was looked at: a new one is refused by this test until somebody has."""
+
+    def silent(source: str) -> bool:
+        experts = ITS_OWN.search(source) or PLAIN.search(source)
+        return bool(experts and not ALL_TO_ALL.search(source))
+
+    found = _models(silent)
+    listed = WRONG_SUMS | UNPROVEN
     assert {"MixtralForCausalLM", "TransformersMoEForCausalLM"} <= found
-    assert sorted(n for n in found - NO_DEEPEP_FORWARD if not OTHERS.match(n)) == []
+    assert sorted(n for n in found - listed if not OTHERS.match(n)) == []
+    # No name ages: what is listed is still a model of the host's, and still says nothing.
+    speaks = {name for name in listed if ALL_TO_ALL.search(_sources().get(name, "a2a"))}
+    assert speaks == {"Ernie4_5_MoeForCausalLM"}  # in a comment
+
+
+def test_models_that_the_host_refuses() -> None:
+    """They raise where DeepEP is selected."""
+    found = _models(lambda source: ALL_TO_ALL.search(source) and REFUSES.search(source))
+    assert found == REFUSED_BY_HOST
+
+
+def test_plain_experts_are_built_outside_the_all_to_alls_class() -> None:
+    """``FusedMoE(`` and never ``get_moe_impl_class(``."""
+    plain = _models(
+        lambda source: (
+            PLAIN.search(source) and not ITS_OWN.search(source) and not ALL_TO_ALL.search(source)
+        )
+    )
+    # Their experts are in files of their own.
+    elsewhere = {n for n in PLAIN_EXPERTS if not PLAIN.search(_sources()[n])}
+    assert {n for n in plain if not OTHERS.match(n)} == PLAIN_EXPERTS - elsewhere
+    assert elsewhere == {
+        "InklingForConditionalGeneration", "InklingForConditionalGenerationMTP",
+        "Llama4ForConditionalGeneration",
+    }  # fmt: skip
+
+
+def test_unproven_models_have_what_the_others_lack() -> None:
+    """Borders that scatter tokens, no sum of their own, no shared experts split over ranks."""
+    for name in UNPROVEN - {"IQuestQ1ForCausalLM"}:
+        source = _sources()[name]
+        assert BORDERS.search(source), name
+        assert not SUMS.search(source), name
+        assert not SHARED.search(source), name
+    # IQuest-Q1's MoE block is told by its layer to leave the sum out.
+    source = _sources()["IQuestQ1ForCausalLM"]
+    block = source[source.index("self.mlp = IQuestQ1MoEBlock(") :][:300]
+    assert "reduce_results=False" in block
+
+
+def test_zero_experts_share_one_id() -> None:
+    """Why T does not bound LongCat: every zero expert of a token becomes a slot of expert 0."""
+    host = find_spec("sglang")
+    assert host is not None
+    assert host.submodule_search_locations
+    kernels = Path(host.submodule_search_locations[0], "kernels", "ops", "moe", "ep_moe_kernels.py")
+    assert "expert_indices[normal_expert_mask] = 0" in kernels.read_text()

@@ -80,7 +80,7 @@ MORE["compressed"] = quantized(
 )  # fmt: skip
 
 LEAVE = "--moe-a2a-backend none"
-LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj")
+LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all")
 ROWS = (
     Row("1", "qwen3-fp8", LL, tokens=256),
     Row("1 (auto)", "qwen3-fp8", TP8, tokens=256, runner="host"),

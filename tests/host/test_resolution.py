@@ -103,9 +103,9 @@ def test_flag_wins_over_variable_only_when_they_agree(launch: Launch) -> None:
     assert f"unset {CAPACITY}" in answer["error"]
 
 
-def test_a_capacity_that_is_no_number_is_refused(launch: Launch) -> None:
+def test_a_capacity_that_is_no_number_is_refused_where_we_are_asked_for(launch: Launch) -> None:
     """The host would warn and take 128."""
-    answer = launch(*TP8, *LL, env={CAPACITY: "many"})
+    answer = launch(*TP8, "--use-batched-dp-moe", "on", env={CAPACITY: "many"})
     assert f"{CAPACITY}=256" in answer["error"]
     assert "128" in answer["error"]
 
@@ -155,17 +155,14 @@ def test_on_refuses_a_dense_model(launch: Launch) -> None:
     assert "routed MoE" in answer["error"]
 
 
-def test_a_backend_that_would_flip_late_is_refused(launch: Launch) -> None:
-    """Waterfill and context-parallel DeepSeek select deepep after budgets were decided."""
-    answer = launch("--tp-size", "8", "--enable-waterfill", model="deepseek-v3")
-    assert not answer["ok"]
-    assert "--moe-a2a-backend deepep" in answer["error"]
-    answer = launch(
-        *("--tp-size", "8", "--enable-prefill-cp", "--cp-strategy", "zigzag"),
-        model="deepseek-v3",
-    )
-    assert not answer["ok"]
-    assert "--moe-a2a-backend deepep" in answer["error"]
+def test_a_backend_that_the_host_selects_late_is_known_early(launch: Launch) -> None:
+    """Waterfill and context-parallel DeepSeek: declared before graphs and memory are decided."""
+    for flags in (("--enable-waterfill",), ("--enable-prefill-cp", "--cp-strategy", "zigzag")):
+        answer = launch("--tp-size", "8", *flags, model="deepseek-v3")
+        assert answer["ok"], answer["error"]
+        assert answer["plan"]["capability"]["modes"] == ["decode"]
+        declared = answer["declared"]
+        assert declared.index("moe_plugin") < declared.index("_parse_cuda_graph_config")
 
 
 def test_old_spelling_of_attention_dp(launch: Launch) -> None:

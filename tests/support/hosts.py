@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+HOST_EXPERTS = Path(__file__).with_name("host_experts.py")
 _MARK = "RESULT:"
 _EMIT = f"import json\ndef emit(value): print({_MARK!r} + json.dumps(value))\n"
 
@@ -25,11 +26,15 @@ emit(STATUS.hooked)
 
 
 def run_host(
-    code: str | Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    code: str | Path,
+    *,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code, or a file, in a process of its own, away from our `kernels` folder."""
     return subprocess.run(
-        [sys.executable, "-P", *([str(code)] if isinstance(code, Path) else ["-c", code])],
+        [sys.executable, "-P", *([str(code)] if isinstance(code, Path) else ["-c", code]), *args],
         cwd=cwd or ROOT / "tests",
         env={**os.environ, "SGLANG_PLATFORM": "moe_plugin_cpu", **(env or {})},
         capture_output=True,

@@ -1,0 +1,49 @@
+"""What the host's model code does behind an all-to-all, for models that were not written for one.
+
+Since 0.5.23 the host scatters tokens and leaves sums out at the borders of a layer, for every
+model. What is left is in a model's own MoE block: it may sum once more, add shared experts that
+are split over tensor parallelism, or stay away from a dispatch when it has no tokens.
+``tests/host/test_host_models.py`` holds each list against the host's source.
+"""
+
+from __future__ import annotations
+
+NO_DISPATCHER = frozenset(
+    {
+        "AfmoeForCausalLM", "DbrxForCausalLM", "DeepseekForCausalLM", "QuantMixtralForCausalLM",
+        "XverseMoeForCausalLM",
+    }
+)  # fmt: skip
+"""Their experts call a kernel or single MLPs: no all-to-all backend reaches them."""
+
+REFUSED_BY_HOST = frozenset({"GptOssForCausalLM", "Step3VLForConditionalGeneration"})
+"""``NotImplementedError`` with DeepEP, in the constructor or in the first forward."""
+
+PLAIN_EXPERTS = frozenset(
+    {
+        "Cohere2MoeForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSWAForCausalLM",
+        "GraniteMoeSharedForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM",
+        "HYV3ForCausalLM", "HunYuanMoEV1ForCausalLM", "InklingForConditionalGeneration",
+        "InklingForConditionalGenerationMTP", "Lfm2MoeForCausalLM", "Llama4ForCausalLM",
+        "Llama4ForConditionalGeneration", "MixtralForCausalLM", "OlmoeForCausalLM",
+        "PhiMoEForCausalLM",
+    }
+)  # fmt: skip
+"""They build ``FusedMoE`` itself instead of the all-to-all's class, which ours attach to."""
+
+UNPROVEN = frozenset({"IQuestQ1ForCausalLM", "LongcatFlashForCausalLM", "MixtralForCausalLM"})
+"""Right on the stock host, as far as its code tells, but T does not bound what they dispatch.
+
+LongCat maps every zero expert to expert 0: one token may fill several of its T slots there.
+IQuest-Q1 routes empty batches without the usual special case; Mixtral has plain experts.
+"""
+
+WRONG_SUMS = (PLAIN_EXPERTS - UNPROVEN) | {
+    "BailingMoeV2_5ForCausalLM", "Ernie4_5_MoeForCausalLM",
+    "Ernie4_5_VLMoeForConditionalGeneration", "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration", "InternS2MobiusForConditionalGeneration",
+    "KimiLinearForCausalLM", "LagunaForCausalLM", "SarvamMLAForCausalLM", "SarvamMoEForCausalLM",
+    "TransformersMoEForCausalLM", "TransformersMultiModalMoEForCausalLM", "ZayaForCausalLM",
+}  # fmt: skip
+"""With more than one rank they sum complete outputs once more, add shards that nobody sums, or
+leave ranks without tokens out of the dispatch. On one rank there is nothing to sum."""
