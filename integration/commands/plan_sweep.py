@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ...cli.main import REFUSED
-from ...planning.report import table
-from ...planning.sweep import TOKENS, Point, prefill_steps, rows, svg
+from ...cli.tables import table_for
+from ...errors import ConfigError, explain
+from ...planning.sweep import TOKENS, Point, plot_suffixes, prefill_steps, rows
+from ...planning.sweep import plot as draw_plot
 from ..flags import MAX_TOKENS_FLAG
 from .plan_launch import plan_launch
+
+DEFAULT_PLOT = "moe-plugin-sweep.svg"
 
 
 def without_tokens(argv: Sequence[str]) -> list[str]:
@@ -26,8 +30,24 @@ def without_tokens(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def _plot_path(plot: str) -> Path:
+    """Where the plot goes; refused before the launch is resolved ten times."""
+    path, known = Path(plot), plot_suffixes()
+    if path.suffix not in known or not path.parent.is_dir():
+        raise ConfigError(
+            explain(
+                "plot of a sweep",
+                got=plot,
+                allowed=f"a file in a folder that exists, ending with {', '.join(known)}",
+                fix=f"--sweep {DEFAULT_PLOT}",
+            )
+        )
+    return path
+
+
 def sweep(argv: Sequence[str], target: str, plot: str, as_json: bool, out: Any) -> int:
     """Print the table (or JSON), write the plot; returns 0, or 2 when every T is refused."""
+    path = _plot_path(plot)
     base = without_tokens(argv)
     points = []
     for tokens in TOKENS:
@@ -49,9 +69,9 @@ def sweep(argv: Sequence[str], target: str, plot: str, as_json: bool, out: Any) 
                 verdict=verdict,
             )
         )
-    Path(plot).write_text(svg(points, f"tokens per rank, {target}"), encoding="utf-8")
+    draw_plot(points, f"tokens per rank, {target}", path)
     if as_json:
         print(json.dumps({"points": [point.as_dict() for point in points], "plot": plot}), file=out)
     else:
-        print(f"{table(rows(points))}\nplot: {plot}", file=out)
+        print(f"{table_for(out)(rows(points))}\nplot: {plot}", file=out)
     return 0 if any(point.verdict == "ok" for point in points) else REFUSED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ...planning.plan import Rejection, refusal
 from .model_facts import routed_experts
 
 # The host's defaults, where the user named nothing: `_auto_choose_speculative_params`,
@@ -16,15 +17,38 @@ NGRAM_DEFAULT = 12
 DFLASH_DEFAULT = 16
 
 
+WIDTH_FLAGS = {
+    "NGRAM": "--speculative-num-draft-tokens",
+    "DFLASH": "--speculative-dflash-block-size",
+    "DSPARK": "--speculative-dspark-block-size",
+}
+"""The flag that the width follows from; ``--speculative-num-steps`` for all others."""
+
+
 def draft_width(server_args: Any, cfg: Any) -> int:
     """Rows per running request in the widest decode-like forward of target or draft.
 
     The largest of: tokens verified per request, tokens the draft extends over after a verify
     (steps + 1), and draft branches (top-k).
+
+    Raises:
+        ConfigError: there would be none, as with a negative number of steps.
     """
     algorithm = (cfg.speculative_algorithm or "").upper()
     if not algorithm or algorithm == "NONE":
         return 1
+    width = _width(server_args, cfg, algorithm)
+    if width < 1:
+        flag = WIDTH_FLAGS.get(algorithm, "--speculative-num-steps")
+        typed = getattr(cfg, flag.removeprefix("--").replace("-", "_"), None)
+        got = f"{flag} {typed}, which makes {width} rows per request"
+        raise refusal(
+            [Rejection("speculative decoding", got, ">= 1", f"{flag} 1", ((flag, "1"),), "config")]
+        )
+    return width
+
+
+def _width(server_args: Any, cfg: Any, algorithm: str) -> int:
     verified = _resolved_width(server_args) if _is_resolved(server_args) else 0
     if algorithm == "NGRAM":
         return max(verified, cfg.speculative_num_draft_tokens or NGRAM_DEFAULT)

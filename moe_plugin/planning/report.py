@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .memory import gib
 from .plan import Plan
@@ -17,7 +17,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def render(plan: Plan) -> str:
+def render(plan: Plan, draw: Callable[[Sequence[Sequence[str]]], str] = table) -> str:
     """A plan as text: verdict, budgets with their arithmetic, bytes, errors."""
     lines = [f"batched data-parallel MoE: {plan.capability.reason}"]
     if plan.budgets:
@@ -33,7 +33,7 @@ def render(plan: Plan) -> str:
             )
             for budget in plan.budgets
         ]
-        lines += ["", table(rows)]
+        lines += ["", draw(rows)]
     if plan.capability.ok:
         lines += [
             "",

@@ -1,17 +1,20 @@
-"""Tokens per rank against what they cost and buy: rows of a table, and a plot as plain SVG."""
+"""Tokens per rank against what they cost and buy: rows of a table, and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from ..errors import UnsupportedError, explain
 from .row_budgets import ceil_div
 
 PROMPTS = (2048, 8192, 32768)
 """Prompt lengths, tokens, whose prefill steps are counted."""
 TOKENS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Tokens per rank that are tried."""
+_STEPS, _BYTES = "tab:red", "tab:blue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,49 +74,54 @@ def rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
     return table
 
 
-_WIDTH, _HEIGHT, _LEFT, _TOP = 640, 360, 70, 40
+def plot_suffixes() -> tuple[str, ...]:
+    """What a plot's file name may end with.
+
+    Raises:
+        UnsupportedError: matplotlib, which draws it, is not installed.
+    """
+    return tuple(f".{kind}" for kind in sorted(_canvas().get_supported_filetypes()))
 
 
-def svg(points: Sequence[Point], title: str) -> str:
-    """Prefill steps of the longest prompt (left axis) and bytes (right axis) over T."""
+def plot(points: Sequence[Point], title: str, path: Path) -> None:
+    """Draw prefill steps of the longest prompt (left) and bytes (right) over T into ``path``.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    figure = _canvas().figure
+    steps = figure.subplots()
+    steps.set_title(title)
+    steps.set_xlabel("T, tokens per rank")
+    steps.set_ylabel(f"prefill steps of a {PROMPTS[-1]}-token prompt", color=_STEPS)
+    size = steps.twinx()
+    size.set_ylabel("buffer + workspace, GiB per rank", color=_BYTES)
     good = [point for point in points if point.verdict == "ok"]
-    right, bottom = _WIDTH - _LEFT, _HEIGHT - 50
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_WIDTH // 2}" y="20" text-anchor="middle">{title}</text>',
-        f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}V{_TOP}" fill="none" stroke="#444"/>',
-    ]
+    tokens = [point.tokens for point in good]
     if good:
-        top_steps = max(point.steps[-1] for point in good)
         gib = [(point.device_bytes + point.workspace_bytes) / 2**30 for point in good]
-        top_gib = max(max(gib), 0.01)
-        span = max(point.tokens for point in good)
-        xs = [_LEFT + (right - _LEFT) * point.tokens / span for point in good]
+        steps.plot(tokens, [point.steps[-1] for point in good], color=_STEPS, marker=".")
+        size.plot(tokens, gib, color=_BYTES, marker=".")
+        steps.set_xscale("log", base=2)
+        steps.set_xticks(tokens, [str(value) for value in tokens], fontsize="small")
+        steps.minorticks_off()
+    for axis in (steps, size):
+        axis.set_ylim(bottom=0)
+    figure.savefig(path)
 
-        def curve(values: Sequence[float], top: float, colour: str) -> str:
-            ys = [bottom - (bottom - _TOP) * value / top for value in values]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-            return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
 
-        lines.append(curve([point.steps[-1] for point in good], top_steps, "#c0392b"))
-        lines.append(curve(gib, top_gib, "#2c6fbb"))
-        for x, point in zip(xs, good, strict=True):
-            lines.append(
-                f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{point.tokens}</text>'
+def _canvas() -> Any:
+    """A canvas without a window."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError(
+            explain(
+                "plot of a sweep",
+                got="no matplotlib",
+                allowed="matplotlib, which draws it",
+                fix="pip install 'moe-plugin[plot]'",
             )
-        lines += [
-            f'<text x="{_LEFT - 6}" y="{_TOP + 4}" text-anchor="end" fill="#c0392b">'
-            f"{top_steps}</text>",
-            f'<text x="{right + 6}" y="{_TOP + 4}" fill="#2c6fbb">{top_gib:.1f} GiB</text>',
-        ]
-    lines += [
-        f'<text x="{_LEFT}" y="{_HEIGHT - 12}" fill="#c0392b">prefill steps of a '
-        f"{PROMPTS[-1]}-token prompt</text>",
-        f'<text x="{right}" y="{_HEIGHT - 12}" text-anchor="end" fill="#2c6fbb">'
-        "buffer + workspace, GiB per rank</text>",
-        f'<text x="{_WIDTH // 2}" y="{_HEIGHT - 12}" text-anchor="middle">T</text>',
-        "</svg>",
-    ]
-    return "\n".join(lines) + "\n"
+        ) from None
+    return FigureCanvasAgg(Figure(figsize=(7.5, 4.5), layout="constrained"))
