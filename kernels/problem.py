@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import triton
 
-from .launch import Device
+from .formats import Format
+from .launch import SCALES_ALIGNED, Device
 
 ALIGNMENT = 16  # bytes; of what the copy engine reads, and what Triton specialises pointers on
 INTERPRETER = Device("interpreter", (8, 9), 4)
@@ -73,8 +74,9 @@ class Problem:
     masked_m: Any
     out: Any
     out_scale: Any
+    format: Format
     fused: bool
-    x_group: int
+    x_scale_group: int
     partial: Any = None  # float32 parts of a split depth, and
     counters: Any = None  # int32 arrivals, cleared by the fused launch
 
@@ -99,7 +101,9 @@ def tma_ready(problem: Problem) -> bool:
     tensors = [problem.x, problem.w]
     if problem.x_scale is not None:
         scale = problem.x_scale
-        capacity, groups = problem.x.shape[1], scale.shape[2]
-        if scale.stride() != (groups * capacity, 1, capacity) or scale.data_ptr() % ALIGNMENT:
+        capacity, per_row = problem.x.shape[1], scale.shape[2]
+        if scale.stride() != (per_row * capacity, 1, capacity) or scale.data_ptr() % ALIGNMENT:
+            return False
+        if capacity % SCALES_ALIGNED:
             return False
     return all(t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors)

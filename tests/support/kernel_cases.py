@@ -4,26 +4,27 @@ Shared by the tests and the benchmarks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
 
 from moe_plugin.kernels.experts_torch import (
-    SCALE_BLOCK,
     batched_experts_torch,
-    dequantise_blocks_torch,
+    dequantise_expert_torch,
     dequantise_groups_torch,
     quantise_groups_torch,
 )
+from moe_plugin.kernels.formats import SCALE_BLOCK, Format
 from moe_plugin.kernels.tuning.tune import zipf_counts
+from moe_plugin.kernels.weights import ExpertWeights
 
 # Kernel and twin round in the same places; what differs is the order of summation.
 RMS_FACTOR = 1.25
 MAX_FACTOR = 3.0
 # For fp8, launches re-quantise in groups of 64 or 128 channels. One row rounded both ways differs
 # by chance: of 300 single rows of 176 channels, two erred by more than 1.25 times as much.
-TWINS = (batched_experts_torch, partial(batched_experts_torch, group=64))
+TWINS = (batched_experts_torch, partial(batched_experts_torch, scale_group=64))
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,13 @@ class Layer:
 
     x: torch.Tensor
     x_scale: torch.Tensor | None
-    w13: torch.Tensor
-    w13_scale: torch.Tensor | None
-    w2: torch.Tensor
-    w2_scale: torch.Tensor | None
+    weights: ExpertWeights
     counts: tuple[int, ...]
 
     def args(self) -> tuple:
         """Positional arguments up to `masked_m`."""
         masked_m = torch.tensor(self.counts, dtype=torch.int32, device=self.x.device)
-        return (
-            self.x, self.x_scale, self.w13, self.w13_scale, self.w2, self.w2_scale, masked_m
-        )  # fmt: skip
+        return self.x, self.x_scale, self.weights, masked_m
 
     def poisoned_output(self) -> torch.Tensor:
         """A bf16 output full of NaN."""
@@ -83,9 +79,17 @@ def quantise_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_weights(
+    experts: int, hidden: int, inter: int, fmt: Format, gen: torch.Generator
+) -> ExpertWeights:
+    """Random experts that keep activations near unit variance."""
+    w13, w13_scale = _make_matrix(experts, 2 * inter, hidden, fmt.fp8_rows, gen)
+    w2, w2_scale = _make_matrix(experts, hidden, inter, fmt.fp8_rows, gen)
+    return ExpertWeights(w13, w2, w13_scale, w2_scale, fmt)
+
+
+def _make_matrix(
     experts: int, n: int, k: int, fp8: bool, gen: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Random [L, N, K] weights that keep activations near unit variance."""
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     w = torch.empty((experts, n, k), dtype=dtype, device=gen.device)
     scales = []
@@ -100,16 +104,13 @@ def make_weights(
 
 
 def make_layer(
-    capacity: int, hidden: int, inter: int, counts: tuple[int, ...], fp8: bool, device: str,
+    capacity: int, hidden: int, inter: int, counts: tuple[int, ...], fmt: Format, device: str,
     seed: int = 0,
 ) -> Layer:  # fmt: skip
     """Random layer whose unused rows, data and scales alike, hold NaN."""
     gen = torch.Generator(device=device).manual_seed(seed)
-    experts = len(counts)
-    w13, w13_scale = make_weights(experts, 2 * inter, hidden, fp8, gen)
-    w2, w2_scale = make_weights(experts, hidden, inter, fp8, gen)
-    x, x_scale = make_rows(capacity, hidden, counts, fp8, gen)
-    return Layer(x, x_scale, w13, w13_scale, w2, w2_scale, counts)
+    weights = make_weights(len(counts), hidden, inter, fmt, gen)
+    return Layer(*make_rows(capacity, hidden, counts, fmt.fp8_rows, gen), weights, counts)
 
 
 def make_rows(
@@ -133,17 +134,26 @@ def make_rows(
     return x, x_scale
 
 
+def one_expert(weights: ExpertWeights, expert: int) -> ExpertWeights:
+    """The same of a single expert."""
+    tensors = {
+        field.name: value[expert : expert + 1]
+        for field in fields(weights)
+        if isinstance(value := getattr(weights, field.name), torch.Tensor)
+    }
+    return replace(weights, **tensors)
+
+
 def exact(layer: Layer, experts: list[int] | None = None) -> dict[int, torch.Tensor]:
     """The layer in float64 on the same (quantised) inputs, unrounded in between; live rows only."""
-    inter = layer.w2.shape[-1]
+    inter = layer.weights.w2.shape[-1]
     result = {}
     for e in experts if experts is not None else range(len(layer.counts)):
         m = layer.counts[e]
-        x, w13, w2 = layer.x[e, :m], layer.w13[e], layer.w2[e]
+        x = layer.x[e, :m]
+        w13, w2 = dequantise_expert_torch(layer.weights, e)
         if layer.x_scale is not None:
             x = dequantise_groups_torch(x, layer.x_scale[e, :m])
-            w13 = dequantise_blocks_torch(w13, layer.w13_scale[e])
-            w2 = dequantise_blocks_torch(w2, layer.w2_scale[e])
         both = x.double() @ w13.double().T
         act = torch.nn.functional.silu(both[:, :inter]) * both[:, inter:]
         result[e] = act @ w2.double().T
@@ -166,9 +176,12 @@ def check(
         assert out[e, m:].isnan().all(), f"{name}: expert {e} wrote past its {m} rows"
         if not m:
             continue
-        one = [t if t is None else t[e : e + 1] for t in layer.args()]
-        one[0] = one[0][:, :m]
-        one[1] = one[1] if one[1] is None else one[1][:, :m]
+        one = (
+            layer.x[e : e + 1, :m],
+            None if layer.x_scale is None else layer.x_scale[e : e + 1, :m],
+            one_expert(layer.weights, e),
+            torch.tensor([m], dtype=torch.int32, device=out.device),
+        )
         got = out[e, :m].double() - want
         refs = [twin(*one, m)[0].double() - want for twin in twins]
         assert got.isfinite().all(), f"{name}: expert {e} of {m} rows is not finite"

@@ -8,25 +8,28 @@ from moe_plugin.kernels.experts_torch import (
     dequantise_groups_torch,
     quantise_groups_torch,
 )
+from moe_plugin.kernels.formats import BF16, FORMATS, Format
+from moe_plugin.kernels.weights import ExpertWeights
 from tests.support.kernel_cases import ROUTINGS, exact, make_layer, zipf_counts
 
 
-@pytest.mark.parametrize(("fp8", "bound"), [(False, 6e-3), (True, 4e-2)], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("counts", [(0, 16, 5), (1, 0, 0), (16, 16, 16)], ids=str)
-def test_matches_float64(fp8: bool, bound: float, counts: tuple[int, ...]) -> None:
-    layer = make_layer(16, 256, 112, counts, fp8, "cpu")
+def test_matches_float64(fmt: Format, counts: tuple[int, ...]) -> None:
+    layer = make_layer(16, 256, 112, counts, fmt, "cpu")
     out = batched_experts_torch(*layer.args(), 4, out=layer.poisoned_output())
     for e, want in exact(layer).items():
         m = counts[e]
         assert out[e, m:].isnan().all(), "a row past the count was written"
         if m:
+            bound = 4e-2 if fmt.fp8_rows else 6e-3
             assert (out[e, :m].double() - want).norm() <= bound * want.norm()
 
 
 def test_float32_is_exact_to_rounding() -> None:
-    layer = make_layer(8, 128, 64, (8, 3), False, "cpu")
-    args = [t if t is None or t.dtype == torch.int32 else t.float() for t in layer.args()]
-    out = batched_experts_torch(*args, 1)
+    layer = make_layer(8, 128, 64, (8, 3), BF16, "cpu")
+    weights = ExpertWeights(layer.weights.w13.float(), layer.weights.w2.float())
+    out = batched_experts_torch(layer.x.float(), None, weights, layer.args()[-1], 1)
     for e, want in exact(layer).items():
         assert (out[e, : layer.counts[e]].double() - want).norm() <= 1e-5 * want.norm()
 
