@@ -2,9 +2,10 @@
 
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
-costs the host where no graph is replayed), compile (seconds to compile and load all kernels of a
-plan, from an empty cache and from a filled one). `check` comes first: `all.sh` and
-`make bench-kernels` time nothing after a red one.
+costs the host where no graph is replayed), split (the second GEMM's depth split or not, with one or
+two experts), compile (seconds to compile and load all kernels of a plan, from an empty cache and
+from a filled one). `check` comes first: `all.sh` and `make bench-kernels` time nothing after a red
+one.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from deepgemm import layer_call
 from eager import time_eager
 from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
+from split import FEW_EXPERTS, time_splits
 from verdict import ceilings_sound, verdict
 
 from moe_plugin.kernels.experts import batched_experts
@@ -54,6 +56,7 @@ from moe_plugin.kernels.tuning.tune import (
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 EAGER_ROWS = (1, 64)
+SPLIT_ROWS = (1, 8, 32, 64, 128, 256)
 
 
 class Watchdog:
@@ -277,6 +280,19 @@ def run_eager(
                 (out / "kernels-eager.json").write_text(json.dumps(result, indent=1))
 
 
+def run_split(
+    out: Path, formats: Sequence[Format], rows: Sequence[int], watchdog: Watchdog
+) -> None:
+    """Layers of one or two experts, with every split of the second GEMM's depth."""
+    result: dict[str, Any] = {"environment": environment(), "cells": []}
+    for name in FEW_EXPERTS:
+        for fmt in formats:
+            watchdog(f"split {name} {fmt.name}")
+            result["cells"] += time_splits(name, fmt, rows)
+            print(*result["cells"][-len(rows) :], sep="\n", flush=True)
+            (out / "kernels-split.json").write_text(json.dumps(result, indent=1))
+
+
 WARM_UP = """
 import sys, time
 import torch
@@ -321,7 +337,7 @@ def run_compile(out: Path, models: list[int], formats: Sequence[Format]) -> None
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "compile"))
+    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "split", "compile"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
@@ -340,6 +356,8 @@ def main() -> None:
         run_sweep(*where, args.rows or ROW_COUNTS, watchdog)
     elif args.stage == "eager":
         run_eager(*where, args.rows or EAGER_ROWS, watchdog)
+    elif args.stage == "split":
+        run_split(args.out, formats, args.rows or SPLIT_ROWS, watchdog)
     elif args.stage == "compile":
         run_compile(*where)
     else:
