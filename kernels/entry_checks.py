@@ -35,7 +35,7 @@ def check_layer(
     if FORMATS.get(fmt.name) != fmt:
         raise refusal("format", fmt.name, ", ".join(FORMATS), "run the host's own experts")
     experts, capacity, hidden = x.shape
-    shape = Shape(experts, capacity, hidden, weights.w2.shape[2], fmt)
+    shape = Shape(experts, capacity, hidden, weights.w2.shape[2], fmt, weights.activation)
     multiple = SCALE_BLOCK if fmt.fp8_rows else 16
     for name, size, step in (("hidden", hidden, multiple), ("intermediate", shape.inter, 16)):
         if size % step or not size:
@@ -45,8 +45,8 @@ def check_layer(
     wanted = weight_specs(shape)
     for name in ("w13", "w2"):
         _check(name, getattr(weights, name), getattr(wanted, name), x.device, strided=True)
-        scale = f"{name}_scale"
-        _check(scale, getattr(weights, scale), getattr(wanted, scale), x.device)
+        for more in (f"{name}_scale", f"{name}_bias"):
+            _check(more, getattr(weights, more), getattr(wanted, more), x.device)
     rows = Spec((experts, capacity, hidden), rows_dtype)
     _check("hidden_states", x, rows, x.device, strided=True)
     _check("hidden_states_scale", x_scale, rows_scale_spec(shape), x.device, any_strides=True)
@@ -70,7 +70,7 @@ def _check(
         return
     if tensor is None or wanted is None:
         got, allowed = ("nothing", "a tensor") if tensor is None else ("a tensor", "nothing")
-        raise refusal(name, got, allowed, "give a format the scales that it has, and no others")
+        raise refusal(name, got, allowed, "give what format and activation say, nothing else")
     if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
         got = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise refusal(name, got, f"{wanted.shape} {wanted.dtype}", "see batched_experts")

@@ -47,12 +47,12 @@ def layer_problems(
     channels of the activation that share a scale."""
     act, parts, arrivals, act_scale = between
     gate_up = Problem(
-        x, x_scale, weights.w13, weights.w13_scale, masked_m, act, act_scale, weights.format, True,
-        SCALE_BLOCK, None, arrivals,
+        x, x_scale, weights.w13, weights.w13_scale, weights.w13_bias, masked_m, act, act_scale,
+        weights.format, weights.activation, SCALE_BLOCK, None, arrivals,
     )  # fmt: skip
     down = Problem(
-        act, act_scale, weights.w2, weights.w2_scale, masked_m, out, None, weights.format, False,
-        scale_group, parts, arrivals,
+        act, act_scale, weights.w2, weights.w2_scale, weights.w2_bias, masked_m, out, None,
+        weights.format, None, scale_group, parts, arrivals,
     )  # fmt: skip
     return gate_up, down
 
@@ -73,14 +73,20 @@ def weight_specs(shape: Shape) -> ExpertWeights:
     def scale(rows: int, depth: int) -> Spec | None:
         if shape.format.weight_scale == "none":
             return None
+        if shape.format.weight_scale == "channel":
+            return Spec((experts, rows), torch.float32)
         size = (experts, ceil_div(rows, SCALE_BLOCK), ceil_div(depth, SCALE_BLOCK))
         return Spec(size, torch.float32)
 
+    def bias(rows: int) -> Spec | None:
+        return Spec((experts, rows), torch.float32) if shape.activation.bias else None
+
     tensors: tuple[Any, ...] = (
         Spec((experts, 2 * inter, hidden), dtype), Spec((experts, hidden, inter), dtype),
-        scale(2 * inter, hidden), scale(hidden, inter),
+        scale(2 * inter, hidden), scale(hidden, inter), shape.format, shape.activation,
+        bias(2 * inter), bias(hidden),
     )  # fmt: skip
-    return ExpertWeights(*tensors, format=shape.format)
+    return ExpertWeights(*tensors)
 
 
 def layer_specs(shape: Shape, launch: Launch, device: Device) -> tuple[Problem, Problem]:

@@ -49,7 +49,7 @@ def batched_experts(
     out: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> torch.Tensor:
-    """SwiGLU experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
+    """Gated experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
 
     hidden_states: [L, M, H] bf16, or float8_e4m3fn with hidden_states_scale [L, M, H // 128]
         float32, column-major as DeepEP delivers it (any strides work, those are the fast ones; so

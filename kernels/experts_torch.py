@@ -4,9 +4,9 @@ Needs no triton, runs on CPU and GPU, and is short enough to read in one go.
 """
 
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad
 
-from .formats import FP8_MAX, MIN_AMAX, SCALE_BLOCK
+from .formats import FP8_MAX, MIN_AMAX, SCALE_BLOCK, Activation
 from .weights import ExpertWeights
 
 
@@ -44,10 +44,27 @@ def dequantise_expert_torch(
     w13, w2 = weights.w13[expert], weights.w2[expert]
     if weights.w13_scale is None or weights.w2_scale is None:
         return w13.float(), w2.float()
-    return (
-        dequantise_blocks_torch(w13, weights.w13_scale[expert]),
-        dequantise_blocks_torch(w2, weights.w2_scale[expert]),
-    )
+    s13, s2 = weights.w13_scale[expert], weights.w2_scale[expert]
+    if weights.format.weight_scale == "channel":
+        return w13.float() * s13.unsqueeze(-1), w2.float() * s2.unsqueeze(-1)
+    return dequantise_blocks_torch(w13, s13), dequantise_blocks_torch(w2, s2)
+
+
+def activate_torch(both: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """[..., 2I] products of w13 to [..., I], in the dtype that they have."""
+    inter = both.shape[-1] // 2
+    gate, up = both[..., :inter], both[..., inter:]
+    if activation.interleaved:
+        gate, up = both[..., ::2], both[..., 1::2]
+    limit = activation.limit
+    if limit is not None:
+        up = up.clamp(-limit, limit)
+        if activation.kind == "swiglu":
+            gate = gate.clamp(max=limit)
+    gate = gate * torch.sigmoid(activation.alpha * gate)
+    if activation.kind == "swiglu_clamped":
+        gate = gate.clamp(max=limit)
+    return gate * (up + activation.beta)
 
 
 def batched_experts_torch(
@@ -60,7 +77,7 @@ def batched_experts_torch(
     out: torch.Tensor | None = None,
     scale_group: int = SCALE_BLOCK,
 ) -> torch.Tensor:
-    """SwiGLU experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
+    """Gated experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
 
     bf16, fp32, or float8_e4m3fn with scales; products accumulate in float32 and the activation is
     rounded to the input's precision between the two GEMMs. Rows past the count may hold NaN: they
@@ -69,7 +86,6 @@ def batched_experts_torch(
     """
     del expected_m
     experts, capacity, hidden = hidden_states.shape
-    inter = weights.w2.shape[-1]
     fp8 = weights.format.fp8_rows
     dtype = torch.bfloat16 if fp8 else hidden_states.dtype
     if out is None:
@@ -83,12 +99,16 @@ def batched_experts_torch(
             x = dequantise_groups_torch(x, hidden_states_scale[e, :rows])
         gate_up, down = dequantise_expert_torch(weights, e)
         both = torch.where(live, x.float(), 0.0) @ gate_up.T
-        act = silu(both[:, :inter]) * both[:, inter:]
+        if weights.w13_bias is not None:
+            both += weights.w13_bias[e]
+        act = activate_torch(both, weights.activation)
         if fp8:
             q, scale = quantise_groups_torch(act, scale_group)
             act = dequantise_groups_torch(q, scale, scale_group)
         else:
             act = act.to(dtype).float()
-        y = (act @ down.T).to(dtype)
-        out[e, :rows] = torch.where(live, y, out[e, :rows])
+        y = act @ down.T
+        if weights.w2_bias is not None:
+            y += weights.w2_bias[e]
+        out[e, :rows] = torch.where(live, y.to(dtype), out[e, :rows])
     return out

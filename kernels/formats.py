@@ -55,5 +55,43 @@ class Format:
 
 BF16 = Format("bf16", 16, 16)
 FP8_BLOCK = Format("fp8_block", 8, 8, "block")
-FORMATS = {each.name: each for each in (BF16, FP8_BLOCK)}
+FP8_CHANNEL = Format("fp8_channel", 8, 8, "channel")
+"""Also per tensor: the same scale for every channel."""
+FORMATS = {each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL)}
 """What the kernels compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What gate g and up u become: g * sigmoid(alpha * g) * (u + beta).
+
+    Attributes:
+        kind: what `limit` bounds. "swiglu": g from above and u on both sides, before. In
+            "swiglu_clamped" the gate's limit comes after: on g * sigmoid(g).
+        alpha: 1 is SiLU.
+        beta: added to u after its limit.
+        limit: None: there is none.
+        bias: whether both GEMMs add one per channel.
+        interleaved: whether gate and up rows take turns in w13 and its scales and bias, instead of
+            all gates standing before all ups.
+    """
+
+    kind: Literal["swiglu", "swiglu_clamped"] = "swiglu"
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+    bias: bool = False
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("swiglu", "swiglu_clamped"):
+            raise ValueError(f"activation kind: got {self.kind!r}, allowed swiglu, swiglu_clamped")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit of the activation: got {self.limit}, allowed > 0 or None")
+        if self.kind == "swiglu_clamped" and (
+            self.limit is None or (self.alpha, self.beta) != (1.0, 0.0)
+        ):
+            raise ValueError(f"swiglu_clamped: got {self}, allowed a limit, alpha 1 and beta 0")
+
+
+SWIGLU = Activation()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from .formats import Format
+from .formats import SWIGLU, Activation, Format
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
@@ -48,13 +48,15 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One layer: local experts, row capacity, hidden size, intermediate size, format."""
+    """One layer: local experts, row capacity, hidden size, intermediate size, format, and the
+    activation, which changes no tile."""
 
     experts: int
     capacity: int
     hidden: int
     inter: int
     format: Format
+    activation: Activation = SWIGLU
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .formats import BF16, Format
+from .formats import BF16, SWIGLU, Activation, Format
 
 if TYPE_CHECKING:
     import torch
@@ -16,12 +16,15 @@ class ExpertWeights:
     """L local experts, H hidden, I intermediate; the tensors stay the caller's.
 
     Attributes:
-        w13: [L, 2I, H], gate rows then up rows; bf16 (fp32 for the torch twin), or float8_e4m3fn.
+        w13: [L, 2I, H], gate rows then up rows, or taking turns where the activation says so; bf16
+            (fp32 for the torch twin), or float8_e4m3fn.
         w2: [L, H, I], same dtype.
-        w13_scale: None, or float32 of the format's kind; per block
-            [L, ceil(2I/128), ceil(H/128)].
-        w2_scale: None, or per block [L, ceil(H/128), ceil(I/128)].
+        w13_scale: None, or float32: per block [L, ceil(2I/128), ceil(H/128)], per channel [L, 2I].
+        w2_scale: None, or float32: per block [L, ceil(H/128), ceil(I/128)], per channel [L, H].
         format: how they are stored, and rows dispatched.
+        activation: what is computed between them.
+        w13_bias: None, or [L, 2I] float32.
+        w2_bias: None, or [L, H] float32; every expert adds its own before the router's weight.
     """
 
     w13: torch.Tensor
@@ -29,3 +32,6 @@ class ExpertWeights:
     w13_scale: torch.Tensor | None = None
     w2_scale: torch.Tensor | None = None
     format: Format = BF16
+    activation: Activation = SWIGLU
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None

@@ -71,13 +71,32 @@ def cast(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def activate(
+    gate, up, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, CLAMPED: tl.constexpr
+):
+    """`formats.Activation` of float32 products."""
+    if LIMIT is not None:
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        if not CLAMPED:
+            gate = tl.minimum(gate, LIMIT)
+    act = gate / (1.0 + tl.exp(-gate if ALPHA == 1.0 else -ALPHA * gate))
+    if CLAMPED:
+        act = tl.minimum(act, LIMIT)
+    if BETA != 0.0:
+        up = up + BETA
+    return act * up
+
+
+@triton.jit
 def masked_gemm_kernel(
-    x, s_x, w, s_w, counts_ptr, out, s_out, experts, capacity, tiles_n, step, second, depth, width,
-    stride_xe, stride_xm, stride_we, stride_wn, stride_se, stride_sm, stride_sk, w_rows,
+    x, s_x, w, s_w, b_w, counts_ptr, out, s_out, experts, capacity, tiles_n, step, second, depth,
+    width, stride_xe, stride_xm, stride_we, stride_wn, stride_se, stride_sm, stride_sk, w_rows,
     scale_rows, scale_cols,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    LANES: tl.constexpr, FUSED: tl.constexpr, X_SCALE_GROUP: tl.constexpr, W_SCALED: tl.constexpr,
-    QUANTISE: tl.constexpr, DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, UPCAST: tl.constexpr,
+    LANES: tl.constexpr, FUSED: tl.constexpr, X_SCALE_GROUP: tl.constexpr, W_SCALE: tl.constexpr,
+    QUANTISE: tl.constexpr, DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr, LIMIT: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     counts, ends = load_counts(counts_ptr, experts, capacity, tiles_n, BLOCK_M, LANES)
     total = tl.max(ends, 0)
@@ -88,8 +107,12 @@ def masked_gemm_kernel(
         col = n * step
         at = row + tl.arange(0, BLOCK_M)
         live = at < rows
-        rows0 = tl.minimum(col + channel, w_rows - 1)
-        rows1 = tl.minimum(col + second + channel, w_rows - 1)
+        if INTERLEAVED:
+            rows0 = tl.minimum(2 * (col + channel), w_rows - 2)
+            rows1 = rows0 + 1
+        else:
+            rows0 = tl.minimum(col + channel, w_rows - 1)
+            rows1 = tl.minimum(col + second + channel, w_rows - 1)
         w0 = w + e64 * stride_we + (rows0.to(tl.int64) * stride_wn)[:, None]
         w1 = w + e64 * stride_we + (rows1.to(tl.int64) * stride_wn)[:, None]
         x_at = x + e64 * stride_xe + (at.to(tl.int64) * stride_xm)[None, :]
@@ -103,7 +126,7 @@ def masked_gemm_kernel(
             b1 = tl.load(w1 + ks[None, :], mask=inside[None, :], other=0.0)
             part0 = _dot(b0, a, DECODE_W, DECODE_X, UPCAST)
             part1 = _dot(b1, a, DECODE_W, DECODE_X, UPCAST)
-            if W_SCALED:
+            if W_SCALE == "block":
                 s_at = s_w + e64 * scale_rows * scale_cols + k * BLOCK_K // SCALE_BLOCK
                 part0 *= tl.load(s_at + rows0 // SCALE_BLOCK * scale_cols)[:, None]
                 part1 *= tl.load(s_at + rows1 // SCALE_BLOCK * scale_cols)[:, None]
@@ -117,11 +140,17 @@ def masked_gemm_kernel(
                 part1 *= x_scale[None, :]
             acc0 += part0
             acc1 += part1
+        if W_SCALE == "channel":
+            acc0 *= tl.load(s_w + e64 * w_rows + rows0)[:, None]
+            acc1 *= tl.load(s_w + e64 * w_rows + rows1)[:, None]
+        if b_w is not None:
+            acc0 += tl.load(b_w + e64 * w_rows + rows0)[:, None]
+            acc1 += tl.load(b_w + e64 * w_rows + rows1)[:, None]
         o_at = out + e64 * capacity * width + (at.to(tl.int64) * width)[None, :]
         cols = col + channel
         mask = (cols < width)[:, None] & live[None, :]
         if FUSED:
-            act = acc0 / (1.0 + tl.exp(-acc0)) * acc1
+            act = activate(acc0, acc1, ALPHA, BETA, LIMIT, CLAMPED)
             if QUANTISE:
                 act = tl.where(mask, act, 0.0)
                 scale = tl.maximum(tl.max(tl.abs(act), 0), MIN_AMAX) / FP8_MAX

@@ -17,7 +17,11 @@ def _add(a, b):
 class Job:
     """Sizes of one launch. Weight tile `n` of an expert starts at row `n * STEP`, its second half
     `second` rows later; each of SPLIT_K programs takes a share of the `steps_k` steps. What stores
-    need to be 16 bytes wide is a constant or specialised: capacity, width and STEP."""
+    need to be 16 bytes wide is a constant or specialised: capacity, width and STEP.
+
+    Where gate and up rows take turns (UP_COLUMN > 0), two weight rows are described as one of twice
+    the depth: the second tile's rows are the first one's, from column UP_COLUMN on. What the last
+    step of a gate row reads beyond it belongs to the up row, and meets rows filled with zeros."""
 
     experts: gl.tensor
     capacity: gl.tensor
@@ -36,6 +40,25 @@ class Job:
     LANES: gl.constexpr
     SPLIT_K: gl.constexpr
     BURST: gl.constexpr
+    UP_COLUMN: gl.constexpr
+
+    @gluon.jit
+    def first_row(self, expert, n):
+        """Of weight tile `n`, as the weights are described to the copy engine."""
+        per_expert = self.w_rows
+        if self.UP_COLUMN > 0:
+            per_expert = self.w_rows // 2
+        return expert * per_expert + n * self.STEP
+
+    @gluon.jit
+    def weight_row(self, channel, SECOND: gl.constexpr):
+        """Among an expert's weight rows, that of a channel of the first or the second tile."""
+        row = channel
+        if self.UP_COLUMN > 0:
+            row = 2 * channel + SECOND
+        elif SECOND:
+            row = channel + self.second
+        return row
 
     @gluon.jit
     def share(self, part):
@@ -154,7 +177,7 @@ class Ring:
             at = [row0, (step + i) * job.BLOCK_K]
             tma.async_load(w_desc, at, self.full.index(stage + i), self.w0.index(stage + i))
         for i in gl.static_range(job.BURST):
-            at = [row1, (step + i) * job.BLOCK_K]
+            at = [row1, job.UP_COLUMN + (step + i) * job.BLOCK_K]
             tma.async_load(w_desc, at, self.full.index(stage + i), self.w1.index(stage + i))
 
     @gluon.jit
@@ -188,7 +211,7 @@ def gdc_launch():
 def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase, early):
     """Fetch one tile's stages; the weights of the first `early` of them are already under way."""
     expert, n, part, row, _rows = schedule.locate(tile)
-    row0 = expert * job.w_rows + n * job.STEP
+    row0 = job.first_row(expert, n)
     x_row = expert * job.capacity + row
     scale_at = expert * job.steps_k * job.capacity + row
     first, last = job.share(part)
@@ -206,7 +229,7 @@ def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase
 def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
     """Fetch the first tile's weights, as many stages as the ring has; returns how many."""
     expert, n, part, _row, _rows = schedule.locate(tile)
-    row0 = expert * job.w_rows + n * job.STEP
+    row0 = job.first_row(expert, n)
     first, last = job.share(part)
     early = gl.minimum(last - first, ring.STAGES)
     for k in range(0, early, job.BURST):

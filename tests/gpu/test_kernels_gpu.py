@@ -12,7 +12,15 @@ from moe_plugin.kernels.formats import BF16, FORMATS, FP8_BLOCK, Format
 from moe_plugin.kernels.launch import Launch, Shape, pick_launch, portable_launch
 from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tuning.tune import candidate_launches
-from tests.support.kernel_cases import MODELS, Layer, check, make_layer, one_hot_counts, zipf_counts
+from tests.support.kernel_cases import (
+    ACTIVATIONS,
+    MODELS,
+    Layer,
+    check,
+    make_layer,
+    one_hot_counts,
+    zipf_counts,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +61,37 @@ def test_every_candidate_is_right_and_repeatable(case: str, fmt: Format) -> None
         check(str(launch), out, layer)
         again = run_layer(layer, launch=launch)
         assert torch.equal(out.view(torch.int16), again.view(torch.int16)), launch
+
+
+@needs_sm90
+@NAMES
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("case", LAYERS)
+def test_activations(case: str, name: str, fmt: Format) -> None:
+    """Every epilogue behind weights and rows as the wide operand, one and two warp groups."""
+    capacity, hidden, inter, counts = LAYERS[case]
+    layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda", activation=ACTIVATIONS[name])
+    for expected_m in (1, 16, 64, 128, 512):
+        out = run_layer(layer, expected_m)
+        check(f"{name}, {expected_m}", out, layer)
+        again = run_layer(layer, expected_m)
+        assert torch.equal(out.view(torch.int16), again.view(torch.int16))
+
+
+@NAMES
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_on_portable_kernels(name: str, fmt: Format) -> None:
+    layer = make_layer(64, 256, 176, (5, 0, 64), fmt, "cuda", activation=ACTIVATIONS[name])
+    launch = portable_launch(Shape(3, 64, 256, 176, fmt), 16)
+    check(name, run_layer(layer, launch=launch), layer)
+
+
+@needs_sm90
+def test_interleaved_weights_whose_depth_ends_within_a_step() -> None:
+    """The last step of a gate row reads the first channels of its up row, times rows of zero."""
+    layer = make_layer(64, 144, 96, (5, 64), BF16, "cuda", activation=ACTIVATIONS["interleaved"])
+    for expected_m in (1, 64, 512):
+        check("depth", run_layer(layer, expected_m), layer)
 
 
 @NAMES
@@ -156,7 +195,10 @@ def test_unaligned_rows_take_the_portable_kernels() -> None:
 @NAMES
 def test_warmup_leaves_nothing_to_compile(fmt: Format) -> None:
     begin = time.monotonic()
-    assert warmup(Shape(4, 64, 512, 384, fmt), (1, 8, 16, 64, 512)) > 0
+    activation = ACTIVATIONS["scaled, interleaved, bias (gpt-oss)"]
+    rows = (1, 8, 16, 64, 512)
+    assert warmup(Shape(4, 64, 512, 384, fmt), rows) > 0
+    assert warmup(Shape(4, 64, 512, 384, fmt, activation), rows) > 0
     assert time.monotonic() - begin < 60
     layer = make_layer(64, 512, 384, (3, 0, 64, 9), fmt, "cuda")
     run_layer(layer)  # loads what the launcher itself needs
@@ -164,8 +206,10 @@ def test_warmup_leaves_nothing_to_compile(fmt: Format) -> None:
 
     cache = gemm_kernel.experts_kernel.device_caches[torch.cuda.current_device()][0]
     before = len(cache)
-    for m in (1, 8, 16, 64, 512):
+    other = make_layer(64, 512, 384, (3, 0, 64, 9), fmt, "cuda", activation=activation)
+    for m in rows:
         run_layer(layer, m)
+        run_layer(other, m)
     assert len(cache) == before, "a launch compiled a kernel that warmup had not"
     assert pick_launch(Shape(4, 64, 512, 384, fmt), 8, device_of(layer.x)).hopper
 

@@ -1,8 +1,8 @@
 """A program: compile kernels for a GPU that is absent, and report what the compiler says of each.
 
 Compiling replaces Triton's driver, hence a process of its own. The one argument is JSON:
-{"capability": [9, 0], "shapes": [[experts, capacity, hidden, inter, format]], "rows": [8],
-"candidates": false}. Writes k.ptx into the current folder; prints a list.
+{"capability": [9, 0], "shapes": [[experts, capacity, hidden, inter, format, activation]],
+"rows": [8], "candidates": false}, an activation being its fields. Writes k.ptx into the current folder; prints a list.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 import triton
 
-from moe_plugin.kernels.formats import FORMATS
+from moe_plugin.kernels.formats import FORMATS, Activation
 from moe_plugin.kernels.launch import Device, Launch, Shape, heuristic
 from moe_plugin.kernels.tuning.precompile import compile_offline
 from moe_plugin.kernels.tuning.tune import candidate_launches
@@ -27,7 +27,7 @@ def report(kernel: Any, shape: Shape, launch: Launch, first: bool) -> dict[str, 
     tiles = launch.gate_up if first else launch.down
     ptx = kernel.asm["ptx"]
     entry = {
-        "format": shape.format.name, "experts": shape.experts, "tiles": str(tiles),
+        "format": shape.format.name, "activation": str(shape.activation), "experts": shape.experts, "tiles": str(tiles),
         "per_sm": tiles.per_sm, "counts_parts": not first and tiles.split_k > 1, "first": first,
         "shared": kernel.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
@@ -50,8 +50,8 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     device = Device("offline", tuple(asked["capability"]), 132)
     found = {}
-    for *sizes, name in asked["shapes"]:
-        shape = Shape(*sizes, FORMATS[name])
+    for *sizes, name, activation in asked["shapes"]:
+        shape = Shape(*sizes, FORMATS[name], Activation(**activation))
         for rows in asked["rows"]:
             some = [heuristic(shape, rows, device)]
             for launch in candidate_launches(shape, rows) if asked["candidates"] else some:

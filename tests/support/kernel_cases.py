@@ -15,7 +15,7 @@ from moe_plugin.kernels.experts_torch import (
     dequantise_groups_torch,
     quantise_groups_torch,
 )
-from moe_plugin.kernels.formats import SCALE_BLOCK, Format
+from moe_plugin.kernels.formats import SCALE_BLOCK, SWIGLU, Activation, Format
 from moe_plugin.kernels.tuning.tune import zipf_counts
 from moe_plugin.kernels.weights import ExpertWeights
 
@@ -45,6 +45,21 @@ MODELS = (
     Model("Qwen3-30B EP2", 2, 64, 2048, 768, 8),
     Model("Mixtral EP8", 8, 1, 4096, 14336, 2),
 )
+
+
+# Products have about unit variance, so that these limits meet a good part of them. The kinds that
+# the host's models ask for, and each layout on its own.
+ACTIVATIONS = {
+    "plain": SWIGLU,
+    "limited (DeepSeek-V4)": Activation(limit=0.5),
+    "clamped (Step-3.5, GigaChat)": Activation("swiglu_clamped", limit=0.25),
+    "scaled (MiniMax-M3)": Activation(alpha=1.702, beta=1.0, limit=0.75),
+    "scaled, interleaved, bias (gpt-oss)": Activation(
+        alpha=1.702, beta=1.0, limit=0.75, bias=True, interleaved=True
+    ),
+    "interleaved": Activation(interleaved=True),
+    "bias": Activation(bias=True),
+}
 
 
 @dataclass(frozen=True)
@@ -78,25 +93,42 @@ def quantise_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q[:, :n, :k].to(torch.float8_e4m3fn).contiguous(), scale
 
 
+def quantise_channels(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round [L, N, K] to float8_e4m3fn with one scale [L, N] per output channel."""
+    scale = w.float().abs().amax(-1).clamp_min(1e-10) / 448.0
+    return (w.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+
+QUANTISE = {"block": quantise_blocks, "channel": quantise_channels}
+
+
 def make_weights(
-    experts: int, hidden: int, inter: int, fmt: Format, gen: torch.Generator
-) -> ExpertWeights:
+    experts: int, hidden: int, inter: int, fmt: Format, gen: torch.Generator,
+    activation: Activation = SWIGLU,
+) -> ExpertWeights:  # fmt: skip
     """Random experts that keep activations near unit variance."""
-    w13, w13_scale = _make_matrix(experts, 2 * inter, hidden, fmt.fp8_rows, gen)
-    w2, w2_scale = _make_matrix(experts, hidden, inter, fmt.fp8_rows, gen)
-    return ExpertWeights(w13, w2, w13_scale, w2_scale, fmt)
+    w13, w13_scale = _make_matrix(experts, 2 * inter, hidden, fmt, gen)
+    w2, w2_scale = _make_matrix(experts, hidden, inter, fmt, gen)
+    bias = [
+        torch.randn((experts, n), generator=gen, device=gen.device) / 2 if activation.bias else None
+        for n in (2 * inter, hidden)
+    ]
+    return ExpertWeights(w13, w2, w13_scale, w2_scale, fmt, activation, *bias)
 
 
 def _make_matrix(
-    experts: int, n: int, k: int, fp8: bool, gen: torch.Generator
+    experts: int, n: int, k: int, fmt: Format, gen: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    fp8 = fmt.weight_bits == 8
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     w = torch.empty((experts, n, k), dtype=dtype, device=gen.device)
     scales = []
     for e in range(experts):
         dense = torch.randn((1, n, k), generator=gen, device=gen.device) / k**0.5
+        # Channels of different sizes, so that no scale can stand for its neighbour's.
+        dense *= 0.5 + torch.arange(n, device=gen.device)[:, None] % 7 / 6
         if fp8:
-            w[e : e + 1], scale = quantise_blocks(dense)
+            w[e : e + 1], scale = QUANTISE[fmt.weight_scale](dense)
             scales.append(scale)
         else:
             w[e : e + 1] = dense
@@ -105,11 +137,11 @@ def _make_matrix(
 
 def make_layer(
     capacity: int, hidden: int, inter: int, counts: tuple[int, ...], fmt: Format, device: str,
-    seed: int = 0,
+    seed: int = 0, activation: Activation = SWIGLU,
 ) -> Layer:  # fmt: skip
     """Random layer whose unused rows, data and scales alike, hold NaN."""
     gen = torch.Generator(device=device).manual_seed(seed)
-    weights = make_weights(len(counts), hidden, inter, fmt, gen)
+    weights = make_weights(len(counts), hidden, inter, fmt, gen, activation)
     return Layer(*make_rows(capacity, hidden, counts, fmt.fp8_rows, gen), weights, counts)
 
 
@@ -146,18 +178,31 @@ def one_expert(weights: ExpertWeights, expert: int) -> ExpertWeights:
 
 def exact(layer: Layer, experts: list[int] | None = None) -> dict[int, torch.Tensor]:
     """The layer in float64 on the same (quantised) inputs, unrounded in between; live rows only."""
-    inter = layer.weights.w2.shape[-1]
-    result = {}
+    weights, result = layer.weights, {}
     for e in experts if experts is not None else range(len(layer.counts)):
         m = layer.counts[e]
         x = layer.x[e, :m]
-        w13, w2 = dequantise_expert_torch(layer.weights, e)
+        w13, w2 = dequantise_expert_torch(weights, e)
         if layer.x_scale is not None:
             x = dequantise_groups_torch(x, layer.x_scale[e, :m])
         both = x.double() @ w13.double().T
-        act = torch.nn.functional.silu(both[:, :inter]) * both[:, inter:]
-        result[e] = act @ w2.double().T
+        if weights.w13_bias is not None:
+            both += weights.w13_bias[e]
+        result[e] = exact_activation(both, weights.activation) @ w2.double().T
+        if weights.w2_bias is not None:
+            result[e] += weights.w2_bias[e]
     return result
+
+
+def exact_activation(both: torch.Tensor, a: Activation) -> torch.Tensor:
+    """Written down anew, so that a slip in the twin's is not repeated here."""
+    gate, up = both.unflatten(-1, (-1, 2)).unbind(-1) if a.interleaved else both.chunk(2, -1)
+    most = torch.inf if a.limit is None else a.limit
+    up = torch.maximum(torch.minimum(up, up.new_tensor(most)), up.new_tensor(-most))
+    if a.kind == "swiglu_clamped":
+        return torch.minimum(gate / (1 + torch.exp(-gate)), gate.new_tensor(most)) * up
+    gate = torch.minimum(gate, gate.new_tensor(most))
+    return gate / (1 + torch.exp(-a.alpha * gate)) * (up + a.beta)
 
 
 def check(

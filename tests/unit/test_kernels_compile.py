@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_plugin.kernels.formats import FORMATS
+from moe_plugin.kernels.formats import FORMATS, SWIGLU, Activation
+from tests.support.kernel_cases import ACTIVATIONS
 
 SUPPORT = Path(__file__).parents[1] / "support"
 DEEPSEEK, MIXTRAL = (32, 2048, 7168, 2048), (1, 2048, 4096, 14336)
@@ -36,10 +40,12 @@ def run_program(name: str, argument: str, cwd: Path, **env: str) -> Any:
 
 
 def compile_for(
-    capability: tuple[int, int], sizes: list, rows: list[int], cwd: Path, candidates: bool = False
-) -> list[dict]:
+    capability: tuple[int, int], sizes: list, rows: list[int], cwd: Path, candidates: bool = False,
+    activations: Iterable[Activation] = (SWIGLU,),
+) -> list[dict]:  # fmt: skip
     """What the compiler reports of each distinct kernel, in every format."""
-    shapes = [(*each, name) for each in sizes for name in FORMATS]
+    each = product(sizes, FORMATS, map(asdict, activations))
+    shapes = [(*size, name, activation) for size, name, activation in each]
     asked = {"capability": capability, "shapes": shapes, "rows": rows, "candidates": candidates}
     return run_program("compile_kernels.py", json.dumps(asked), cwd)
 
@@ -75,6 +81,15 @@ def test_counts_of_many_experts_spill_nothing(tmp_path: Path) -> None:
     """Every warp holds all counts and their running sums: 2 x 16 registers at 512 experts."""
     kernels = compile_for((9, 0), list(MANY_EXPERTS), [8, 64, 512], tmp_path)
     assert {k["experts"] for k in kernels} >= {256, 512}  # 384 are counted as 512
+    check_sm90(kernels, SPILL_BYTES)
+
+
+@pytest.mark.parametrize("rows", [8, 64, 512])
+def test_every_activation_compiles_to_the_same_loop(rows: int, tmp_path: Path) -> None:
+    """Its constants and vectors stand behind the loop: nothing spills that did not."""
+    kernels = compile_for((9, 0), [(4, 64, 1152, 176)], [rows], tmp_path,
+                          activations=ACTIVATIONS.values())  # fmt: skip
+    assert {k["activation"] for k in kernels} == {str(a) for a in ACTIVATIONS.values()}
     check_sm90(kernels, SPILL_BYTES)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_plugin.kernels.formats import BF16, FORMATS, FP8_BLOCK, Format
+from tests.support.kernel_cases import ACTIVATIONS, Layer, check, make_layer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
@@ -21,7 +22,6 @@ if INTERPRETED:
     from moe_plugin.kernels import problem
     from moe_plugin.kernels.experts import batched_experts
     from moe_plugin.kernels.launch import Device
-    from tests.support.kernel_cases import Layer, check, make_layer
 
 NAMES = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
@@ -45,6 +45,15 @@ def run_layer(layer: "Layer", expected_m: int = 4) -> torch.Tensor:
 def test_counts(fmt: Format, counts: tuple[int, ...]) -> None:
     layer = make_layer(16, 256, 64, counts, fmt, "cpu")
     check("counts", run_layer(layer), layer)
+
+
+@inside
+@NAMES
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("inter", [64, 112])
+def test_activations(fmt: Format, name: str, inter: int) -> None:
+    layer = make_layer(16, 256, inter, (5, 0, 16), fmt, "cpu", activation=ACTIVATIONS[name])
+    check(name, run_layer(layer), layer)
 
 
 @inside
