@@ -4,11 +4,10 @@ Needs no triton, runs on CPU and GPU, and is short enough to read in one go.
 """
 
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad
 
-FP8_MAX = 448.0  # largest finite float8_e4m3fn
-SCALE_BLOCK = 128  # weights carry one scale per 128x128 block, activations one per 128 channels
-MIN_AMAX = 1e-10  # keeps the scale of an all-zero group finite and non-zero
+from .formats import FP8_MAX, MIN_AMAX, SCALE_BLOCK, Activation
+from .weights import ExpertWeights
 
 
 def quantise_groups_torch(
@@ -38,49 +37,78 @@ def dequantise_blocks_torch(
     return q.float() * rows.repeat_interleave(block, -1)[..., : q.shape[-1]]
 
 
+def dequantise_expert_torch(
+    weights: ExpertWeights, expert: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One expert's w13 [2I, H] and w2 [H, I] in float32."""
+    w13, w2 = weights.w13[expert], weights.w2[expert]
+    if weights.w13_scale is None or weights.w2_scale is None:
+        return w13.float(), w2.float()
+    s13, s2 = weights.w13_scale[expert], weights.w2_scale[expert]
+    if weights.format.weight_scale == "channel":
+        return w13.float() * s13.unsqueeze(-1), w2.float() * s2.unsqueeze(-1)
+    return dequantise_blocks_torch(w13, s13), dequantise_blocks_torch(w2, s2)
+
+
+def activate_torch(both: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """[..., 2I] products of w13 to [..., I], in the dtype that they have."""
+    inter = both.shape[-1] // 2
+    gate, up = both[..., :inter], both[..., inter:]
+    if activation.interleaved:
+        gate, up = both[..., ::2], both[..., 1::2]
+    limit = activation.limit
+    if limit is not None:
+        up = up.clamp(-limit, limit)
+        if activation.kind == "swiglu":
+            gate = gate.clamp(max=limit)
+    gate = gate * torch.sigmoid(activation.alpha * gate)
+    if activation.kind == "swiglu_clamped":
+        gate = gate.clamp(max=limit)
+    return gate * (up + activation.beta)
+
+
 def batched_experts_torch(
     hidden_states: torch.Tensor,
     hidden_states_scale: torch.Tensor | None,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor | None,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor | None,
+    weights: ExpertWeights,
     masked_m: torch.Tensor,
     expected_m: int,
     *,
     out: torch.Tensor | None = None,
-    group: int = SCALE_BLOCK,
+    scale_group: int = SCALE_BLOCK,
 ) -> torch.Tensor:
-    """SwiGLU experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
+    """Gated experts over [L, M, H] of which rows `[e, :masked_m[e]]` are live.
 
     bf16, fp32, or float8_e4m3fn with scales; products accumulate in float32 and the activation is
     rounded to the input's precision between the two GEMMs. Rows past the count may hold NaN: they
-    reach no result and are not changed in `out`. `expected_m` has no effect here. In fp8, `group`
-    channels of the activation share a scale; in the kernels the launch decides how many.
+    reach no result and are not changed in `out`. `expected_m` has no effect here. In fp8,
+    `scale_group` channels of the activation share a scale; in the kernels the launch decides.
     """
     del expected_m
     experts, capacity, hidden = hidden_states.shape
-    inter = w2.shape[-1]
-    fp8 = hidden_states_scale is not None
+    fp8 = weights.format.fp8_rows
     dtype = torch.bfloat16 if fp8 else hidden_states.dtype
     if out is None:
         out = hidden_states.new_empty((experts, capacity, hidden), dtype=dtype)
     # Where counts are host memory the capacity need not be paid; on a GPU that would synchronise.
-    rows = capacity if masked_m.is_cuda else int(masked_m.max())
+    rows = capacity if masked_m.is_cuda else min(capacity, max(0, int(masked_m.max())))
     for e in range(experts):
         live = (torch.arange(rows, device=masked_m.device) < masked_m[e]).unsqueeze(-1)
-        x, gate_up, down = hidden_states[e, :rows], w13[e], w2[e]
-        if hidden_states_scale is not None and w13_scale is not None and w2_scale is not None:
+        x = hidden_states[e, :rows]
+        if hidden_states_scale is not None:
             x = dequantise_groups_torch(x, hidden_states_scale[e, :rows])
-            gate_up = dequantise_blocks_torch(gate_up, w13_scale[e])
-            down = dequantise_blocks_torch(down, w2_scale[e])
-        x = torch.where(live, x.float(), 0.0)
-        both = x @ gate_up.float().T
-        act = silu(both[:, :inter]) * both[:, inter:]
+        gate_up, down = dequantise_expert_torch(weights, e)
+        both = torch.where(live, x.float(), 0.0) @ gate_up.T
+        if weights.w13_bias is not None:
+            both += weights.w13_bias[e]
+        act = activate_torch(both, weights.activation)
         if fp8:
-            act = dequantise_groups_torch(*quantise_groups_torch(act, group), group)
+            q, scale = quantise_groups_torch(act, scale_group)
+            act = dequantise_groups_torch(q, scale, scale_group)
         else:
             act = act.to(dtype).float()
-        y = (act @ down.float().T).to(dtype)
-        out[e, :rows] = torch.where(live, y, out[e, :rows])
+        y = act @ down.T
+        if weights.w2_bias is not None:
+            y += weights.w2_bias[e]
+        out[e, :rows] = torch.where(live, y.to(dtype), out[e, :rows])
     return out

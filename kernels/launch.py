@@ -1,4 +1,4 @@
-"""Launch choice: a pure function of shape, precision, expected rows and device.
+"""Launch choice: a pure function of shape, format, expected rows and device.
 
 Nothing here touches a GPU. A measured table (`tuned/*.json`, keyed by device name) wins where it
 knows the shape; elsewhere a heuristic decides.
@@ -8,6 +8,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+
+from .formats import SWIGLU, Activation, Format
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
@@ -19,6 +21,12 @@ FEW_ROWS_FP8 = 32
 SOME_ROWS = 128  # up to here memory binds: tiles of 64 rows in fp8, shallow ones in bf16
 # Time of a tile of 64 channels and 128 rows relative to one of 128 channels, first GEMM.
 HALF_TILE_COST = 0.55
+SCALES_ALIGNED = 4  # rows: an expert's row scales start where the copy engine can
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +48,39 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One layer: local experts, row capacity, hidden size, intermediate size."""
+    """One layer: local experts, row capacity, hidden size, intermediate size, format, and the
+    activation, which changes no tile."""
 
     experts: int
     capacity: int
     hidden: int
     inter: int
-    fp8: bool
+    format: Format
+    activation: Activation = SWIGLU
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """One launch. `channels` counts the rows of each of a program's two weight tiles.
+    """One launch. `block_n` counts the rows of each of a program's two weight tiles.
 
-    Experts with more than `rows` live rows are cut into tiles of `many` rows. `swap` makes weights
-    the wide operand; `split` programs share the depth of one tile; weights are fetched `burst`
-    steps at a time (one, where the depth does not divide into bursts). The `warps` that multiply
-    form one group or two; two, with 64 rows each, only for tiles of 128 rows as the wide operand.
-    A multiprocessor has room for `per_sm` programs.
+    Experts with more than `block_m` live rows are cut into tiles of `block_m_busy` rows. `swap_ab`
+    makes weights the wide operand; `split_k` programs share the depth of one tile; weights are
+    fetched `burst` steps of `block_k` channels at a time (one, where the depth does not divide into
+    bursts). The `warps` that multiply form one or two `warp_groups`; two, with 64 rows each, only
+    for tiles of 128 rows as the wide operand. A multiprocessor has room for `per_sm` programs.
     """
 
-    channels: int
-    rows: int
-    many: int
-    depth: int
+    block_n: int
+    block_m: int
+    block_m_busy: int
+    block_k: int
     stages: int
     warps: int = 4
     per_sm: int = 1
-    swap: bool = True
-    split: int = 1
+    swap_ab: bool = True
+    split_k: int = 1
     burst: int = 1
-    groups: int = 1
+    warp_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,45 +93,49 @@ class Launch:
 
 
 def ring_stages(
-    channels: int,
-    many: int,
-    depth: int,
+    block_n: int,
+    block_m_busy: int,
+    block_k: int,
     fp8: bool,
     warps: int = 4,
     per_sm: int = 1,
-    swap: bool = True,
+    swap_ab: bool = True,
 ) -> int:
     """Deepest ring that leaves room for what the compiler keeps in shared memory besides."""
     itemsize = 1 if fp8 else 2
-    stage = (2 * channels + many) * depth * itemsize + (4 * max(many, 32) if fp8 else 0) + 16
+    scales = 4 * max(block_m_busy, 32) if fp8 else 0
+    stage = (2 * block_n + block_m_busy) * block_k * itemsize + scales + 16
     # Weights wide, a warp stores what it computed; otherwise a bf16 tile changes hands.
-    in_place = swap and channels >= 16 * warps
-    reserved = RESERVED_BYTES if in_place else 2 * channels * many + 512
+    in_place = swap_ab and block_n >= 16 * warps
+    reserved = RESERVED_BYTES if in_place else 2 * block_n * block_m_busy + 512
     budget = SM90_SHARED_BYTES // per_sm - reserved
     return max(2, min(MAX_STAGES, budget // stage))
 
 
 def hopper_tiles(
-    channels: int,
-    rows: int,
-    many: int,
-    depth: int,
+    block_n: int,
+    block_m: int,
+    block_m_busy: int,
+    block_k: int,
     fp8: bool,
     warps: int = 4,
     per_sm: int = 1,
-    swap: bool = True,
-    split: int = 1,
+    swap_ab: bool = True,
+    split_k: int = 1,
     burst: int = 1,
-    groups: int = 1,
+    warp_groups: int = 1,
 ) -> Tiles:
     """Tiles with the deepest ring that fits, in whole bursts.
 
     The multiplying warps give a stage back one step late: two bursts at least, or nobody moves.
     """
-    stages = ring_stages(channels, many, depth, fp8, warps, per_sm, swap)
+    stages = ring_stages(block_n, block_m_busy, block_k, fp8, warps, per_sm, swap_ab)
     burst = burst if stages >= 2 * burst else 1
     stages = stages // burst * burst
-    return Tiles(channels, rows, many, depth, stages, warps, per_sm, swap, split, burst, groups)
+    return Tiles(
+        block_n, block_m, block_m_busy, block_k, stages, warps, per_sm, swap_ab, split_k, burst,
+        warp_groups,
+    )  # fmt: skip
 
 
 def row_tile(expected_m: int) -> int:
@@ -132,67 +146,70 @@ def row_tile(expected_m: int) -> int:
 def depth_split(experts: int, hidden: int) -> int:
     """Programs that share one tile of the second GEMM: few experts have too few tiles for every
     multiprocessor. Depends on the shape alone, so that the bits do not depend on the routing."""
-    tiles = experts * -(-hidden // 128)
+    tiles = experts * ceil_div(hidden, 128)
     return 4 if tiles <= 33 else 2 if tiles <= 66 else 1
 
 
-def weights_wide(shape: Shape, expected_m: int, split: int) -> Launch:
+def weights_wide(shape: Shape, expected_m: int, split_k: int) -> Launch:
     """Few rows: 8 rows cost 8. With the fewest, few experts are live as a rule, and their tiles
     are narrow so that there are more of them."""
     rows = row_tile(expected_m)
-    if shape.fp8 and rows == 8:
+    fp8 = shape.format.fp8_rows
+    if fp8 and rows == 8:
         gate_up = hopper_tiles(64, rows, 64, 128, True, burst=2)
-        return Launch(True, gate_up, hopper_tiles(64, rows, 64, 64, True, per_sm=2, split=split))
-    if shape.fp8:
+        down = hopper_tiles(64, rows, 64, 64, True, per_sm=2, split_k=split_k)
+        return Launch(True, gate_up, down)
+    if fp8:
         tiles = hopper_tiles(128, rows, 64, 128, True, 8, burst=2)
-        return Launch(True, tiles, replace(tiles, split=split))
+        return Launch(True, tiles, replace(tiles, split_k=split_k))
     # A taller tile for hot experts costs stages, which only the shortest tile misses, and spills
     # where parts of a split depth are stored.
-    many = 64 if rows == 8 else 128
-    gate_up = hopper_tiles(64, rows, many, 64, False, burst=2)
-    many = many if split == 1 else 64
-    return Launch(True, gate_up, hopper_tiles(64, rows, many, 64, False, split=split, burst=2))
+    busy = 64 if rows == 8 else 128
+    gate_up = hopper_tiles(64, rows, busy, 64, False, burst=2)
+    busy = busy if split_k == 1 else 64
+    return Launch(True, gate_up, hopper_tiles(64, rows, busy, 64, False, split_k=split_k, burst=2))
 
 
-def some_rows(shape: Shape, split: int) -> Launch:
+def some_rows(shape: Shape, split_k: int) -> Launch:
     """Rows are the wide operand, and memory still binds."""
-    if shape.fp8:
-        tiles = hopper_tiles(128, 64, 64, 128, True, 8, swap=False, burst=2)
+    if shape.format.fp8_rows:
+        tiles = hopper_tiles(128, 64, 64, 128, True, 8, swap_ab=False, burst=2)
     else:
-        tiles = hopper_tiles(64, 128, 128, 64, False, 8, swap=False, burst=2, groups=2)
-    return Launch(True, tiles, replace(tiles, split=split))
+        tiles = hopper_tiles(64, 128, 128, 64, False, 8, swap_ab=False, burst=2, warp_groups=2)
+    return Launch(True, tiles, replace(tiles, split_k=split_k))
 
 
-def many_rows(shape: Shape, expected_m: int, split: int, sms: int) -> Launch:
+def many_rows(shape: Shape, expected_m: int, split_k: int, sms: int) -> Launch:
     """Multiplying binds: the tiles that fill the multiprocessors best."""
-    row_tiles = shape.experts * -(-expected_m // 128)
+    row_tiles = shape.experts * ceil_div(expected_m, 128)
 
-    def channels(width: int, parts: int, fused: bool) -> int:
-        def waves(channels: int) -> int:
-            across = -(-width // (channels if fused else 2 * channels))
-            return -(-row_tiles * across * parts // sms)
+    def block_n(width: int, parts: int, fused: bool) -> int:
+        def waves(block: int) -> int:
+            across = ceil_div(width, block if fused else 2 * block)
+            return ceil_div(row_tiles * across * parts, sms)
 
         return 64 if waves(64) * HALF_TILE_COST < waves(128) else 128
 
-    fp8 = shape.fp8
-    parts = split if expected_m <= 256 else 1
-    first = channels(shape.inter, 1, True)
-    second = channels(shape.hidden, parts, False)
+    fp8 = shape.format.fp8_rows
+    parts = split_k if expected_m <= 256 else 1
+    first = block_n(shape.inter, 1, True)
+    second = block_n(shape.hidden, parts, False)
     if fp8 and expected_m <= 256 and first == 128:
-        gate_up = hopper_tiles(128, 64, 128, 128, True, 8, swap=False)
+        gate_up = hopper_tiles(128, 64, 128, 128, True, 8, swap_ab=False)
     else:
         groups = 1 if first == 128 else 2
-        gate_up = hopper_tiles(first, 128, 128, 128 if fp8 else 64, fp8, 8, 1, False, groups=groups)
+        depth = 128 if fp8 else 64
+        gate_up = hopper_tiles(first, 128, 128, depth, fp8, 8, 1, False, warp_groups=groups)
     depth = first if fp8 else 64
     groups = 2 if fp8 or second == 64 else 1
-    down = hopper_tiles(second, 128, 128, depth, fp8, 8, 1, False, parts, groups=groups)
+    down = hopper_tiles(second, 128, 128, depth, fp8, 8, 1, False, parts, warp_groups=groups)
     return Launch(True, gate_up, down)
 
 
 def portable_launch(shape: Shape, expected_m: int) -> Launch:
     """Launches of the pointer-based kernels."""
     rows = max(16, row_tile(expected_m))
-    tiles = Tiles(64, rows, rows, 64 if shape.fp8 else 32, 3)
+    tiles = Tiles(64, rows, rows, 64 if shape.format.weight_bits == 8 else 32, 3)
     return Launch(False, tiles, tiles)
 
 
@@ -200,12 +217,12 @@ def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
     if not device.has_wgmma:
         return portable_launch(shape, expected_m)
-    split = depth_split(shape.experts, shape.hidden)
-    if expected_m <= (FEW_ROWS_FP8 if shape.fp8 else FEW_ROWS_BF16):
-        return weights_wide(shape, expected_m, split)
+    split_k = depth_split(shape.experts, shape.hidden)
+    if expected_m <= (FEW_ROWS_FP8 if shape.format.fp8_rows else FEW_ROWS_BF16):
+        return weights_wide(shape, expected_m, split_k)
     if expected_m <= SOME_ROWS:
-        return some_rows(shape, split)
-    return many_rows(shape, expected_m, split, device.sms)
+        return some_rows(shape, split_k)
+    return many_rows(shape, expected_m, split_k, device.sms)
 
 
 def table_path(device_name: str) -> Path:
@@ -222,9 +239,8 @@ def tuned_table(device_name: str) -> dict[str, dict]:
 
 def table_key(shape: Shape, expected_m: int) -> str:
     """Capacity is left out: it changes no tile. Up to 8 rows cost the same."""
-    dtype = "fp8" if shape.fp8 else "bf16"
     rows = min(1024, max(8, 1 << max(0, expected_m - 1).bit_length()))
-    return f"{shape.experts}x{shape.hidden}x{shape.inter}-{dtype}-{rows}"
+    return f"{shape.experts}x{shape.hidden}x{shape.inter}-{shape.format.tuning}-{rows}"
 
 
 def encode_launch(launch: Launch) -> dict:
@@ -239,5 +255,7 @@ def decode_launch(entry: dict) -> Launch:
 
 def pick_launch(shape: Shape, expected_m: int, device: Device) -> Launch:
     """The measured launch for this shape and row count, or the heuristic's."""
+    if shape.format.fp8_rows and shape.capacity % SCALES_ALIGNED:
+        return portable_launch(shape, expected_m)
     entry = tuned_table(device.name).get(table_key(shape, expected_m))
     return decode_launch(entry) if entry else heuristic(shape, expected_m, device)

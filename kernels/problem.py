@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import triton
 
-from .launch import Device
+from .formats import SWIGLU, Activation, Format
+from .launch import SCALES_ALIGNED, Device
 
 ALIGNMENT = 16  # bytes; of what the copy engine reads, and what Triton specialises pointers on
 INTERPRETER = Device("interpreter", (8, 9), 4)
@@ -64,23 +65,46 @@ class Spec:
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One launch's tensors. `width` output channels per expert come from `w_rows` weight rows;
-    the second tile of a program lies `second` rows after the first."""
+    the second tile of a program lies `second` rows after the first. `activation`: of the first of
+    a layer's two launches, None in the second."""
 
     x: Any
     x_scale: Any
     w: Any
     w_scale: Any
+    w_bias: Any
     masked_m: Any
     out: Any
     out_scale: Any
-    fused: bool
-    x_group: int
+    format: Format
+    activation: Activation | None
+    x_scale_group: int
     partial: Any = None  # float32 parts of a split depth, and
     counters: Any = None  # int32 arrivals, cleared by the fused launch
 
     @property
+    def fused(self) -> bool:
+        """Whether gate and up become one activation."""
+        return self.activation is not None
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the two tiles of a program take turns row by row."""
+        return self.activation is not None and self.activation.interleaved
+
+    @property
     def width(self) -> int:
         return self.out.shape[-1]
+
+    def block_grid(self) -> tuple[int, int]:
+        """Scale blocks of one expert, down and across; zeros without blocks."""
+        rows, cols = self.w_scale.shape[1:] if self.format.weight_scale == "block" else (0, 0)
+        return rows, cols
+
+    def epilogue(self) -> tuple[float, float, float | None, bool]:
+        """Constants of the activation: alpha, beta, limit, and whether it bounds the gate last."""
+        a = self.activation or SWIGLU
+        return a.alpha, a.beta, a.limit, a.kind == "swiglu_clamped"
 
     def geometry(self, channels: int) -> tuple[int, int, int]:
         """(row step between programs, distance to the second tile, programs across the width)."""
@@ -99,7 +123,9 @@ def tma_ready(problem: Problem) -> bool:
     tensors = [problem.x, problem.w]
     if problem.x_scale is not None:
         scale = problem.x_scale
-        capacity, groups = problem.x.shape[1], scale.shape[2]
-        if scale.stride() != (groups * capacity, 1, capacity) or scale.data_ptr() % ALIGNMENT:
+        capacity, per_row = problem.x.shape[1], scale.shape[2]
+        if scale.stride() != (per_row * capacity, 1, capacity) or scale.data_ptr() % ALIGNMENT:
+            return False
+        if capacity % SCALES_ALIGNED:
             return False
     return all(t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors)

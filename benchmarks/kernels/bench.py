@@ -2,9 +2,10 @@
 
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
-costs the host where no graph is replayed), compile (seconds to compile and load all kernels of a
-plan, from an empty cache and from a filled one). `check` comes first: `all.sh` and
-`make bench-kernels` time nothing after a red one.
+costs the host where no graph is replayed), split (the second GEMM's depth split or not, with one or
+two experts), compile (seconds to compile and load all kernels of a plan, from an empty cache and
+from a filled one). `check` comes first: `all.sh` and `make bench-kernels` time nothing after a red
+one.
 """
 
 import argparse
@@ -36,9 +37,11 @@ from deepgemm import layer_call
 from eager import time_eager
 from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
+from split import FEW_EXPERTS, time_splits
 from verdict import ceilings_sound, verdict
 
 from moe_plugin.kernels.experts import batched_experts
+from moe_plugin.kernels.formats import FORMATS, Format
 from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch, table_key
 from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tuning.precompile import precompile
@@ -53,6 +56,7 @@ from moe_plugin.kernels.tuning.tune import (
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 EAGER_ROWS = (1, 64)
+SPLIT_ROWS = (1, 8, 32, 64, 128, 256)
 
 
 class Watchdog:
@@ -85,8 +89,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_checks(watchdog: Watchdog) -> bool:
-    """Every candidate, in both dtypes, on small ragged layers."""
+def run_checks(formats: Sequence[Format], watchdog: Watchdog) -> bool:
+    """Every candidate, in every format, on small ragged layers."""
     good = True
     device = device_of(torch.empty(0, device="cuda"))
     small = (
@@ -96,13 +100,13 @@ def run_checks(watchdog: Watchdog) -> bool:
         (256, 1024, 2048, (77,)),  # depth split
     )
     for capacity, hidden, inter, counts in small:
-        for fp8 in (False, True):
-            layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda")
-            ours = Shape(len(counts), capacity, hidden, inter, fp8)
+        for fmt in formats:
+            layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda")
+            ours = Shape(len(counts), capacity, hidden, inter, fmt)
             launches = dict.fromkeys(c for r in (8, 64, 512) for c in candidate_launches(ours, r))
             precompile([(ours, launch) for launch in launches], device, os.cpu_count() or 4)
             for launch in launches:
-                label = f"{hidden}x{inter} fp8={fp8} {launch.gate_up} | {launch.down}"
+                label = f"{hidden}x{inter} {fmt.name} {launch.gate_up} | {launch.down}"
                 watchdog(label)
                 try:
                     out = layer.poisoned_output()
@@ -116,31 +120,33 @@ def run_checks(watchdog: Watchdog) -> bool:
                     good = False
                     print(f"RED {type(error).__name__}: {error}"[:300], flush=True)
             torch.cuda.synchronize()
-            print(f"checked {hidden}x{inter} fp8={fp8}", flush=True)
+            print(f"checked {hidden}x{inter} {fmt.name}", flush=True)
     print("checks green" if good else "checks RED", flush=True)
     return good
 
 
-def run_sweep(out: Path, models: list[int], rows: Sequence[int], watchdog: Watchdog) -> None:
+def run_sweep(
+    out: Path, models: list[int], formats: Sequence[Format], rows: Sequence[int], watchdog: Watchdog
+) -> None:
     """Per-GEMM and per-layer timings of every candidate."""
     result: dict[str, Any] = {"environment": environment(), "cells": []}
     launches: dict[str, Any] = {}
     begin = time.time()
-    shapes = [(model_shape(i, fp8, m), m) for i in models for fp8 in (False, True) for m in rows]
+    shapes = [(model_shape(i, fmt, m), m) for i in models for fmt in formats for m in rows]
     device = device_of(torch.empty(0, device="cuda"))
     jobs = [(shape, launch) for shape, m in shapes for launch in candidate_launches(shape, m)]
     failed = precompile(jobs, device, os.cpu_count() or 4)
     print(f"{len(jobs)} candidates compiled in {time.time() - begin:.0f} s", flush=True)
     print("\n".join(sorted(set(failed.values())))[:1000], flush=True)
     for index in models:
-        for fp8 in (False, True):
+        for fmt in formats:
             shape, buffers = None, None
             for m in rows:
-                if shape != model_shape(index, fp8, m):
+                if shape != model_shape(index, fmt, m):
                     buffers = None
-                    shape = model_shape(index, fp8, m)
+                    shape = model_shape(index, fmt, m)
                     buffers = Buffers.create(shape)
-                watchdog(f"sweep {MODELS[index].name} fp8={fp8} {m}")
+                watchdog(f"sweep {MODELS[index].name} {fmt.name} {m}")
                 record: list[dict] = []
                 begin = time.time()
                 best = tune_cell(buffers, m, record, {job[1] for job in failed})
@@ -148,11 +154,12 @@ def run_sweep(out: Path, models: list[int], rows: Sequence[int], watchdog: Watch
                 floor = layer_bytes(shape, counts)
                 us = min(r["us"] for r in record if r["which"] == "layer")
                 result["cells"].append({
-                    "model": MODELS[index].name, "fp8": fp8, "rows": m, "best": encode_launch(best),
+                    "model": MODELS[index].name, "dtype": fmt.tuning, "format": fmt.name,
+                    "rows": m, "best": encode_launch(best),
                     "us": us, "bytes": floor, "flops": layer_flops(shape, counts),
                     "timings": record,
                 })  # fmt: skip
-                print(f"{MODELS[index].name:16} {'fp8' if fp8 else 'bf16'} m={m:4} {us:8.1f} us "
+                print(f"{MODELS[index].name:16} {fmt.name} m={m:4} {us:8.1f} us "
                       f"{floor / us / 1e6:5.2f} TB/s {layer_flops(shape, counts) / us / 1e6:6.0f} "
                       f"TFLOP/s  {best.gate_up} {best.down} ({time.time() - begin:.1f}s)",
                       flush=True)  # fmt: skip
@@ -162,8 +169,8 @@ def run_sweep(out: Path, models: list[int], rows: Sequence[int], watchdog: Watch
 
 
 def run_bars(
-    out: Path, models: list[int], rows: Sequence[int], routings: list[str], fused_rows: list[int],
-    watchdog: Watchdog,
+    out: Path, models: list[int], formats: Sequence[Format], rows: Sequence[int],
+    routings: list[str], fused_rows: list[int], watchdog: Watchdog,
 ) -> None:  # fmt: skip
     """The server's entry point against DeepGEMM and this run's ceilings."""
     watchdog("ceilings")
@@ -172,29 +179,29 @@ def run_bars(
     result: dict[str, Any] = {"environment": environment(), "ceilings": limits, "cells": []}
     print(limits, flush=True)
     for index in models:
-        for fp8 in (False, True):
+        for fmt in formats:
             shape, buffers = None, None
             for m in rows:
-                if shape != model_shape(index, fp8, m):
+                if shape != model_shape(index, fmt, m):
                     buffers = None
-                    shape = model_shape(index, fp8, m)
+                    shape = model_shape(index, fmt, m)
                     buffers = Buffers.create(shape)
                     read_us = 1e6 * weights_read_seconds(buffers.layers)
                 for routing in routings:
                     counts = ROUTINGS[routing](shape.experts, m, shape.capacity)
-                    watchdog(f"bars {MODELS[index].name} fp8={fp8} {m} {routing}")
+                    watchdog(f"bars {MODELS[index].name} {fmt.name} {m} {routing}")
                     cell = time_cell(buffers, counts, m)
                     if routing == "uniform" and m in fused_rows:
                         cell |= time_fused_moe(buffers, m, MODELS[index].top_k)
                     floor, flops = layer_bytes(shape, counts), layer_flops(shape, counts)
                     cell |= {
-                        "model": MODELS[index].name, "dtype": "fp8" if fp8 else "bf16",
+                        "model": MODELS[index].name, "dtype": fmt.tuning, "format": fmt.name,
                         "rows": m, "routing": routing,
                         "reachable": m <= reachable_rows(index, MORE_TOKENS),
                         "bytes": floor, "flops": flops,
                         "read_us": read_us, "stream_fraction": floor / cell["us"] / 1e6 / stream,
                         "peak_fraction": flops / cell["us"] / 1e6
-                        / limits["dense_fp8_TFLOPs" if fp8 else "dense_bf16_TFLOPs"],
+                        / limits[f"dense_{'fp8' if fmt.fp8_rows else 'bf16'}_TFLOPs"],
                     }  # fmt: skip
                     cell["over_floor"] = 1 / max(cell["stream_fraction"], cell["peak_fraction"])
                     result["cells"].append(cell)
@@ -202,7 +209,7 @@ def run_bars(
                     ratio = base / cell["us"] if base else 0
                     fused = cell.get("fused_moe_us", 0)
                     print(
-                        f"{cell['model']:16} {cell['dtype']:4} {routing:8} m={m:4} "
+                        f"{cell['model']:16} {cell['format']:10} {routing:8} m={m:4} "
                         f"{cell['us']:8.1f} us  {100 * cell['stream_fraction']:5.1f}% stream "
                         f"{100 * cell['peak_fraction']:5.1f}% peak  x{ratio:.2f} DeepGEMM  "
                         f"x{fused / cell['us']:.2f} fused MoE  {cell['over_floor']:.2f} x floor",
@@ -249,50 +256,71 @@ def time_fused_moe(buffers: Buffers, rows: int, top_k: int) -> dict[str, Any]:
         return {"fused_moe_error": f"{type(error).__name__}: {error}"[:200]}
 
 
-def run_eager(out: Path, models: list[int], rows: Sequence[int], watchdog: Watchdog) -> None:
+def run_eager(
+    out: Path, models: list[int], formats: Sequence[Format], rows: Sequence[int], watchdog: Watchdog
+) -> None:
     """One eager call of the server's entry point, on the host's clock."""
     result: dict[str, Any] = {"environment": environment(), "cells": []}
     for index in models:
-        for fp8 in (False, True):
-            shape = model_shape(index, fp8, max(rows))
+        for fmt in formats:
+            shape = model_shape(index, fmt, max(rows))
             buffers = None  # frees the previous shape's memory first
             buffers = Buffers.create(shape)
             for m in rows:
-                watchdog(f"eager {MODELS[index].name} fp8={fp8} {m}")
-                cell = {"model": MODELS[index].name, "dtype": "fp8" if fp8 else "bf16", "rows": m}
+                watchdog(f"eager {MODELS[index].name} {fmt.name} {m}")
+                cell = {
+                    "model": MODELS[index].name,
+                    "dtype": fmt.tuning,
+                    "format": fmt.name,
+                    "rows": m,
+                }
                 cell |= time_eager(buffers, m)
                 result["cells"].append(cell)
                 print(cell, flush=True)
                 (out / "kernels-eager.json").write_text(json.dumps(result, indent=1))
 
 
+def run_split(
+    out: Path, formats: Sequence[Format], rows: Sequence[int], watchdog: Watchdog
+) -> None:
+    """Layers of one or two experts, with every split of the second GEMM's depth."""
+    result: dict[str, Any] = {"environment": environment(), "cells": []}
+    for name in FEW_EXPERTS:
+        for fmt in formats:
+            watchdog(f"split {name} {fmt.name}")
+            result["cells"] += time_splits(name, fmt, rows)
+            print(*result["cells"][-len(rows) :], sep="\n", flush=True)
+            (out / "kernels-split.json").write_text(json.dumps(result, indent=1))
+
+
 WARM_UP = """
 import sys, time
 import torch
+from moe_plugin.kernels.formats import FORMATS
 from moe_plugin.runtime.config import BatchedMoEConfig
 from moe_plugin.runtime.runner import warm_up
-experts, ranks, hidden, inter, top_k, tokens, dtype = sys.argv[1:]
+experts, ranks, hidden, inter, top_k, tokens, weights = sys.argv[1:]
 config = BatchedMoEConfig(
     num_experts=int(experts), num_ranks=int(ranks), top_k=int(top_k), hidden_size=int(hidden),
     intermediate_size=int(inter), max_num_tokens=int(tokens),
 )
 torch.cuda.init()
 began = time.monotonic()
-kernels = warm_up(config, getattr(torch, dtype))
+kernels = warm_up(config, FORMATS[weights])
 print(kernels, time.monotonic() - began)
 """
 
 
-def run_compile(out: Path, models: list[int]) -> None:
+def run_compile(out: Path, models: list[int], formats: Sequence[Format]) -> None:
     """What the server does before it says ready, in a fresh process each time."""
     result: dict[str, Any] = {"environment": environment(), "plans": []}
     for index in models:
         model = MODELS[index]
-        for dtype in ("bfloat16", "float8_e4m3fn"):
+        for fmt in formats:
             numbers = (model.experts * model.ranks, model.ranks, model.hidden, model.inter,
                        model.top_k, TOKENS)  # fmt: skip
-            command = [sys.executable, "-P", "-c", WARM_UP, *map(str, numbers), dtype]
-            entry: dict[str, Any] = {"model": model.name, "dtype": dtype, "tokens": TOKENS}
+            command = [sys.executable, "-P", "-c", WARM_UP, *map(str, numbers), fmt.name]
+            entry: dict[str, Any] = {"model": model.name, "format": fmt.name, "tokens": TOKENS}
             with tempfile.TemporaryDirectory() as cache:
                 env = {**os.environ, "TRITON_CACHE_DIR": cache}
                 for state in ("cold", "warm"):
@@ -309,9 +337,10 @@ def run_compile(out: Path, models: list[int]) -> None:
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "compile"))
+    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "split", "compile"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--rows", type=int, nargs="+", help="per expert")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--fused-rows", type=int, nargs="*", default=[8, 64, 512])
@@ -319,17 +348,20 @@ def main() -> None:
     # Both baselines compile when first called: the host's fused MoE took half a minute.
     watchdog = Watchdog(120 if args.stage == "bars" else 30)
     torch.manual_seed(0)
+    formats = [FORMATS[name] for name in args.formats]
+    where = args.out, args.models, formats
     if args.stage == "check":
-        raise SystemExit(not run_checks(watchdog))
+        raise SystemExit(not run_checks(formats, watchdog))
     if args.stage == "sweep":
-        run_sweep(args.out, args.models, args.rows or ROW_COUNTS, watchdog)
+        run_sweep(*where, args.rows or ROW_COUNTS, watchdog)
     elif args.stage == "eager":
-        run_eager(args.out, args.models, args.rows or EAGER_ROWS, watchdog)
+        run_eager(*where, args.rows or EAGER_ROWS, watchdog)
+    elif args.stage == "split":
+        run_split(args.out, formats, args.rows or SPLIT_ROWS, watchdog)
     elif args.stage == "compile":
-        run_compile(args.out, args.models)
+        run_compile(*where)
     else:
-        rows = args.rows or ROWS
-        run_bars(args.out, args.models, rows, args.routings, args.fused_rows, watchdog)
+        run_bars(*where, args.rows or ROWS, args.routings, args.fused_rows, watchdog)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from moe_plugin.kernels.formats import Format
 from moe_plugin.kernels.launch import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,19 +21,19 @@ def reachable_rows(index: int, tokens: int) -> int:
     return tokens * min(model.top_k, model.experts * model.ranks) // model.experts
 
 
-def model_shape(index: int, fp8: bool, rows: int) -> Shape:
+def model_shape(index: int, weights: Format, rows: int) -> Shape:
     """Layer of one model with the capacity that a mean of `rows` per expert needs."""
     model = MODELS[index]
     tokens = TOKENS if rows <= reachable_rows(index, TOKENS) else MORE_TOKENS
-    return Shape(model.experts, tokens * model.ranks, model.hidden, model.inter, fp8)
+    return Shape(model.experts, tokens * model.ranks, model.hidden, model.inter, weights)
 
 
 def layer_bytes(shape: Shape, counts: tuple[int, ...]) -> int:
     """Fewest bytes of a layer: the weights of live experts and the live rows, in and out."""
-    itemsize = 1 if shape.fp8 else 2
+    itemsize = shape.format.row_bits // 8
     live = sum(c > 0 for c in counts)
-    weights = 3 * shape.hidden * shape.inter * itemsize
-    if shape.fp8:
+    weights = 3 * shape.hidden * shape.inter * shape.format.weight_bits // 8
+    if shape.format.weight_scale == "block":
         weights += 3 * shape.hidden * shape.inter // 128**2 * 4
     row = shape.hidden * (itemsize + 2) + 2 * shape.inter * itemsize
     return live * weights + sum(counts) * row

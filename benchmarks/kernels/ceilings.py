@@ -42,7 +42,7 @@ def read_bytes_per_second() -> float:
 def weights_read_seconds(layers: Sequence[tuple[Any, ...]]) -> float:
     """A plain read of a layer's weights in two launches: what launches and tails alone cost a
     layer of this size. `layers`: copies, so that none is found in L2."""
-    words = [[layer[at].view(torch.int32).flatten() for at in (2, 4)] for layer in layers]
+    words = [[w.view(torch.int32).flatten() for w in (each.w13, each.w2)] for *_, each in layers]
 
     def both(reader: tuple[int, int], pair: list[torch.Tensor]) -> None:
         for weights in pair:

@@ -11,7 +11,8 @@ def layer_call(layer: tuple[Any, ...], masked_m: torch.Tensor, expected_m: int) 
     """One layer, as the host's DeepGEMM runner calls it."""
     import deep_gemm
 
-    x, x_scale, w13, w13_scale, w2, w2_scale = layer
+    x, x_scale, weights = layer
+    w13, w2 = weights.w13, weights.w2
     experts, capacity, hidden = x.shape
     inter = w2.shape[-1]
     both = torch.empty((experts, capacity, 2 * inter), dtype=torch.bfloat16, device=x.device)
@@ -27,11 +28,11 @@ def layer_call(layer: tuple[Any, ...], masked_m: torch.Tensor, expected_m: int) 
     from sglang.srt.layers.moe.moe_runner.deep_gemm import _varlen_deep_gemm_silu_mul_quant
 
     deep_gemm.fp8_m_grouped_gemm_nt_masked(
-        (x, x_scale), (w13, w13_scale), both, masked_m, expected_m
+        (x, x_scale), (w13, weights.w13_scale), both, masked_m, expected_m
     )
     act, act_scale = _varlen_deep_gemm_silu_mul_quant(both, masked_m, group_size=128, topk=8)
     deep_gemm.fp8_m_grouped_gemm_nt_masked(
-        (act, act_scale), (w2, w2_scale), out, masked_m, expected_m
+        (act, act_scale), (w2, weights.w2_scale), out, masked_m, expected_m
     )
     return out
 
@@ -40,6 +41,7 @@ def main() -> None:
     """Compile the baseline's kernels for one model, so that several can do so at once."""
     from cases import model_shape
 
+    from moe_plugin.kernels.formats import BF16, FP8_BLOCK
     from moe_plugin.kernels.tuning.tune import random_layer
 
     parser = argparse.ArgumentParser()
@@ -48,9 +50,9 @@ def main() -> None:
     parser.add_argument("rows", type=int, nargs="+")
     args = parser.parse_args()
     begin = time.time()
-    shape = model_shape(args.model, args.dtype == "fp8", min(args.rows))
-    dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
-    layer = random_layer(shape, dtype, "cuda")
+    weights = FP8_BLOCK if args.dtype == "fp8" else BF16
+    shape = model_shape(args.model, weights, min(args.rows))
+    layer = random_layer(shape, "cuda")
     masked_m = torch.zeros(shape.experts, dtype=torch.int32, device="cuda")
     for rows in args.rows:
         layer_call(layer, masked_m, rows)

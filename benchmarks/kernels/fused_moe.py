@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moe_plugin.kernels.experts_torch import SCALE_BLOCK
+from moe_plugin.kernels.formats import SCALE_BLOCK
 
 
 def tokens_of(experts: int, rows: int, top_k: int) -> int | None:
@@ -46,10 +46,16 @@ def fused_call(layer: tuple[Any, ...], routed: tuple[Any, ...]) -> torch.Tensor:
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts_impl
 
     publish_host_config()
-    _x, x_scale, w13, w13_scale, w2, w2_scale = layer
+    _x, x_scale, experts = layer
     x, weights, ids = routed
-    fp8 = {"use_fp8_w8a8": True, "w1_scale": w13_scale, "w2_scale": w2_scale,
+    fp8 = {"use_fp8_w8a8": True, "w1_scale": experts.w13_scale, "w2_scale": experts.w2_scale,
            "block_shape": [SCALE_BLOCK, SCALE_BLOCK]}  # fmt: skip
     return fused_experts_impl(
-        x, w13, w2, weights, ids, filter_expert=False, **({} if x_scale is None else fp8)
+        x,
+        experts.w13,
+        experts.w2,
+        weights,
+        ids,
+        filter_expert=False,
+        **({} if x_scale is None else fp8),
     )

@@ -57,9 +57,10 @@ def verdict(cells: list[Cell]) -> list[Bar]:
     """Every bar that the cells can show."""
     found = []
     for model in dict.fromkeys(cell["model"] for cell in cells):
-        for dtype in ("bf16", "fp8"):
-            mine = [c for c in cells if c["model"] == model and c["dtype"] == dtype]
-            found += _of_one(f"{model} {dtype}", model, dtype, [c for c in mine if c["reachable"]])
+        for kind in dict.fromkeys((c["dtype"], c["format"]) for c in cells):
+            mine = [c for c in cells if c["model"] == model and (c["dtype"], c["format"]) == kind]
+            label, judged = f"{model} {kind[1]}", [c for c in mine if c["reachable"]]
+            found += _of_one(label, model, kind[0], judged)
     return found
 
 

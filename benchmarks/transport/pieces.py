@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from shapes import Shape
 
+from moe_plugin.kernels.formats import BF16, FP8_BLOCK
+from moe_plugin.kernels.weights import ExpertWeights
 from moe_plugin.runtime.config import BatchedMoEConfig
-from moe_plugin.runtime.runner import ExpertWeights, make_moe_runner, warm_up
+from moe_plugin.runtime.runner import make_moe_runner, warm_up
 from moe_plugin.runtime.stats import Stats
 from moe_plugin.runtime.transports.guarded import GuardedTransport
 from moe_plugin.runtime.transports.torch_dist import TorchTransport
@@ -39,10 +41,10 @@ class Pieces:
             intermediate_size=shape.inter,
             max_num_tokens=shape.capacity,
         )
-        dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
+        self.format = FP8_BLOCK if shape.fp8 else BF16
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            warm_up(self.config, dtype)
+            warm_up(self.config, self.format)
         inner = self._create(transport)
         self.transport = GuardedTransport(inner, shape.capacity, stats=Stats())
         self.runner = make_moe_runner(self.config, device.type)
@@ -65,9 +67,7 @@ class Pieces:
     def _weights(self) -> ExpertWeights:
         shape, local = self.shape, self.config.num_local_experts
         generator = torch.Generator(device=self.device).manual_seed(self.group.rank())
-        w13, w13_scale = make_weights(local, 2 * shape.inter, shape.hidden, shape.fp8, generator)
-        w2, w2_scale = make_weights(local, shape.hidden, shape.inter, shape.fp8, generator)
-        return ExpertWeights(w13, w2, w13_scale, w2_scale)
+        return make_weights(local, shape.hidden, shape.inter, self.format, generator)
 
     def load(self, tokens: int) -> None:
         """Random tokens with uniform routing; one dispatch's output for the pieces after it."""

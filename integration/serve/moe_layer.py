@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import UnsupportedError, explain
+from ...kernels.formats import BF16, FP8_BLOCK
+from ...kernels.weights import ExpertWeights
 from ...planning.compatibility import LEAVE_TEXT
 from ...planning.plan import Plan
 from ...runtime.config import BatchedMoEConfig
 from ...runtime.metadata import rows_to_launch_for
-from ...runtime.runner import BatchedMoERunner, ExpertWeights, make_moe_runner, warm_up
+from ...runtime.runner import BatchedMoERunner, make_moe_runner, warm_up
 from ...runtime.stats import STATS
 from ..resolve.launch_facts import deterministic, dispatch_dtype
 from . import buffer
@@ -53,7 +55,7 @@ def _attach_runner(
     runner = _make_runner(layer, plan)
     setattr(layer, _RUNNER, runner)
     if layer.w13_weight.is_cuda:
-        warm_up(runner.config, layer.w13_weight.dtype)
+        warm_up(runner.config, expert_weights(layer).format)
     if layer.w13_weight.dtype.itemsize > 1:
         # Unset, the host would quantise activations to FP8 for bf16 weights as well, such as those
         # of a layer that an FP8 checkpoint leaves out.
@@ -138,6 +140,7 @@ def expert_weights(layer: Any) -> ExpertWeights:
         w2=layer.w2_weight,
         w13_scale=getattr(layer, "w13_weight_scale_inv", None),
         w2_scale=getattr(layer, "w2_weight_scale_inv", None),
+        format=BF16 if layer.w13_weight.dtype.itemsize > 1 else FP8_BLOCK,
     )
 
 

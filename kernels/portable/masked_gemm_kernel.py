@@ -1,36 +1,39 @@
 """Masked GEMM in plain Triton: every GPU from SM80 on, and CPU through Triton's interpreter.
 
-As in `hopper.py`, weights are the wide operand and each program owns two weight tiles: the gate and
-the up rows of the same channels (fused), or two neighbouring tiles (plain). Tensors are read
-through pointers, by stride, and rows past an expert's count are never touched.
+As in `sm90/gemm_kernel.py`, weights are the wide operand and each program owns two weight tiles:
+the gate and the up rows of the same channels (fused), or two neighbouring tiles (plain). Tensors
+are read through pointers, by stride, and rows past an expert's count are never touched.
 """
 
 import triton
 import triton.language as tl
 
-FP8_MAX = tl.constexpr(448.0)
-MIN_AMAX = tl.constexpr(1e-10)
-SCALE_BLOCK = tl.constexpr(128)
+from .. import formats
+
+FP8_MAX = tl.constexpr(formats.FP8_MAX)
+MIN_AMAX = tl.constexpr(formats.MIN_AMAX)
+SCALE_BLOCK = tl.constexpr(formats.SCALE_BLOCK)
 
 
 @triton.jit
-def load_counts(counts_ptr, experts, tiles_n, BT: tl.constexpr, LP: tl.constexpr):
-    """Per-expert row counts and the inclusive prefix of their tile counts."""
-    lanes = tl.arange(0, LP)
+def load_counts(counts_ptr, experts, capacity, tiles_n, BLOCK_M: tl.constexpr, LANES: tl.constexpr):
+    """Per-expert row counts, within the capacity, and the inclusive prefix of their tiles."""
+    lanes = tl.arange(0, LANES)
     counts = tl.load(counts_ptr + lanes, mask=lanes < experts, other=0)
-    return counts, tl.cumsum((counts + BT - 1) // BT * tiles_n, 0)
+    counts = tl.minimum(tl.maximum(counts, 0), capacity)
+    return counts, tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M * tiles_n, 0)
 
 
 @triton.jit
-def locate(tile, counts, ends, BT: tl.constexpr, LP: tl.constexpr):
+def locate(tile, counts, ends, BLOCK_M: tl.constexpr, LANES: tl.constexpr):
     """(expert, weight tile, first row, live rows) of one live tile; row tiles vary fastest."""
     passed = ends <= tile
     expert = tl.sum(passed.to(tl.int32), 0)
     first = tl.max(tl.where(passed, ends, 0), 0)
-    rows = tl.sum(tl.where(tl.arange(0, LP) == expert, counts, 0), 0)
-    row_tiles = (rows + BT - 1) // BT
+    rows = tl.sum(tl.where(tl.arange(0, LANES) == expert, counts, 0), 0)
+    row_tiles = (rows + BLOCK_M - 1) // BLOCK_M
     local = tile - first
-    return expert, local // row_tiles, (local % row_tiles) * BT, rows
+    return expert, local // row_tiles, (local % row_tiles) * BLOCK_M, rows
 
 
 @triton.jit
@@ -68,57 +71,86 @@ def cast(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def activate(
+    gate, up, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, CLAMPED: tl.constexpr
+):
+    """`formats.Activation` of float32 products."""
+    if LIMIT is not None:
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        if not CLAMPED:
+            gate = tl.minimum(gate, LIMIT)
+    act = gate / (1.0 + tl.exp(-gate if ALPHA == 1.0 else -ALPHA * gate))
+    if CLAMPED:
+        act = tl.minimum(act, LIMIT)
+    if BETA != 0.0:
+        up = up + BETA
+    return act * up
+
+
+@triton.jit
 def masked_gemm_kernel(
-    x, s_x, w, s_w, counts_ptr, out, s_out, experts, capacity, tiles_n, step, second, depth, width,
-    stride_xe, stride_xm, stride_we, stride_wn, stride_se, stride_sm, stride_sk, w_rows,
+    x, s_x, w, s_w, b_w, counts_ptr, out, s_out, experts, capacity, tiles_n, step, second, depth,
+    width, stride_xe, stride_xm, stride_we, stride_wn, stride_se, stride_sm, stride_sk, w_rows,
     scale_rows, scale_cols,
-    BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, LP: tl.constexpr,
-    FUSED: tl.constexpr, X_GROUP: tl.constexpr, W_SCALED: tl.constexpr, QUANTISE: tl.constexpr,
-    DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, FUSED: tl.constexpr, X_SCALE_GROUP: tl.constexpr, W_SCALE: tl.constexpr,
+    QUANTISE: tl.constexpr, DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr, LIMIT: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    counts, ends = load_counts(counts_ptr, experts, tiles_n, BT, LP)
+    counts, ends = load_counts(counts_ptr, experts, capacity, tiles_n, BLOCK_M, LANES)
     total = tl.max(ends, 0)
-    channel = tl.arange(0, BI)
+    channel = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        expert, n, row, rows = locate(tile, counts, ends, BT, LP)
+        expert, n, row, rows = locate(tile, counts, ends, BLOCK_M, LANES)
         e64 = expert.to(tl.int64)
         col = n * step
-        at = row + tl.arange(0, BT)
+        at = row + tl.arange(0, BLOCK_M)
         live = at < rows
-        rows0 = tl.minimum(col + channel, w_rows - 1)
-        rows1 = tl.minimum(col + second + channel, w_rows - 1)
+        if INTERLEAVED:
+            rows0 = tl.minimum(2 * (col + channel), w_rows - 2)
+            rows1 = rows0 + 1
+        else:
+            rows0 = tl.minimum(col + channel, w_rows - 1)
+            rows1 = tl.minimum(col + second + channel, w_rows - 1)
         w0 = w + e64 * stride_we + (rows0.to(tl.int64) * stride_wn)[:, None]
         w1 = w + e64 * stride_we + (rows1.to(tl.int64) * stride_wn)[:, None]
         x_at = x + e64 * stride_xe + (at.to(tl.int64) * stride_xm)[None, :]
-        acc0 = tl.zeros((BI, BT), tl.float32)
-        acc1 = tl.zeros((BI, BT), tl.float32)
-        for k in tl.range(0, tl.cdiv(depth, BK), num_stages=STAGES):
-            ks = k * BK + tl.arange(0, BK)
+        acc0 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc1 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for k in tl.range(0, tl.cdiv(depth, BLOCK_K), num_stages=STAGES):
+            ks = k * BLOCK_K + tl.arange(0, BLOCK_K)
             inside = ks < depth
             a = tl.load(x_at + ks[:, None], mask=inside[:, None] & live[None, :], other=0.0)
             b0 = tl.load(w0 + ks[None, :], mask=inside[None, :], other=0.0)
             b1 = tl.load(w1 + ks[None, :], mask=inside[None, :], other=0.0)
             part0 = _dot(b0, a, DECODE_W, DECODE_X, UPCAST)
             part1 = _dot(b1, a, DECODE_W, DECODE_X, UPCAST)
-            if W_SCALED:
-                s_at = s_w + e64 * scale_rows * scale_cols + k * BK // SCALE_BLOCK
+            if W_SCALE == "block":
+                s_at = s_w + e64 * scale_rows * scale_cols + k * BLOCK_K // SCALE_BLOCK
                 part0 *= tl.load(s_at + rows0 // SCALE_BLOCK * scale_cols)[:, None]
                 part1 *= tl.load(s_at + rows1 // SCALE_BLOCK * scale_cols)[:, None]
-            if X_GROUP > 0:
+            if X_SCALE_GROUP > 0:
                 x_scale = tl.load(
                     s_x + e64 * stride_se + at.to(tl.int64) * stride_sm
-                    + (k * BK // X_GROUP) * stride_sk,
+                    + (k * BLOCK_K // X_SCALE_GROUP) * stride_sk,
                     mask=live, other=0.0,
                 )  # fmt: skip
                 part0 *= x_scale[None, :]
                 part1 *= x_scale[None, :]
             acc0 += part0
             acc1 += part1
+        if W_SCALE == "channel":
+            acc0 *= tl.load(s_w + e64 * w_rows + rows0)[:, None]
+            acc1 *= tl.load(s_w + e64 * w_rows + rows1)[:, None]
+        if b_w is not None:
+            acc0 += tl.load(b_w + e64 * w_rows + rows0)[:, None]
+            acc1 += tl.load(b_w + e64 * w_rows + rows1)[:, None]
         o_at = out + e64 * capacity * width + (at.to(tl.int64) * width)[None, :]
         cols = col + channel
         mask = (cols < width)[:, None] & live[None, :]
         if FUSED:
-            act = acc0 / (1.0 + tl.exp(-acc0)) * acc1
+            act = activate(acc0, acc1, ALPHA, BETA, LIMIT, CLAMPED)
             if QUANTISE:
                 act = tl.where(mask, act, 0.0)
                 scale = tl.maximum(tl.max(tl.abs(act), 0), MIN_AMAX) / FP8_MAX

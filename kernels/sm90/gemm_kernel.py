@@ -3,9 +3,10 @@
 One warp streams weights and activations through a ring of shared-memory stages and never stops
 between tiles; the other warps multiply and write. Each program owns two weight tiles: the gate and
 the up rows of the same channels (fused), or two neighbouring tiles (plain). Few rows: weights are
-the wide operand (SWAP), so that 8 rows cost 8. Many rows: rows are, so that a thread needs two row
-scales instead of one per column; the rows of a tile can then be shared by two groups of warps that
-never wait for each other (GROUPS), so that one multiplies while the other scales or writes.
+the wide operand (SWAP_AB), so that 8 rows cost 8. Many rows: rows are, so that a thread needs two
+row scales instead of one per column; the rows of a tile can then be shared by two groups of warps
+that never wait for each other (WARP_GROUPS), so that one multiplies while the other scales or
+writes.
 """
 
 # mypy: ignore-errors
@@ -19,18 +20,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .. import formats
 from .ring import Job, Ring, Schedule, gdc_launch, gdc_wait, produce
 
-FP8_MAX = gl.constexpr(448.0)
-MIN_AMAX = gl.constexpr(1e-10)
-SCALE_BLOCK = gl.constexpr(128)
+FP8_MAX = gl.constexpr(formats.FP8_MAX)
+MIN_AMAX = gl.constexpr(formats.MIN_AMAX)
+SCALE_BLOCK = gl.constexpr(formats.SCALE_BLOCK)
 STREAM_REGISTERS = gl.constexpr(40)
-GROUP_REGISTERS = gl.constexpr(232)  # of the second group; the first takes what is left
+SECOND_REGISTERS = gl.constexpr(232)  # of the second warp group; the first has what is left
+
+
+@gluon.aggregate
+class Variant:
+    """What one launch computes.
+
+    W_SCALE: "none", "block" (ALIGNED: a tile's channels share one) or "channel". ALPHA, BETA,
+    LIMIT (0: none) and CLAMPED: of `formats.Activation`."""
+
+    SWAP_AB: gl.constexpr
+    FUSED: gl.constexpr
+    W_SCALE: gl.constexpr
+    ALIGNED: gl.constexpr
+    ALPHA: gl.constexpr
+    BETA: gl.constexpr
+    LIMIT: gl.constexpr
+    CLAMPED: gl.constexpr
 
 
 @gluon.jit
-def _mma(w, x, acc, use_acc, SWAP: gl.constexpr):
-    if SWAP:
+def _mma(w, x, acc, use_acc, SWAP_AB: gl.constexpr):
+    if SWAP_AB:
         acc = warpgroup_mma(w, x.permute((1, 0)), acc, use_acc=use_acc, is_async=True)
     else:
         acc = warpgroup_mma(x, w.permute((1, 0)), acc, use_acc=use_acc, is_async=True)
@@ -38,23 +57,38 @@ def _mma(w, x, acc, use_acc, SWAP: gl.constexpr):
 
 
 @gluon.jit
-def _block_scale(base, row, job, ALIGNED: gl.constexpr, MMA: gl.constexpr, W_AXIS: gl.constexpr):
-    """Pointer(s) to the scales of weight rows [row, row + BI) of one expert: one if they share a
-    128-row block, else one per row."""
+def _weight_rows(job, col, SECOND: gl.constexpr, MMA: gl.constexpr, W_AXIS: gl.constexpr):
+    """The weight rows of BLOCK_N channels; the second tile of the last channels may lie past the
+    weights, and is not stored."""
+    channels = gl.arange(0, job.BLOCK_N, gl.SliceLayout(1 - W_AXIS, MMA))
+    if job.UP_COLUMN > 0:
+        channels = 2 * channels
+    return gl.minimum(job.weight_row(col, SECOND) + channels, job.w_rows - 1)
+
+
+@gluon.jit
+def _block_scale(
+    base, job, col, SECOND: gl.constexpr, ALIGNED: gl.constexpr, MMA: gl.constexpr,
+    W_AXIS: gl.constexpr,
+):  # fmt: skip
+    """Pointer(s) to the scales of BLOCK_N channels of one expert: one if they share a 128-row
+    block, else one per weight row."""
     if ALIGNED:
-        # The second tile of the last channels may lie past the weights; it is not stored.
-        at = base + gl.minimum(row, job.w_rows - 1) // SCALE_BLOCK * job.scale_cols
+        row = gl.minimum(job.weight_row(col, SECOND), job.w_rows - 1)
+        at = base + row // SCALE_BLOCK * job.scale_cols
     else:
-        rows = row + gl.arange(0, job.BI, gl.SliceLayout(1 - W_AXIS, MMA))
-        blocks = gl.minimum(rows, job.w_rows - 1) // SCALE_BLOCK
+        blocks = _weight_rows(job, col, SECOND, MMA, W_AXIS) // SCALE_BLOCK
         at = base + gl.expand_dims(blocks * job.scale_cols, 1 - W_AXIS)
     return at
 
 
 @gluon.jit
-def _promote(acc, part, s_w, s_x, ALIGNED: gl.constexpr, W_AXIS: gl.constexpr):
-    """acc + part * scales, with one multiply-add per element where the weight scale is scalar."""
-    if ALIGNED:
+def _promote(acc, part, s_w, s_x, variant, W_AXIS: gl.constexpr):
+    """acc + part * scales, with one multiply-add per element where the weight scale is scalar, or
+    is left to the end."""
+    if variant.W_SCALE == "channel":
+        acc += part * gl.expand_dims(s_x, W_AXIS)
+    elif variant.ALIGNED:
         acc += part * gl.expand_dims(s_x * s_w, W_AXIS)
     else:
         acc += part * s_w * gl.expand_dims(s_x, W_AXIS)
@@ -63,55 +97,61 @@ def _promote(acc, part, s_w, s_x, ALIGNED: gl.constexpr, W_AXIS: gl.constexpr):
 
 @gluon.jit
 def _multiply_fp8(
-    ring, job, stage, phase, first, last, base, col, GROUP: gl.constexpr, SWAP: gl.constexpr,
-    ALIGNED: gl.constexpr, MMA: gl.constexpr, SHAPE: gl.constexpr,
+    ring, job, variant, stage, phase, first, last, w_scale, expert, col, WARP_GROUP: gl.constexpr,
+    MMA: gl.constexpr, SHAPE: gl.constexpr,
 ):  # fmt: skip
     """Both tiles' products; every step of 128 (or 64) channels is scaled into float32 sums."""
-    W_AXIS: gl.constexpr = 0 if SWAP else 1
+    W_AXIS: gl.constexpr = 0 if variant.SWAP_AB else 1
     HEIGHT: gl.constexpr = SHAPE[1 - W_AXIS]
     # Two sums and two products of 64 registers each would spill.
     OVERLAP: gl.constexpr = SHAPE[0] * SHAPE[1] // (32 * gl.num_warps()) < 64
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
     zero = gl.zeros(SHAPE, gl.float32, MMA)
-    scale0 = _block_scale(base, col, job, ALIGNED, MMA, W_AXIS)
-    scale1 = _block_scale(base, col + job.second, job, ALIGNED, MMA, W_AXIS)
+    if variant.W_SCALE == "block":
+        base = w_scale + expert.to(gl.int64) * job.scale_rows * job.scale_cols
+        scale0 = _block_scale(base, job, col, 0, variant.ALIGNED, MMA, W_AXIS)
+        scale1 = _block_scale(base, job, col, 1, variant.ALIGNED, MMA, W_AXIS)
     for k in range(first, last):
-        s_w0 = gl.load(scale0 + k * job.BK // SCALE_BLOCK)
-        s_w1 = gl.load(scale1 + k * job.BK // SCALE_BLOCK)
+        s_w0 = 1.0
+        s_w1 = 1.0
+        if variant.W_SCALE == "block":
+            s_w0 = gl.load(scale0 + k * job.BLOCK_K // SCALE_BLOCK)
+            s_w1 = gl.load(scale1 + k * job.BLOCK_K // SCALE_BLOCK)
         mbarrier.wait(ring.full.index(stage), phase)
-        x = ring.rows(stage, HEIGHT, GROUP)
-        s_x = ring.s.index(stage).slice(GROUP * HEIGHT, HEIGHT).load(gl.SliceLayout(W_AXIS, MMA))
-        part0 = _mma(ring.w0.index(stage), x, zero, False, SWAP)
+        x = ring.rows(stage, HEIGHT, WARP_GROUP)
+        scales = ring.s.index(stage).slice(WARP_GROUP * HEIGHT, HEIGHT)
+        s_x = scales.load(gl.SliceLayout(W_AXIS, MMA))
+        part0 = _mma(ring.w0.index(stage), x, zero, False, variant.SWAP_AB)
         if OVERLAP:
-            part1 = _mma(ring.w1.index(stage), x, zero, False, SWAP)
+            part1 = _mma(ring.w1.index(stage), x, zero, False, variant.SWAP_AB)
             part0 = warpgroup_mma_wait(1, deps=(part0,))
-            acc0 = _promote(acc0, part0, s_w0, s_x, ALIGNED, W_AXIS)
+            acc0 = _promote(acc0, part0, s_w0, s_x, variant, W_AXIS)
         else:
             part0 = warpgroup_mma_wait(0, deps=(part0,))
-            acc0 = _promote(acc0, part0, s_w0, s_x, ALIGNED, W_AXIS)
-            part1 = _mma(ring.w1.index(stage), x, zero, False, SWAP)
+            acc0 = _promote(acc0, part0, s_w0, s_x, variant, W_AXIS)
+            part1 = _mma(ring.w1.index(stage), x, zero, False, variant.SWAP_AB)
         part1 = warpgroup_mma_wait(0, deps=(part1,))
         # The scales have reached their registers: what is fetched next may overwrite them.
         mbarrier.arrive(ring.empty.index(stage))
-        acc1 = _promote(acc1, part1, s_w1, s_x, ALIGNED, W_AXIS)
+        acc1 = _promote(acc1, part1, s_w1, s_x, variant, W_AXIS)
         stage, phase = ring.advance(stage, phase)
     return acc0, acc1, stage, phase
 
 
 @gluon.jit
 def _multiply_bf16(
-    ring, stage, phase, first, last, GROUP: gl.constexpr, SWAP: gl.constexpr, MMA: gl.constexpr,
-    SHAPE: gl.constexpr,
+    ring, stage, phase, first, last, WARP_GROUP: gl.constexpr, SWAP_AB: gl.constexpr,
+    MMA: gl.constexpr, SHAPE: gl.constexpr,
 ):  # fmt: skip
-    HEIGHT: gl.constexpr = SHAPE[1 if SWAP else 0]
+    HEIGHT: gl.constexpr = SHAPE[1 if SWAP_AB else 0]
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
     for k in range(first, last):
         mbarrier.wait(ring.full.index(stage), phase)
-        x = ring.rows(stage, HEIGHT, GROUP)
-        acc0 = _mma(ring.w0.index(stage), x, acc0, True, SWAP)
-        acc1 = _mma(ring.w1.index(stage), x, acc1, True, SWAP)
+        x = ring.rows(stage, HEIGHT, WARP_GROUP)
+        acc0 = _mma(ring.w0.index(stage), x, acc0, True, SWAP_AB)
+        acc1 = _mma(ring.w1.index(stage), x, acc1, True, SWAP_AB)
         # These two stay in flight; the step before has finished with its stage.
         acc0, acc1 = warpgroup_mma_wait(2, deps=(acc0, acc1))
         mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > first)
@@ -120,6 +160,26 @@ def _multiply_bf16(
     # A part without steps (a split that does not divide them) has taken no stage to give back.
     mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=last > first)
     return acc0, acc1, stage, phase
+
+
+@gluon.jit
+def _finish_sum(
+    acc, job, variant, w_scale, w_bias, expert, col, part, SECOND: gl.constexpr,
+    MMA: gl.constexpr, W_AXIS: gl.constexpr,
+):  # fmt: skip
+    """What a tile's channels have once, scale and bias; the first part of a depth brings the
+    bias."""
+    if variant.W_SCALE == "channel" or w_bias is not None:
+        rows = _weight_rows(job, col, SECOND, MMA, W_AXIS)
+        at = expert.to(gl.int64) * job.w_rows + rows
+        if variant.W_SCALE == "channel":
+            acc *= gl.expand_dims(gl.load(w_scale + at), 1 - W_AXIS)
+        if w_bias is not None:
+            bias = gl.load(w_bias + at)
+            if job.SPLIT_K > 1:
+                bias = gl.where(part == 0, bias, 0.0)
+            acc += gl.expand_dims(bias, 1 - W_AXIS)
+    return acc
 
 
 @gluon.constexpr_function
@@ -169,10 +229,10 @@ def _write(tile, out, job, row, rows, col, W_AXIS: gl.constexpr):
 def _add_parts(parts, out, job, row, rows, col, tile, W_AXIS: gl.constexpr):
     """Sum a tile's parts in a fixed order, whoever finished last, and write it."""
     MMA: gl.constexpr = tile.type.layout
-    pitch = job.width * job.SPLIT
+    pitch = job.width * job.SPLIT_K
     offsets, live = _places(job, row, rows, col, pitch, MMA, tile.shape, W_AXIS)
     total = gl.zeros(tile.shape, gl.float32, MMA)
-    for part in range(job.SPLIT):
+    for part in range(job.SPLIT_K):
         # Other programs wrote these: L1 must not answer.
         total += gl.load(
             parts + part * job.width + offsets, mask=live, other=0.0, cache_modifier=".cg"
@@ -181,15 +241,34 @@ def _add_parts(parts, out, job, row, rows, col, tile, W_AXIS: gl.constexpr):
 
 
 @gluon.jit
-def _activate(
-    acc0, acc1, job, out, out_scale, expert, n, row, rows, FP8: gl.constexpr, MMA: gl.constexpr,
-    W_AXIS: gl.constexpr,
+def _activate(gate, up, variant):
+    """`formats.Activation` of float32 products."""
+    if variant.LIMIT > 0:
+        up = gl.minimum(gl.maximum(up, -variant.LIMIT), variant.LIMIT)
+        if not variant.CLAMPED:
+            gate = gl.minimum(gate, variant.LIMIT)
+    if variant.ALPHA == 1.0:
+        act = gate / (1.0 + gl.exp(-gate))
+    else:
+        act = gate / (1.0 + gl.exp(-variant.ALPHA * gate))
+    if variant.CLAMPED:
+        act = gl.minimum(act, variant.LIMIT)
+    if variant.BETA != 0.0:
+        up = up + variant.BETA
+    return act * up
+
+
+@gluon.jit
+def _write_activation(
+    acc0, acc1, job, variant, out, out_scale, expert, n, row, rows, FP8: gl.constexpr,
+    MMA: gl.constexpr, W_AXIS: gl.constexpr,
 ):  # fmt: skip
-    """SwiGLU and, for fp8, one scale per row and BI channels; channels past the width are zero."""
-    act = acc0 / (1.0 + gl.exp(-acc0)) * acc1
+    """Gate and up become one and, for fp8, one scale per row and BLOCK_N channels; channels past
+    the width are zero."""
+    act = _activate(acc0, acc1, variant)
     col = n * job.STEP
     if FP8:
-        channels = col + gl.arange(0, job.BI, gl.SliceLayout(1 - W_AXIS, MMA))
+        channels = col + gl.arange(0, job.BLOCK_N, gl.SliceLayout(1 - W_AXIS, MMA))
         act = gl.where(gl.expand_dims(channels < job.width, 1 - W_AXIS), act, 0.0)
         scale = gl.maximum(gl.max(gl.abs(act), axis=W_AXIS), MIN_AMAX) / FP8_MAX
         act = act * gl.expand_dims(1.0 / scale, W_AXIS)
@@ -209,11 +288,11 @@ def _deposit(
     first = expert.to(gl.int64) * job.capacity + row
     col = n * job.STEP
     base = out + first * job.width
-    if job.SPLIT == 1:
+    if job.SPLIT_K == 1:
         _write(acc0, base, job, row, rows, col, W_AXIS)
         _write(acc1, base, job, row, rows, col + job.second, W_AXIS)
     elif row < rows:  # a group whose rows are all past the count would arrive at another's counter
-        pitch = job.width * job.SPLIT
+        pitch = job.width * job.SPLIT_K
         parts = partial + first * pitch
         mine = parts + part * job.width
         offsets, live = _places(job, row, rows, col, pitch, MMA, acc0.shape, W_AXIS)
@@ -223,37 +302,40 @@ def _deposit(
         gl.barrier()
         # Counted within the expert: with an odd capacity two experts share eight rows.
         at = (expert * ((job.capacity + 7) // 8) + row // 8) * job.tiles_n + n
-        if gl.atomic_add(counters + at, 1, sem="acq_rel", scope="gpu") == job.SPLIT - 1:
+        if gl.atomic_add(counters + at, 1, sem="acq_rel", scope="gpu") == job.SPLIT_K - 1:
             _add_parts(parts, base, job, row, rows, col, acc0, W_AXIS)
             _add_parts(parts, base, job, row, rows, col + job.second, acc1, W_AXIS)
 
 
 @gluon.jit
 def _finish_tile(
-    ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial, counters,
-    BT: gl.constexpr, GROUP: gl.constexpr, SWAP: gl.constexpr, FUSED: gl.constexpr,
-    ALIGNED: gl.constexpr,
+    ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out, out_scale, partial,
+    counters, BLOCK_M: gl.constexpr, WARP_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Multiply this group's share of one tile of BT rows and write it."""
-    W_AXIS: gl.constexpr = 0 if SWAP else 1
-    HEIGHT: gl.constexpr = BT // ring.GROUPS
-    SHAPE: gl.constexpr = [job.BI, HEIGHT] if SWAP else [HEIGHT, job.BI]
+    """Multiply this group's share of one tile of BLOCK_M rows and write it."""
+    W_AXIS: gl.constexpr = 0 if variant.SWAP_AB else 1
+    HEIGHT: gl.constexpr = BLOCK_M // ring.WARP_GROUPS
+    SHAPE: gl.constexpr = [job.BLOCK_N, HEIGHT] if variant.SWAP_AB else [HEIGHT, job.BLOCK_N]
     MMA: gl.constexpr = _mma_layout(SHAPE, gl.num_warps(), 8 if ring.FP8 else 16)
     expert, n, part, row, rows = schedule.locate(tile)
-    row += GROUP * HEIGHT
+    row += WARP_GROUP * HEIGHT
     first, last = job.share(part)
+    col = n * job.STEP
     if ring.FP8:
-        base = w_scale + expert.to(gl.int64) * job.scale_rows * job.scale_cols
         acc0, acc1, stage, phase = _multiply_fp8(
-            ring, job, stage, phase, first, last, base, n * job.STEP, GROUP, SWAP, ALIGNED, MMA,
+            ring, job, variant, stage, phase, first, last, w_scale, expert, col, WARP_GROUP, MMA,
             SHAPE,
         )  # fmt: skip
     else:
         acc0, acc1, stage, phase = _multiply_bf16(
-            ring, stage, phase, first, last, GROUP, SWAP, MMA, SHAPE
+            ring, stage, phase, first, last, WARP_GROUP, variant.SWAP_AB, MMA, SHAPE
         )
-    if FUSED:
-        _activate(acc0, acc1, job, out, out_scale, expert, n, row, rows, ring.FP8, MMA, W_AXIS)
+    acc0 = _finish_sum(acc0, job, variant, w_scale, w_bias, expert, col, part, 0, MMA, W_AXIS)
+    acc1 = _finish_sum(acc1, job, variant, w_scale, w_bias, expert, col, part, 1, MMA, W_AXIS)
+    if variant.FUSED:
+        _write_activation(
+            acc0, acc1, job, variant, out, out_scale, expert, n, row, rows, ring.FP8, MMA, W_AXIS
+        )
     else:
         _deposit(acc0, acc1, job, out, partial, counters, expert, n, part, row, rows, MMA, W_AXIS)
     return stage, phase
@@ -261,18 +343,18 @@ def _finish_tile(
 
 @gluon.jit
 def _consume(
-    ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
-    GROUP: gl.constexpr, SWAP: gl.constexpr, FUSED: gl.constexpr, ALIGNED: gl.constexpr,
+    ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial, counters, to_clear,
+    WARP_GROUP: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write every tile of this program."""
     THREADS: gl.constexpr = 32 * gl.num_warps()
-    if FUSED and GROUP == 0 and counters is not None:
+    if variant.FUSED and WARP_GROUP == 0 and counters is not None:
         # The launch after this one counts arrivals from zero.
         LINE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         lanes = gl.arange(0, THREADS, LINE)
         for at in range(gl.program_id(0) * THREADS, to_clear, gl.num_programs(0) * THREADS):
             gl.store(counters + at + lanes, 0, mask=at + lanes < to_clear)
-    if not FUSED and job.SPLIT > 1:
+    if not variant.FUSED and job.SPLIT_K > 1:
         # A part without steps waits for no rows, and must not arrive before counters are cleared.
         gdc_wait()
     schedule = Schedule.create(counts_ptr, job, gl.num_warps())
@@ -280,22 +362,22 @@ def _consume(
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), schedule.total, gl.num_programs(0)):
         # Two equal paths would be merged behind their last product, which then waits too early.
-        if job.BB > job.BT:
+        if job.BLOCK_M_BUSY > job.BLOCK_M:
             _expert, _n, _part, _row, rows = schedule.locate(tile)
-            if rows > job.BT:
+            if rows > job.BLOCK_M:
                 stage, phase = _finish_tile(
-                    ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial,
-                    counters, job.BB, GROUP, SWAP, FUSED, ALIGNED,
+                    ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out,
+                    out_scale, partial, counters, job.BLOCK_M_BUSY, WARP_GROUP,
                 )  # fmt: skip
             else:
                 stage, phase = _finish_tile(
-                    ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial,
-                    counters, job.BT, GROUP, SWAP, FUSED, ALIGNED,
+                    ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out,
+                    out_scale, partial, counters, job.BLOCK_M, WARP_GROUP,
                 )  # fmt: skip
         else:
             stage, phase = _finish_tile(
-                ring, job, schedule, tile, stage, phase, w_scale, out, out_scale, partial,
-                counters, job.BB, GROUP, SWAP, FUSED, ALIGNED,
+                ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out, out_scale,
+                partial, counters, job.BLOCK_M_BUSY, WARP_GROUP,
             )  # fmt: skip
 
 
@@ -305,40 +387,43 @@ def _consume(
     ]
 )  # fmt: skip
 def experts_kernel(
-    w_desc, x_desc, big_desc, s_desc, w_scale, counts_ptr, out, out_scale, partial, counters,
-    to_clear, experts, capacity, tiles_n, w_rows, steps_k, scale_rows,
-    scale_cols, width,
-    BI: gl.constexpr, BT: gl.constexpr, BB: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    LP: gl.constexpr, SPLIT: gl.constexpr, BURST: gl.constexpr, GROUPS: gl.constexpr,
-    FP8: gl.constexpr, SWAP: gl.constexpr, FUSED: gl.constexpr, ALIGNED: gl.constexpr,
-    CHAINED: gl.constexpr,
+    w_desc, x_desc, busy_desc, s_desc, w_scale, w_bias, counts_ptr, out, out_scale, partial,
+    counters, to_clear, experts, capacity, tiles_n, w_rows, steps_k, scale_rows, scale_cols, width,
+    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_M_BUSY: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LANES: gl.constexpr, SPLIT_K: gl.constexpr,
+    BURST: gl.constexpr, WARP_GROUPS: gl.constexpr, FP8: gl.constexpr, SWAP_AB: gl.constexpr,
+    FUSED: gl.constexpr, W_SCALE: gl.constexpr, ALIGNED: gl.constexpr, CHAINED: gl.constexpr,
+    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, CLAMPED: gl.constexpr,
+    UP_COLUMN: gl.constexpr,
 ):  # fmt: skip
     """One launch over all live tiles; see the module docstring."""
-    ring = Ring.create(w_desc, big_desc, s_desc, STAGES, GROUPS, FP8)
-    if FUSED:  # the up rows follow all gate rows
-        job = Job(
-            experts, capacity, tiles_n, w_rows, width, steps_k, scale_rows, scale_cols, width,
-            BI, BI, BT, BB, BK, LP, SPLIT, BURST,
-        )  # fmt: skip
-    else:
-        job = Job(
-            experts, capacity, tiles_n, w_rows, gl.to_tensor(BI), steps_k, scale_rows, scale_cols,
-            width, 2 * BI, BI, BT, BB, BK, LP, SPLIT, BURST,
-        )  # fmt: skip
+    ring = Ring.create(w_desc, busy_desc, s_desc, STAGES, WARP_GROUPS, FP8)
+    variant = Variant(SWAP_AB, FUSED, W_SCALE, ALIGNED, ALPHA, BETA, LIMIT, CLAMPED)
+    # The second tile: the up rows follow all gate rows, or take turns with them; or the next tile.
+    second = gl.to_tensor(BLOCK_N)
+    step: gl.constexpr = BLOCK_N if FUSED else 2 * BLOCK_N
+    if UP_COLUMN > 0:
+        second = gl.to_tensor(0)
+    elif FUSED:
+        second = width
+    job = Job(
+        experts, capacity, tiles_n, w_rows, second, steps_k, scale_rows, scale_cols, width, step,
+        BLOCK_N, BLOCK_M, BLOCK_M_BUSY, BLOCK_K, LANES, SPLIT_K, BURST, UP_COLUMN,
+    )  # fmt: skip
     if FUSED:
         # Counts and rows come from the launch before; what does not depend on it is done by now.
         gdc_wait()
         gdc_launch()
     # Arguments are spelled out each time: constants in a tuple with a name become run-time values.
-    if GROUPS == 1:
+    if WARP_GROUPS == 1:
         gl.warp_specialize(
             [
                 (
                     _consume,
-                    (ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
-                     gl.constexpr(0), SWAP, FUSED, ALIGNED),
+                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial,
+                     counters, to_clear, gl.constexpr(0)),
                 ),
-                (produce, (ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED)),
+                (produce, (ring, job, w_desc, x_desc, busy_desc, s_desc, counts_ptr, CHAINED)),
             ],
             [1],
             [STREAM_REGISTERS],
@@ -348,16 +433,16 @@ def experts_kernel(
             [
                 (
                     _consume,
-                    (ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
-                     gl.constexpr(0), SWAP, FUSED, ALIGNED),
+                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial,
+                     counters, to_clear, gl.constexpr(0)),
                 ),
                 (
                     _consume,
-                    (ring, job, counts_ptr, w_scale, out, out_scale, partial, counters, to_clear,
-                     gl.constexpr(1), SWAP, FUSED, ALIGNED),
+                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial,
+                     counters, to_clear, gl.constexpr(1)),
                 ),
-                (produce, (ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED)),
+                (produce, (ring, job, w_desc, x_desc, busy_desc, s_desc, counts_ptr, CHAINED)),
             ],
             [gl.num_warps(), 1],
-            [GROUP_REGISTERS, STREAM_REGISTERS],
+            [SECOND_REGISTERS, STREAM_REGISTERS],
         )  # fmt: skip

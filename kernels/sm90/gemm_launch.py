@@ -4,7 +4,7 @@ from typing import Any
 
 import triton
 
-from ..experts_torch import SCALE_BLOCK
+from ..formats import SCALE_BLOCK
 from ..launch import Device, Tiles
 from ..problem import Problem, lane_count
 
@@ -16,25 +16,31 @@ def _prepare(
     the launch before."""
     experts, capacity, depth = p.x.shape
     w_rows = p.w.shape[1]
-    fp8 = p.x_scale is not None
-    _step, second, tiles_n = p.geometry(tiles.channels)
-    aligned = not fp8 or (SCALE_BLOCK % tiles.channels == 0 and second % tiles.channels == 0)
-    scale_rows, scale_cols = p.w_scale.shape[1:] if fp8 else (0, 0)
+    fp8 = p.format.fp8_rows
+    _step, second, tiles_n = p.geometry(tiles.block_n)
+    # Interleaved, a tile's channels come from twice as many weight rows.
+    spread = 2 if p.interleaved else 1
+    aligned = SCALE_BLOCK % (spread * tiles.block_n) == 0 and (
+        p.interleaved or second % tiles.block_n == 0
+    )
     if fp8:  # a table written by hand may say otherwise, and the result would be wrong
-        got = f"steps of {tiles.depth} channels, rows scaled by {p.x_group}"
-        assert tiles.depth == p.x_group, got
+        got = f"steps of {tiles.block_k} channels, rows scaled by {p.x_scale_group}"
+        assert tiles.block_k == p.x_scale_group, got
     to_clear = p.counters.numel() if p.fused and p.counters is not None else 0
-    steps = triton.cdiv(depth, tiles.depth)
-    burst = tiles.burst if steps % (tiles.split * tiles.burst) == 0 else 1
+    steps = triton.cdiv(depth, tiles.block_k)
+    burst = tiles.burst if steps % (tiles.split_k * tiles.burst) == 0 else 1
+    alpha, beta, limit, clamped = p.epilogue()
     arguments = (
-        *_descriptors(p, tiles), p.w_scale, p.masked_m, p.out, p.out_scale, p.partial, p.counters,
-        to_clear, experts, capacity, tiles_n, w_rows, steps, scale_rows, scale_cols, p.width,
-        tiles.channels, tiles.rows, tiles.many, tiles.depth, tiles.stages, lane_count(experts),
-        tiles.split, burst, tiles.groups, fp8, tiles.swap, p.fused, aligned, chained,
+        *_descriptors(p, tiles), p.w_scale, p.w_bias, p.masked_m, p.out, p.out_scale, p.partial,
+        p.counters, to_clear, experts, capacity, tiles_n, w_rows, steps, *p.block_grid(), p.width,
+        tiles.block_n, tiles.block_m, tiles.block_m_busy, tiles.block_k, tiles.stages,
+        lane_count(experts), tiles.split_k, burst, tiles.warp_groups, fp8, tiles.swap_ab, p.fused,
+        p.format.weight_scale, not fp8 or aligned, chained, alpha, beta, limit or 0.0, clamped,
+        depth if p.interleaved else 0,
     )  # fmt: skip
-    bound = experts * triton.cdiv(capacity, tiles.rows) * tiles_n * tiles.split
+    bound = experts * triton.cdiv(capacity, tiles.block_m) * tiles_n * tiles.split_k
     options = {
-        "num_warps": tiles.warps // tiles.groups,
+        "num_warps": tiles.warps // tiles.warp_groups,
         # Four more warps than multiply hold the one that streams; all share the registers.
         "maxnreg": min(240, 65536 // (tiles.per_sm * (tiles.warps + 4) * 32) // 8 * 8),
         "launch_pdl": chained or p.fused,
@@ -49,21 +55,22 @@ def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
     experts, capacity, depth = p.x.shape
     bits = 16 if p.x_scale is None else 8
     # Rows of a stage must fill the swizzle: 128 bytes, or 64 where a stage is that narrow.
-    layout = NVMMASharedLayout(min(128, tiles.depth * bits // 8), bits)
+    layout = NVMMASharedLayout(min(128, tiles.block_k * bits // 8), bits)
 
-    def matrix(tensor: Any, rows: int, block: int) -> Any:
-        return TensorDescriptor(tensor, [rows, depth], [depth, 1], [block, tiles.depth], layout)
+    def matrix(tensor: Any, rows: int, block: int, width: int = depth) -> Any:
+        return TensorDescriptor(tensor, [rows, width], [width, 1], [block, tiles.block_k], layout)
 
-    rows = matrix(p.x, experts * capacity, tiles.rows)
+    rows = matrix(p.x, experts * capacity, tiles.block_m)
     scales = rows
     if p.x_scale is not None:
         flat = NVMMASharedLayout(0, 32, rank=1)
         size = p.x_scale.numel()
-        scales = TensorDescriptor(p.x_scale, [size], [1], [max(tiles.many, 32)], flat)
+        scales = TensorDescriptor(p.x_scale, [size], [1], [max(tiles.block_m_busy, 32)], flat)
+    w_rows, spread = experts * p.w.shape[1], 2 if p.interleaved else 1
     return (
-        matrix(p.w, experts * p.w.shape[1], tiles.channels),
+        matrix(p.w, w_rows // spread, tiles.block_n, spread * depth),
         rows,
-        matrix(p.x, experts * capacity, tiles.many),
+        matrix(p.x, experts * capacity, tiles.block_m_busy),
         scales,
     )
 

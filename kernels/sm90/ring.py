@@ -16,8 +16,12 @@ def _add(a, b):
 @gluon.aggregate
 class Job:
     """Sizes of one launch. Weight tile `n` of an expert starts at row `n * STEP`, its second half
-    `second` rows later; each of SPLIT programs takes a share of the `steps_k` steps. What stores
-    need to be 16 bytes wide is a constant or specialised: capacity, width and STEP."""
+    `second` rows later; each of SPLIT_K programs takes a share of the `steps_k` steps. What stores
+    need to be 16 bytes wide is a constant or specialised: capacity, width and STEP.
+
+    Where gate and up rows take turns (UP_COLUMN > 0), two weight rows are described as one of twice
+    the depth: the second tile's rows are the first one's, from column UP_COLUMN on. What the last
+    step of a gate row reads beyond it belongs to the up row, and meets rows filled with zeros."""
 
     experts: gl.tensor
     capacity: gl.tensor
@@ -29,18 +33,37 @@ class Job:
     scale_cols: gl.tensor
     width: gl.tensor
     STEP: gl.constexpr
-    BI: gl.constexpr
-    BT: gl.constexpr
-    BB: gl.constexpr
-    BK: gl.constexpr
-    LP: gl.constexpr
-    SPLIT: gl.constexpr
+    BLOCK_N: gl.constexpr
+    BLOCK_M: gl.constexpr
+    BLOCK_M_BUSY: gl.constexpr
+    BLOCK_K: gl.constexpr
+    LANES: gl.constexpr
+    SPLIT_K: gl.constexpr
     BURST: gl.constexpr
+    UP_COLUMN: gl.constexpr
+
+    @gluon.jit
+    def first_row(self, expert, n):
+        """Of weight tile `n`, as the weights are described to the copy engine."""
+        per_expert = self.w_rows
+        if self.UP_COLUMN > 0:
+            per_expert = self.w_rows // 2
+        return expert * per_expert + n * self.STEP
+
+    @gluon.jit
+    def weight_row(self, channel, SECOND: gl.constexpr):
+        """Among an expert's weight rows, that of a channel of the first or the second tile."""
+        row = channel
+        if self.UP_COLUMN > 0:
+            row = 2 * channel + SECOND
+        elif SECOND:
+            row = channel + self.second
+        return row
 
     @gluon.jit
     def share(self, part):
         """First and last step of one part; the host makes sure that a part is whole bursts."""
-        per_part = (self.steps_k + self.SPLIT - 1) // self.SPLIT
+        per_part = (self.steps_k + self.SPLIT_K - 1) // self.SPLIT_K
         first = part * per_part
         return first, gl.minimum(self.steps_k, first + per_part)
 
@@ -48,26 +71,29 @@ class Job:
 @gluon.aggregate
 class Schedule:
     """Live tiles in expert order. Within an expert the row tiles of one weight tile are adjacent,
-    so that a second row tile finds its weights in L2. Experts with more than BT rows are cut into
-    tiles of BB rows."""
+    so that a second row tile finds its weights in L2. Experts with more than BLOCK_M rows are cut
+    into tiles of BLOCK_M_BUSY rows. A count outside [0, capacity] reads as the nearest inside."""
 
     counts: gl.tensor
     ends: gl.tensor
     lanes: gl.tensor
     total: gl.tensor
-    BT: gl.constexpr
-    BB: gl.constexpr
-    SPLIT: gl.constexpr
+    BLOCK_M: gl.constexpr
+    BLOCK_M_BUSY: gl.constexpr
+    SPLIT_K: gl.constexpr
 
     @gluon.jit
     def create(counts_ptr, job, WARPS: gl.constexpr):
-        layout: gl.constexpr = gl.BlockedLayout([job.LP // 32], [32], [WARPS], [0])
-        lanes = gl.arange(0, job.LP, layout)
+        layout: gl.constexpr = gl.BlockedLayout([job.LANES // 32], [32], [WARPS], [0])
+        lanes = gl.arange(0, job.LANES, layout)
         counts = gl.load(counts_ptr + lanes, mask=lanes < job.experts, other=0)
-        heights = gl.where(counts > job.BT, job.BB, job.BT)
-        tiles = (counts + heights - 1) // heights * (job.tiles_n * job.SPLIT)
+        counts = gl.minimum(gl.maximum(counts, 0), job.capacity)
+        heights = gl.where(counts > job.BLOCK_M, job.BLOCK_M_BUSY, job.BLOCK_M)
+        tiles = (counts + heights - 1) // heights * (job.tiles_n * job.SPLIT_K)
         ends = gl.associative_scan(tiles, 0, _add)
-        return Schedule(counts, ends, lanes, gl.sum(tiles, 0), job.BT, job.BB, job.SPLIT)
+        return Schedule(
+            counts, ends, lanes, gl.sum(tiles, 0), job.BLOCK_M, job.BLOCK_M_BUSY, job.SPLIT_K
+        )
 
     @gluon.jit
     def locate(self, tile):
@@ -76,12 +102,12 @@ class Schedule:
         expert = gl.sum(passed.to(gl.int32), 0)
         first = gl.max(gl.where(passed, self.ends, 0), 0)
         rows = gl.sum(gl.where(self.lanes == expert, self.counts, 0), 0)
-        height = gl.where(rows > self.BT, self.BB, self.BT)
+        height = gl.where(rows > self.BLOCK_M, self.BLOCK_M_BUSY, self.BLOCK_M)
         row_tiles = (rows + height - 1) // height
         local = tile - first
         across = local // row_tiles
         row = (local - across * row_tiles) * height
-        return expert, across // self.SPLIT, across % self.SPLIT, row, rows
+        return expert, across // self.SPLIT_K, across % self.SPLIT_K, row, rows
 
 
 @gluon.aggregate
@@ -95,12 +121,12 @@ class Ring:
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
-    GROUPS: gl.constexpr
+    WARP_GROUPS: gl.constexpr
     FP8: gl.constexpr
 
     @gluon.jit
     def create(
-        w_desc, x_desc, s_desc, STAGES: gl.constexpr, GROUPS: gl.constexpr, FP8: gl.constexpr
+        w_desc, x_desc, s_desc, STAGES: gl.constexpr, WARP_GROUPS: gl.constexpr, FP8: gl.constexpr
     ):
         w_shape: gl.constexpr = [STAGES] + w_desc.block_type.shape  # noqa: RUF005
         x_shape: gl.constexpr = [STAGES] + x_desc.block_type.shape  # noqa: RUF005
@@ -111,13 +137,13 @@ class Ring:
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(full.index(i), count=1)
-            mbarrier.init(empty.index(i), count=GROUPS)
+            mbarrier.init(empty.index(i), count=WARP_GROUPS)
         if FP8:
             s_shape: gl.constexpr = [STAGES] + s_desc.block_type.shape  # noqa: RUF005
             s = gl.allocate_shared_memory(s_desc.dtype, s_shape, s_desc.layout)
         else:
             s = x
-        return Ring(w0, w1, x, s, full, empty, STAGES, GROUPS, FP8)
+        return Ring(w0, w1, x, s, full, empty, STAGES, WARP_GROUPS, FP8)
 
     @gluon.jit
     def advance(self, stage, phase, STEP: gl.constexpr = 1):
@@ -130,10 +156,10 @@ class Ring:
         return gl.where(stage == 0, self.STAGES - 1, stage - 1)
 
     @gluon.jit
-    def rows(self, stage, BT: gl.constexpr, PART: gl.constexpr = 0):
-        """The stage's activation tile, cut into parts of BT rows."""
-        FIT: gl.constexpr = self.x.shape[1] // BT
-        shape: gl.constexpr = [self.STAGES * FIT, BT, self.x.shape[2]]
+    def rows(self, stage, BLOCK_M: gl.constexpr, PART: gl.constexpr = 0):
+        """The stage's activation tile, cut into parts of BLOCK_M rows."""
+        FIT: gl.constexpr = self.x.shape[1] // BLOCK_M
+        shape: gl.constexpr = [self.STAGES * FIT, BLOCK_M, self.x.shape[2]]
         return self.x._reinterpret(self.x.dtype, shape, self.x.layout).index(stage * FIT + PART)
 
     @gluon.jit
@@ -148,10 +174,10 @@ class Ring:
             mbarrier.wait(self.empty.index(stage + i), phase)
             mbarrier.expect(self.full.index(stage + i), weight_bytes + row_bytes)
         for i in gl.static_range(job.BURST):
-            at = [row0, (step + i) * job.BK]
+            at = [row0, (step + i) * job.BLOCK_K]
             tma.async_load(w_desc, at, self.full.index(stage + i), self.w0.index(stage + i))
         for i in gl.static_range(job.BURST):
-            at = [row1, (step + i) * job.BK]
+            at = [row1, job.UP_COLUMN + (step + i) * job.BLOCK_K]
             tma.async_load(w_desc, at, self.full.index(stage + i), self.w1.index(stage + i))
 
     @gluon.jit
@@ -160,7 +186,7 @@ class Ring:
         for i in gl.static_range(job.BURST):
             bar = self.full.index(stage + i)
             tile = self.rows(stage + i, x_desc.block_type.shape[0])
-            tma.async_load(x_desc, [row, (step + i) * job.BK], bar, tile)
+            tma.async_load(x_desc, [row, (step + i) * job.BLOCK_K], bar, tile)
             if self.FP8:
                 at = scale_at + (step + i) * job.capacity
                 tma.async_load(s_desc, [at], bar, self.s.index(stage + i))
@@ -185,7 +211,7 @@ def gdc_launch():
 def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase, early):
     """Fetch one tile's stages; the weights of the first `early` of them are already under way."""
     expert, n, part, row, _rows = schedule.locate(tile)
-    row0 = expert * job.w_rows + n * job.STEP
+    row0 = job.first_row(expert, n)
     x_row = expert * job.capacity + row
     scale_at = expert * job.steps_k * job.capacity + row
     first, last = job.share(part)
@@ -203,7 +229,7 @@ def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase
 def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
     """Fetch the first tile's weights, as many stages as the ring has; returns how many."""
     expert, n, part, _row, _rows = schedule.locate(tile)
-    row0 = expert * job.w_rows + n * job.STEP
+    row0 = job.first_row(expert, n)
     first, last = job.share(part)
     early = gl.minimum(last - first, ring.STAGES)
     for k in range(0, early, job.BURST):
@@ -214,7 +240,7 @@ def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
 
 
 @gluon.jit
-def produce(ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED: gl.constexpr):
+def produce(ring, job, w_desc, x_desc, busy_desc, s_desc, counts_ptr, CHAINED: gl.constexpr):
     """Stream every tile of this program, without a pause between tiles."""
     schedule = Schedule.create(counts_ptr, job, 1)
     stage = gl.to_tensor(0)
@@ -225,17 +251,17 @@ def produce(ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED: gl
         # The previous launch still computes the activations; the weights do not depend on it.
         if tile < schedule.total:
             _e, _n, _part, _row, rows = schedule.locate(tile)
-            if rows > job.BT:
-                early = _stream_early(ring, job, w_desc, big_desc, s_desc, tile, schedule)
+            if rows > job.BLOCK_M:
+                early = _stream_early(ring, job, w_desc, busy_desc, s_desc, tile, schedule)
             else:
                 early = _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule)
         gdc_wait()
     while tile < schedule.total:
-        if job.BB > job.BT:
+        if job.BLOCK_M_BUSY > job.BLOCK_M:
             _e, _n, _part, _row, rows = schedule.locate(tile)
-            if rows > job.BT:
+            if rows > job.BLOCK_M:
                 stage, phase = _stream_tile(
-                    ring, job, w_desc, big_desc, s_desc, tile, schedule, stage, phase, early
+                    ring, job, w_desc, busy_desc, s_desc, tile, schedule, stage, phase, early
                 )
             else:
                 stage, phase = _stream_tile(
@@ -243,7 +269,7 @@ def produce(ring, job, w_desc, x_desc, big_desc, s_desc, counts_ptr, CHAINED: gl
                 )
         else:
             stage, phase = _stream_tile(
-                ring, job, w_desc, big_desc, s_desc, tile, schedule, stage, phase, early
+                ring, job, w_desc, busy_desc, s_desc, tile, schedule, stage, phase, early
             )
         early = gl.to_tensor(0)
         tile += gl.num_programs(0)

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import triton
 
-from ..expert_layer import Workspace, layer_problems
+from ..expert_layer import layer_problems, workspace_tensors
 from ..experts import run_layer
-from ..experts_torch import SCALE_BLOCK
+from ..formats import SCALE_BLOCK
 from ..launch import (
     Device,
     Launch,
     Shape,
     Tiles,
+    ceil_div,
     depth_split,
     encode_launch,
     hopper_tiles,
@@ -33,6 +34,8 @@ from ..launch import (
 )
 from ..problem import Problem, device_of
 from ..sm90.gemm_launch import run_hopper
+from ..weights import ExpertWeights
+from ..workspace import launch_workspace
 from .precompile import precompile
 
 ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -47,10 +50,10 @@ BURSTS = (1, 2)  # four were at most 0.5 % faster, and a coarser ring
 
 def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]:
     """Tiles worth measuring for this many rows, for each of the two GEMMs."""
-    fp8 = shape.fp8
+    fp8 = shape.format.fp8_rows
     full = 128 if fp8 else 64
     exact = row_tile(expected_m)
-    # channels, rows, rows of busy experts, depth, warps, per multiprocessor, weights wide, groups
+    # block_n, block_m, block_m_busy, block_k, warps, per_sm, swap_ab, warp_groups
     shapes: list[tuple[int, int, int, int, int, int, bool, int]] = []
     if expected_m <= 64:
         shapes += [
@@ -73,22 +76,24 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
         shapes += [(64, 256, 256, full, 8, 1, True, 1)]
     splits = sorted({1, depth_split(shape.experts, shape.hidden)})
     gate_up, down = [], []
-    for channels, rows, many, depth, warps, per_sm, swap, groups in shapes:
-        tile = (channels, rows, many)
+    for block_n, block_m, busy, depth, warps, per_sm, swap_ab, groups in shapes:
+        tile = (block_n, block_m, busy)
         # The first GEMM's channels share a scale, so they are the depth of the second one.
-        inner = channels if fp8 else depth
+        inner = block_n if fp8 else depth
         for burst in BURSTS if expected_m <= 128 else BURSTS[:1]:
-            gate_up.append(hopper_tiles(*tile, depth, fp8, warps, per_sm, swap, 1, burst, groups))
+            gate_up.append(
+                hopper_tiles(*tile, depth, fp8, warps, per_sm, swap_ab, 1, burst, groups)
+            )
             down += [
-                hopper_tiles(*tile, inner, fp8, warps, per_sm, swap, parts, burst, groups)
+                hopper_tiles(*tile, inner, fp8, warps, per_sm, swap_ab, parts, burst, groups)
                 for parts in splits
             ]
     return list(dict.fromkeys(gate_up)), list(dict.fromkeys(down))
 
 
 def compatible(shape: Shape, gate_up: Tiles, down: Tiles) -> bool:
-    """Whether the second GEMM steps through the groups that the first one quantised."""
-    return not shape.fp8 or down.depth == gate_up.channels
+    """Whether the second GEMM steps through the scale groups that the first one quantised."""
+    return not shape.format.fp8_rows or down.block_k == gate_up.block_n
 
 
 def candidate_launches(shape: Shape, expected_m: int) -> list[Launch]:
@@ -104,31 +109,33 @@ class Buffers:
     """Several copies of one layer, so that no launch finds its weights in L2."""
 
     shape: Shape
-    layers: tuple[tuple[Any, ...], ...]
+    layers: tuple[tuple[torch.Tensor, torch.Tensor | None, ExpertWeights], ...]
     out: torch.Tensor
 
     @staticmethod
     def create(shape: Shape, device: torch.device | str = "cuda") -> "Buffers":
         """Random weights and rows; every row is finite, live or not."""
-        dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
-        per_layer = 3 * shape.experts * shape.hidden * shape.inter * dtype.itemsize
+        per_layer = 3 * shape.experts * shape.hidden * shape.inter * shape.format.weight_bits // 8
         out = torch.empty(
             (shape.experts, shape.capacity, shape.hidden), dtype=torch.bfloat16, device=device
         )
         copies = max(1, -(-CACHE_BYTES // per_layer))
-        return Buffers(shape, tuple(random_layer(shape, dtype, device) for _ in range(copies)), out)
+        return Buffers(shape, tuple(random_layer(shape, device) for _ in range(copies)), out)
 
     def problems(self, copy: int, masked_m: torch.Tensor, launch: Launch) -> tuple[Any, Any]:
         """Both GEMMs of one copy, with a workspace of their own."""
-        between = Workspace.of(self.shape, launch, device_of(self.out)).tensors(self.out.device)
-        x, x_scale, w13, w13_scale, w2, w2_scale = self.layers[copy % len(self.layers)]
-        return layer_problems(
-            x, x_scale, w13, w13_scale, w2, w2_scale, masked_m, between, self.out,
-            launch.gate_up.channels,
-        )  # fmt: skip
+        layout = launch_workspace(self.shape, launch, device_of(self.out))
+        between = workspace_tensors(layout, self.out.device)
+        layer = self.layers[copy % len(self.layers)]
+        return layer_problems(*layer, masked_m, between, self.out, launch.gate_up.block_n)
 
 
-def random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
+def random_layer(
+    shape: Shape, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor | None, ExpertWeights]:
+    """Rows, their scales, and weights."""
+    dtype = torch.float8_e4m3fn if shape.format.fp8_rows else torch.bfloat16
+
     def dense(*size: int) -> torch.Tensor:
         result = torch.empty(size, dtype=dtype, device=device)
         for part in result:  # one expert at a time keeps the float32 copy small
@@ -138,16 +145,17 @@ def random_layer(shape: Shape, dtype: torch.dtype, device: torch.device | str) -
     experts, hidden, inter = shape.experts, shape.hidden, shape.inter
     x = dense(experts, shape.capacity, hidden)
     w13, w2 = dense(experts, 2 * inter, hidden), dense(experts, hidden, inter)
-    if not shape.fp8:
-        return x, None, w13, None, w2, None
+    if not shape.format.fp8_rows:
+        return x, None, ExpertWeights(w13, w2)
 
-    def ones(*size: int) -> torch.Tensor:
+    def same(*size: int) -> torch.Tensor:
         return torch.full(size, 0.02, device=device)
 
-    across, inner = triton.cdiv(hidden, SCALE_BLOCK), triton.cdiv(inter, SCALE_BLOCK)
-    x_scale = ones(experts, hidden // SCALE_BLOCK, shape.capacity).transpose(1, 2)
-    w13_scale = ones(experts, triton.cdiv(2 * inter, SCALE_BLOCK), across)
-    return x, x_scale, w13, w13_scale, w2, ones(experts, across, inner)
+    across, inner = ceil_div(hidden, SCALE_BLOCK), ceil_div(inter, SCALE_BLOCK)
+    x_scale = same(experts, hidden // SCALE_BLOCK, shape.capacity).transpose(1, 2)
+    w13_scale = same(experts, ceil_div(2 * inter, SCALE_BLOCK), across)
+    weights = ExpertWeights(w13, w2, w13_scale, same(experts, across, inner), shape.format)
+    return x, x_scale, weights
 
 
 def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:

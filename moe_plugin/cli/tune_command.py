@@ -50,12 +50,13 @@ def _tune(options: argparse.Namespace) -> None:
                 "device", got="no GPU", allowed="an NVIDIA GPU", fix="run it where the server runs"
             )
         )
+    from ..kernels.formats import BF16, FP8_BLOCK
     from ..kernels.launch import Shape, table_path
     from ..kernels.tuning.tune import ROW_COUNTS, tune
 
     capacity = options.ranks * options.max_tokens
-    fp8 = options.dtype == "fp8"
-    shape = Shape(options.experts, capacity, options.hidden, options.inter, fp8)
+    weights = FP8_BLOCK if options.dtype == "fp8" else BF16
+    shape = Shape(options.experts, capacity, options.hidden, options.inter, weights)
     path = options.out or table_path(torch.cuda.get_device_name())
     with tqdm(unit="cell") as bar:
 

@@ -7,14 +7,12 @@ number of ranks decides only whether the second GEMM's depth is split.
 
 from __future__ import annotations
 
-from ..kernels.launch import depth_split
-from .row_budgets import ceil_div, ceil_to
+from ..kernels import workspace as kernel_workspace
+from ..kernels.formats import BF16, FP8_BLOCK, SCALE_BLOCK
+from ..kernels.launch import Shape
+from .row_budgets import ceil_to
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-SCALE_CHANNELS = 128
-"""Channels per float32 scale of an FP8 dispatch (DeepEP)."""
-ACT_SCALE_CHANNELS = 64
-"""Narrowest re-quantisation group of our FP8 experts; sizes their scales."""
 ALLOCATION = 512
 """Torch's allocator rounds every tensor up to a multiple of this, bytes."""
 UNSPLIT = 1 << 20
@@ -30,7 +28,7 @@ def received_sizes(rows: int, hidden: int, dtype: str, *, fp8: bool) -> tuple[in
     """Tensors of the rows that a dispatch returns: in FP8 with scales, or in the activation
     dtype."""
     if fp8:
-        return rows * hidden, rows * 4 * (hidden // SCALE_CHANNELS)
+        return rows * hidden, rows * 4 * (hidden // SCALE_BLOCK)
     return (rows * hidden * DTYPE_BYTES.get(dtype, 2),)
 
 
@@ -38,24 +36,6 @@ def handle_sizes(rows: int, experts: int, local_experts: int) -> tuple[int, ...]
     """Tensors that a dispatch returns beside them (DeepEP): where each row came from, the ranges of
     each pair of local expert and rank, and the counts."""
     return 4 * rows, 8 * experts, 4 * local_experts
-
-
-def activation_bytes(rows: int, intermediate: int, dtype: str, *, fp8: bool) -> int:
-    """Our experts between their two GEMMs, and with ``split_bytes`` what they hold there: the sum
-    equals ``kernels.layer.workspace_bytes``."""
-    if fp8:
-        return rows * (intermediate + 4 * ceil_div(intermediate, ACT_SCALE_CHANNELS))
-    return rows * intermediate * DTYPE_BYTES.get(dtype, 2)
-
-
-def split_bytes(rows: int, local_experts: int, hidden: int) -> int:
-    """Float32 parts of our second GEMM, and counters of their arrival, where its depth is split:
-    with few experts on a rank."""
-    split = depth_split(local_experts, hidden)
-    local_experts = max(1, local_experts)  # fewer experts than ranks are refused elsewhere
-    tiles = local_experts * ceil_div(rows // local_experts, 8)
-    arrivals = tiles * ceil_div(hidden, 2 * ACT_SCALE_CHANNELS)
-    return 4 * rows * split * hidden + 16 * ceil_div(arrivals, 4) if split > 1 else 0
 
 
 def workspace_bytes(
@@ -93,11 +73,16 @@ def workspace_bytes(
     received = received_sizes(rows, hidden, dtype, fp8=fp8)
     handle = handle_sizes(rows, experts, local_experts)
     result = rows * hidden * size
-    activation = activation_bytes(rows, intermediate, dtype, fp8=fp8)
+    act_dtype = dtype if dtype in DTYPE_BYTES else "bfloat16"
+    weights = FP8_BLOCK if fp8 else BF16
+    # Fewer experts than ranks are refused elsewhere.
+    shape = Shape(max(1, local_experts), ranks * max_tokens, hidden, intermediate, weights)
     if host:
-        between = [activation, rows * 2 * intermediate * size]
+        group = kernel_workspace.MIN_SCALE_GROUP if fp8 else None
+        layout = kernel_workspace.workspace_layout(shape, group, 1, act_dtype)
+        between = [layout.total, rows * 2 * intermediate * size]
     else:  # in one allocation
-        between = [activation + split_bytes(rows, local_experts, hidden)]
+        between = [kernel_workspace.workspace_bytes(shape, act_dtype)]
     batch = sum(map(allocated, (*received, *handle, result)))
     return batches * batch + sum(map(allocated, between))
 

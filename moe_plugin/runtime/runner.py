@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ..kernels.formats import Format
+from ..kernels.launch import Shape
+from ..kernels.weights import ExpertWeights
 from .config import BatchedMoEConfig
 from .metadata import DPMetadata, rows_to_launch_for
 
@@ -24,28 +26,6 @@ if TYPE_CHECKING:
     Experts = Callable[..., torch.Tensor]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One layer's local experts. L local experts, H hidden, I intermediate.
-
-    Attributes:
-        w13: [L, 2I, H], gate rows then up rows; bf16, fp32, or float8_e4m3fn with scales.
-        w2: [L, H, I], same dtype.
-        w13_scale: [L, ceil(2I/128), ceil(H/128)] float32 block scales, or None.
-        w2_scale: [L, ceil(H/128), ceil(I/128)] float32, or None.
-    """
-
-    w13: torch.Tensor
-    w2: torch.Tensor
-    w13_scale: torch.Tensor | None = None
-    w2_scale: torch.Tensor | None = None
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether tokens are dispatched in FP8 by default: weights and scales are."""
-        return self.w13_scale is not None
 
 
 class BatchedMoERunner:
@@ -88,10 +68,7 @@ class BatchedMoERunner:
         return self._experts(
             hidden_states,
             hidden_states_scale,
-            weights.w13,
-            weights.w13_scale,
-            weights.w2,
-            weights.w2_scale,
+            weights,
             masked_m,
             expected_m,
         )
@@ -128,7 +105,7 @@ class BatchedMoERunner:
             topk_ids,
             cfg.max_num_tokens,
             cfg.num_experts,
-            use_fp8=weights.is_fp8,
+            use_fp8=weights.format.fp8_rows,
             return_recv_hook=True,
         )
         hook()
@@ -155,22 +132,22 @@ def expected_rows(config: BatchedMoEConfig) -> range:
 
 
 @cache
-def warm_up(config: BatchedMoEConfig, dtype: torch.dtype) -> int:
+def warm_up(config: BatchedMoEConfig, weights: Format) -> int:
     """Compile and load the GPU kernels of a layer shape, once per process; returns how many.
 
-    Nothing is compiled while requests are served or a graph is captured. ``dtype``: of weights.
+    Nothing is compiled while requests are served or a graph is captured.
     """
     from ..kernels.experts import warmup
 
     started = time.monotonic()
-    kernels = warmup(
+    shape = Shape(
         config.num_local_experts,
         config.capacity,
         config.hidden_size,
         config.intermediate_size,
-        dtype,
-        expected_rows(config),
+        weights,
     )
+    kernels = warmup(shape, expected_rows(config))
     seconds = time.monotonic() - started
     logger.info("moe_plugin: %d expert kernels ready after %.1f s", kernels, seconds)
     return kernels

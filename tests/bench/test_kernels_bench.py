@@ -13,6 +13,7 @@ from cases import MORE_TOKENS, TOKENS, layer_bytes, layer_flops, reachable_rows 
 from fused_moe import tokens_of  # noqa: E402
 from verdict import ceilings_sound, verdict  # noqa: E402
 
+from moe_plugin.kernels.formats import BF16  # noqa: E402
 from moe_plugin.kernels.launch import Shape  # noqa: E402
 
 CEILINGS = {"copy_TBps": 2.8, "read_TBps": 3.0}
@@ -21,7 +22,8 @@ CEILINGS = {"copy_TBps": 2.8, "read_TBps": 3.0}
 def cell(**more: Any) -> dict[str, Any]:
     """A cell that passes every bar."""
     return {
-        "model": "DeepSeek-V3 EP8", "dtype": "fp8", "rows": 8, "routing": "uniform",
+        "model": "DeepSeek-V3 EP8", "dtype": "fp8", "format": "fp8_block", "rows": 8,
+        "routing": "uniform",
         "reachable": True, "us": 100.0, "deepgemm_us": 120.0, "stream_fraction": 0.96,
         "over_floor": 1.1, "read_us": 98.0,
     } | more  # fmt: skip
@@ -72,7 +74,7 @@ def test_means_that_a_batch_can_have() -> None:
 
 
 def test_bytes_count_live_experts_and_rows_once() -> None:
-    shape = Shape(experts=4, capacity=64, hidden=256, inter=128, fp8=False)
+    shape = Shape(experts=4, capacity=64, hidden=256, inter=128, format=BF16)
     weights = 3 * 256 * 128 * 2
     row = (256 + 256 + 2 * 128) * 2
     assert layer_bytes(shape, (0, 3, 0, 1)) == 2 * weights + 4 * row

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_plugin.kernels.formats import BF16, FP8_BLOCK
 from moe_plugin.runtime.runner import warm_up
 from moe_plugin.runtime.stats import Stats
 from moe_plugin.runtime.transports.guarded import GuardedTransport
@@ -63,8 +64,8 @@ def deepep_world(group: dist.ProcessGroup) -> World:
     hint = buffer.get_low_latency_rdma_size_hint(
         config.max_num_tokens, config.hidden_size, ranks, config.num_experts
     )
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        warm_up(config, dtype)
+    for weights in (BF16, FP8_BLOCK):
+        warm_up(config, weights)
     if ranks <= GPUS:
         reference, where = TorchTransport(dist.new_group(backend="nccl")), device
     else:  # NCCL refuses two ranks on one GPU

@@ -2,15 +2,25 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moe_plugin.kernels.experts import batched_experts, batched_experts_torch, warmup
+from moe_plugin.kernels.formats import BF16, FORMATS, FP8_BLOCK, Format
 from moe_plugin.kernels.launch import Launch, Shape, pick_launch, portable_launch
 from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tuning.tune import candidate_launches
-from tests.support.kernel_cases import MODELS, Layer, check, make_layer, one_hot_counts, zipf_counts
+from tests.support.kernel_cases import (
+    ACTIVATIONS,
+    MODELS,
+    Layer,
+    check,
+    make_layer,
+    one_hot_counts,
+    zipf_counts,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +30,7 @@ needs_sm90 = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="requires an SM90 GPU (H100, H200)",
 )
-DTYPES = pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+NAMES = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 LAYERS = {
     "few tiles": (128, 256, 384, (0, 1, 128, 33)),
     "straddling scale blocks": (64, 1152, 176, (5, 0, 64, 17, 1)),
@@ -40,12 +50,12 @@ def run_layer(layer: Layer, expected_m: int = 8, launch: Launch | None = None) -
 
 
 @needs_sm90
-@DTYPES
+@NAMES
 @pytest.mark.parametrize("case", LAYERS)
-def test_every_candidate_is_right_and_repeatable(case: str, fp8: bool) -> None:
+def test_every_candidate_is_right_and_repeatable(case: str, fmt: Format) -> None:
     capacity, hidden, inter, counts = LAYERS[case]
-    layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda")
-    shape = Shape(len(counts), capacity, hidden, inter, fp8)
+    layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda")
+    shape = Shape(len(counts), capacity, hidden, inter, fmt)
     for launch in dict.fromkeys(c for m in (8, 64, 512) for c in candidate_launches(shape, m)):
         out = run_layer(layer, launch=launch)
         check(str(launch), out, layer)
@@ -53,39 +63,104 @@ def test_every_candidate_is_right_and_repeatable(case: str, fp8: bool) -> None:
         assert torch.equal(out.view(torch.int16), again.view(torch.int16)), launch
 
 
-@DTYPES
+@needs_sm90
+@NAMES
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("case", LAYERS)
-def test_portable_kernels(case: str, fp8: bool) -> None:
+def test_activations(case: str, name: str, fmt: Format) -> None:
+    """Every epilogue behind weights and rows as the wide operand, one and two warp groups."""
     capacity, hidden, inter, counts = LAYERS[case]
-    layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda")
-    shape = Shape(len(counts), capacity, hidden, inter, fp8)
+    layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda", activation=ACTIVATIONS[name])
+    for expected_m in (1, 16, 64, 128, 512):
+        out = run_layer(layer, expected_m)
+        check(f"{name}, {expected_m}", out, layer)
+        again = run_layer(layer, expected_m)
+        assert torch.equal(out.view(torch.int16), again.view(torch.int16))
+
+
+@NAMES
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_on_portable_kernels(name: str, fmt: Format) -> None:
+    layer = make_layer(64, 256, 176, (5, 0, 64), fmt, "cuda", activation=ACTIVATIONS[name])
+    launch = portable_launch(Shape(3, 64, 256, 176, fmt), 16)
+    check(name, run_layer(layer, launch=launch), layer)
+
+
+@needs_sm90
+def test_interleaved_weights_whose_depth_ends_within_a_step() -> None:
+    """The last step of a gate row reads the first channels of its up row, times rows of zero."""
+    layer = make_layer(64, 144, 96, (5, 64), BF16, "cuda", activation=ACTIVATIONS["interleaved"])
+    for expected_m in (1, 64, 512):
+        check("depth", run_layer(layer, expected_m), layer)
+
+
+@NAMES
+@pytest.mark.parametrize("case", LAYERS)
+def test_portable_kernels(case: str, fmt: Format) -> None:
+    capacity, hidden, inter, counts = LAYERS[case]
+    layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda")
+    shape = Shape(len(counts), capacity, hidden, inter, fmt)
     for m in (1, 64):
         check("portable", run_layer(layer, launch=portable_launch(shape, m)), layer)
 
 
-@DTYPES
+@NAMES
 @pytest.mark.parametrize("seed", range(100))
-def test_fresh_seeds(fp8: bool, seed: int) -> None:
+def test_fresh_seeds(fmt: Format, seed: int) -> None:
     draw = random.Random(seed)
     capacity = draw.choice((16, 48, 256, 1024))
     picks = (0, 1, capacity, draw.randint(0, capacity))
     counts = tuple(draw.choice(picks) for _ in range(draw.randint(1, 9)))
     hidden, inter = 128 * draw.randint(1, 9), 16 * draw.randint(1, 40)
-    layer = make_layer(capacity, hidden, inter, counts, fp8, "cuda", seed)
+    layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda", seed)
     check(f"{counts}", run_layer(layer, draw.choice((1, 8, 16, 64, 128, 600))), layer)
 
 
-@DTYPES
-@pytest.mark.parametrize("capacity", [16, 100, 512, 2048, 8192])
-def test_capacities(fp8: bool, capacity: int) -> None:
-    layer = make_layer(capacity, 512, 256, (capacity, 0, 1, 12), fp8, "cuda")
+@NAMES
+@pytest.mark.parametrize("capacity", [1, 16, 17, 66, 100, 512, 2048, 8192])
+def test_capacities(fmt: Format, capacity: int) -> None:
+    layer = make_layer(capacity, 512, 256, (capacity, 0, 1, min(capacity, 12)), fmt, "cuda")
     for expected_m in (1, 64, 512):
         check(f"{capacity}", run_layer(layer, expected_m), layer)
 
 
-@DTYPES
-def test_graph_replays_with_changed_counts(fp8: bool) -> None:
-    layer = make_layer(64, 512, 384, (64, 64, 64, 64), fp8, "cuda")
+@NAMES
+@pytest.mark.parametrize("expected_m", [1, 64, 512])
+def test_counts_outside_the_capacity_read_as_the_nearest_inside(
+    fmt: Format, expected_m: int
+) -> None:
+    masked_m = (40, 3, -1000, 2**31 - 1, -(2**31), 32)
+    counts = tuple(min(32, max(0, m)) for m in masked_m)
+    layer = make_layer(32, 512, 384, counts, fmt, "cuda")
+    *tensors, _ = layer.args()
+    out = layer.poisoned_output()
+    given = torch.tensor(masked_m, dtype=torch.int32, device="cuda")
+    batched_experts(*tensors, given, expected_m, out=out)
+    check("clamped", out, layer)
+
+
+@pytest.mark.parametrize("what", ["masked_m", "out", "scales", "hidden"])
+def test_refused_with_a_reason(what: str) -> None:
+    """What was once accepted and misread; all the rest is in tests/unit/test_kernels_refusals."""
+    layer = make_layer(16, 256, 64, (5, 9), FP8_BLOCK, "cuda")
+    x, x_scale, weights, masked_m = layer.args()
+    out = layer.poisoned_output()
+    batched_experts(x, x_scale, weights, masked_m, 8, out=out)  # and once more, now that it ran
+    if what == "masked_m":
+        masked_m = torch.stack([masked_m, masked_m], 1)[:, 0]
+    elif what == "out":
+        out = out.transpose(0, 1).contiguous().transpose(0, 1)
+    elif what == "scales":
+        weights = replace(weights, w13_scale=weights.w13_scale.double())
+    else:
+        x, weights = x[..., :192], replace(weights, w13=weights.w13[..., :192].contiguous())
+    with pytest.raises(ValueError, match=r"got .*, allowed .* Fix: "):
+        batched_experts(x, x_scale, weights, masked_m, 8, out=out)
+
+
+@NAMES
+def test_graph_replays_with_changed_counts(fmt: Format) -> None:
+    layer = make_layer(64, 512, 384, (64, 64, 64, 64), fmt, "cuda")
     args, out = list(layer.args()), layer.poisoned_output()
     batched_experts(*args, 8, out=out)
     graph = torch.cuda.CUDAGraph()
@@ -99,45 +174,49 @@ def test_graph_replays_with_changed_counts(fp8: bool) -> None:
         check(f"{counts}", out, now)
 
 
-@DTYPES
-def test_model_size_with_skewed_routing(fp8: bool) -> None:
+@NAMES
+def test_model_size_with_skewed_routing(fmt: Format) -> None:
     model = MODELS[2]
     for counts in (zipf_counts(64, 16, 512), one_hot_counts(64, 8, 512)):
-        layer = make_layer(512, model.hidden, model.inter, counts, fp8, "cuda")
+        layer = make_layer(512, model.hidden, model.inter, counts, fmt, "cuda")
         check(model.name, run_layer(layer, 16), layer, [0, 1, 31, 63])
 
 
 def test_unaligned_rows_take_the_portable_kernels() -> None:
-    layer = make_layer(16, 256, 64, (5, 9), False, "cuda")
+    layer = make_layer(16, 256, 64, (5, 9), BF16, "cuda")
     wide = torch.full((2, 16, 264), torch.nan, dtype=torch.bfloat16, device="cuda")
     wide[:, :, :256] = layer.x
-    strided = Layer(wide[:, :, :256], *layer.args()[1:-1], layer.counts)
+    strided = Layer(wide[:, :, :256], None, layer.weights, layer.counts)
     out = batched_experts(*strided.args(), 8, out=layer.poisoned_output())
     check("strided", out, layer)
 
 
 @needs_sm90
-@DTYPES
-def test_warmup_leaves_nothing_to_compile(fp8: bool) -> None:
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+@NAMES
+def test_warmup_leaves_nothing_to_compile(fmt: Format) -> None:
     begin = time.monotonic()
-    assert warmup(4, 64, 512, 384, dtype, (1, 8, 16, 64, 512)) > 0
+    activation = ACTIVATIONS["scaled, interleaved, bias (gpt-oss)"]
+    rows = (1, 8, 16, 64, 512)
+    assert warmup(Shape(4, 64, 512, 384, fmt), rows) > 0
+    assert warmup(Shape(4, 64, 512, 384, fmt, activation), rows) > 0
     assert time.monotonic() - begin < 60
-    layer = make_layer(64, 512, 384, (3, 0, 64, 9), fp8, "cuda")
+    layer = make_layer(64, 512, 384, (3, 0, 64, 9), fmt, "cuda")
     run_layer(layer)  # loads what the launcher itself needs
     from moe_plugin.kernels.sm90 import gemm_kernel
 
     cache = gemm_kernel.experts_kernel.device_caches[torch.cuda.current_device()][0]
     before = len(cache)
-    for m in (1, 8, 16, 64, 512):
+    other = make_layer(64, 512, 384, (3, 0, 64, 9), fmt, "cuda", activation=activation)
+    for m in rows:
         run_layer(layer, m)
+        run_layer(other, m)
     assert len(cache) == before, "a launch compiled a kernel that warmup had not"
-    assert pick_launch(Shape(4, 64, 512, 384, fp8), 8, device_of(layer.x)).hopper
+    assert pick_launch(Shape(4, 64, 512, 384, fmt), 8, device_of(layer.x)).hopper
 
 
-@DTYPES
-def test_torch_layer_needs_no_synchronisation(fp8: bool) -> None:
-    layer = make_layer(32, 256, 64, (5, 32), fp8, "cuda")
+@NAMES
+def test_torch_layer_needs_no_synchronisation(fmt: Format) -> None:
+    layer = make_layer(32, 256, 64, (5, 32), fmt, "cuda")
     args, out = layer.args(), layer.poisoned_output()
     graph = torch.cuda.CUDAGraph()
     batched_experts_torch(*args, 4, out=out)

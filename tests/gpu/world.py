@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_plugin.kernels.formats import BF16, FP8_BLOCK
+from moe_plugin.kernels.weights import ExpertWeights
 from moe_plugin.runtime.config import BatchedMoEConfig
-from moe_plugin.runtime.runner import ExpertWeights, make_moe_runner
+from moe_plugin.runtime.runner import make_moe_runner
 from moe_plugin.runtime.transports.torch_dist import TorchTransport
 
 from ..support.moe_reference import Fp8Experts, MoECase, dense_moe, dense_moe_fp8, make_case
@@ -205,7 +207,8 @@ class Layer:
             parts: tuple[torch.Tensor, ...] = (q.w13, q.w2, q.w13_scale, q.w2_scale)
         else:
             parts = (case.w13, case.w2)
-        self.experts = ExpertWeights(*(part[mine].to(device).contiguous() for part in parts))
+        tensors = (part[mine].to(device).contiguous() for part in parts)
+        self.experts = ExpertWeights(*tensors, format=FP8_BLOCK if fp8 else BF16)
 
     def __call__(self) -> torch.Tensor:
         """The layer's output for this rank's tokens."""

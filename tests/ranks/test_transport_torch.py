@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moe_plugin.errors import BudgetError, UnsupportedError
+from moe_plugin.kernels.weights import ExpertWeights
 from moe_plugin.runtime.config import BatchedMoEConfig
 from moe_plugin.runtime.metadata import DPMetadata
-from moe_plugin.runtime.runner import ExpertWeights, make_moe_runner
+from moe_plugin.runtime.runner import make_moe_runner
 from moe_plugin.runtime.stats import Stats
 from moe_plugin.runtime.transports.guarded import GuardedTransport
 from moe_plugin.runtime.transports.torch_dist import TorchTransport

@@ -4,26 +4,27 @@ Shared by the tests and the benchmarks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
 
 from moe_plugin.kernels.experts_torch import (
-    SCALE_BLOCK,
     batched_experts_torch,
-    dequantise_blocks_torch,
+    dequantise_expert_torch,
     dequantise_groups_torch,
     quantise_groups_torch,
 )
+from moe_plugin.kernels.formats import SCALE_BLOCK, SWIGLU, Activation, Format
 from moe_plugin.kernels.tuning.tune import zipf_counts
+from moe_plugin.kernels.weights import ExpertWeights
 
 # Kernel and twin round in the same places; what differs is the order of summation.
 RMS_FACTOR = 1.25
 MAX_FACTOR = 3.0
 # For fp8, launches re-quantise in groups of 64 or 128 channels. One row rounded both ways differs
 # by chance: of 300 single rows of 176 channels, two erred by more than 1.25 times as much.
-TWINS = (batched_experts_torch, partial(batched_experts_torch, group=64))
+TWINS = (batched_experts_torch, partial(batched_experts_torch, scale_group=64))
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,34 @@ MODELS = (
 )
 
 
+# Products have about unit variance, so that these limits meet a good part of them. The kinds that
+# the host's models ask for, and each layout on its own.
+ACTIVATIONS = {
+    "plain": SWIGLU,
+    "limited (DeepSeek-V4)": Activation(limit=0.5),
+    "clamped (Step-3.5, GigaChat)": Activation("swiglu_clamped", limit=0.25),
+    "scaled (MiniMax-M3)": Activation(alpha=1.702, beta=1.0, limit=0.75),
+    "scaled, interleaved, bias (gpt-oss)": Activation(
+        alpha=1.702, beta=1.0, limit=0.75, bias=True, interleaved=True
+    ),
+    "interleaved": Activation(interleaved=True),
+    "bias": Activation(bias=True),
+}
+
+
 @dataclass(frozen=True)
 class Layer:
     """Arguments of `batched_experts`, with the counts as the host knows them."""
 
     x: torch.Tensor
     x_scale: torch.Tensor | None
-    w13: torch.Tensor
-    w13_scale: torch.Tensor | None
-    w2: torch.Tensor
-    w2_scale: torch.Tensor | None
+    weights: ExpertWeights
     counts: tuple[int, ...]
 
     def args(self) -> tuple:
         """Positional arguments up to `masked_m`."""
         masked_m = torch.tensor(self.counts, dtype=torch.int32, device=self.x.device)
-        return (
-            self.x, self.x_scale, self.w13, self.w13_scale, self.w2, self.w2_scale, masked_m
-        )  # fmt: skip
+        return self.x, self.x_scale, self.weights, masked_m
 
     def poisoned_output(self) -> torch.Tensor:
         """A bf16 output full of NaN."""
@@ -82,17 +93,42 @@ def quantise_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q[:, :n, :k].to(torch.float8_e4m3fn).contiguous(), scale
 
 
+def quantise_channels(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round [L, N, K] to float8_e4m3fn with one scale [L, N] per output channel."""
+    scale = w.float().abs().amax(-1).clamp_min(1e-10) / 448.0
+    return (w.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+
+QUANTISE = {"block": quantise_blocks, "channel": quantise_channels}
+
+
 def make_weights(
-    experts: int, n: int, k: int, fp8: bool, gen: torch.Generator
+    experts: int, hidden: int, inter: int, fmt: Format, gen: torch.Generator,
+    activation: Activation = SWIGLU,
+) -> ExpertWeights:  # fmt: skip
+    """Random experts that keep activations near unit variance."""
+    w13, w13_scale = _make_matrix(experts, 2 * inter, hidden, fmt, gen)
+    w2, w2_scale = _make_matrix(experts, hidden, inter, fmt, gen)
+    bias = [
+        torch.randn((experts, n), generator=gen, device=gen.device) / 2 if activation.bias else None
+        for n in (2 * inter, hidden)
+    ]
+    return ExpertWeights(w13, w2, w13_scale, w2_scale, fmt, activation, *bias)
+
+
+def _make_matrix(
+    experts: int, n: int, k: int, fmt: Format, gen: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Random [L, N, K] weights that keep activations near unit variance."""
+    fp8 = fmt.weight_bits == 8
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     w = torch.empty((experts, n, k), dtype=dtype, device=gen.device)
     scales = []
     for e in range(experts):
         dense = torch.randn((1, n, k), generator=gen, device=gen.device) / k**0.5
+        # Channels of different sizes, so that no scale can stand for its neighbour's.
+        dense *= 0.5 + torch.arange(n, device=gen.device)[:, None] % 7 / 6
         if fp8:
-            w[e : e + 1], scale = quantise_blocks(dense)
+            w[e : e + 1], scale = QUANTISE[fmt.weight_scale](dense)
             scales.append(scale)
         else:
             w[e : e + 1] = dense
@@ -100,16 +136,13 @@ def make_weights(
 
 
 def make_layer(
-    capacity: int, hidden: int, inter: int, counts: tuple[int, ...], fp8: bool, device: str,
-    seed: int = 0,
+    capacity: int, hidden: int, inter: int, counts: tuple[int, ...], fmt: Format, device: str,
+    seed: int = 0, activation: Activation = SWIGLU,
 ) -> Layer:  # fmt: skip
     """Random layer whose unused rows, data and scales alike, hold NaN."""
     gen = torch.Generator(device=device).manual_seed(seed)
-    experts = len(counts)
-    w13, w13_scale = make_weights(experts, 2 * inter, hidden, fp8, gen)
-    w2, w2_scale = make_weights(experts, hidden, inter, fp8, gen)
-    x, x_scale = make_rows(capacity, hidden, counts, fp8, gen)
-    return Layer(x, x_scale, w13, w13_scale, w2, w2_scale, counts)
+    weights = make_weights(len(counts), hidden, inter, fmt, gen, activation)
+    return Layer(*make_rows(capacity, hidden, counts, fmt.fp8_rows, gen), weights, counts)
 
 
 def make_rows(
@@ -133,21 +166,43 @@ def make_rows(
     return x, x_scale
 
 
+def one_expert(weights: ExpertWeights, expert: int) -> ExpertWeights:
+    """The same of a single expert."""
+    tensors = {
+        field.name: value[expert : expert + 1]
+        for field in fields(weights)
+        if isinstance(value := getattr(weights, field.name), torch.Tensor)
+    }
+    return replace(weights, **tensors)
+
+
 def exact(layer: Layer, experts: list[int] | None = None) -> dict[int, torch.Tensor]:
     """The layer in float64 on the same (quantised) inputs, unrounded in between; live rows only."""
-    inter = layer.w2.shape[-1]
-    result = {}
+    weights, result = layer.weights, {}
     for e in experts if experts is not None else range(len(layer.counts)):
         m = layer.counts[e]
-        x, w13, w2 = layer.x[e, :m], layer.w13[e], layer.w2[e]
+        x = layer.x[e, :m]
+        w13, w2 = dequantise_expert_torch(weights, e)
         if layer.x_scale is not None:
             x = dequantise_groups_torch(x, layer.x_scale[e, :m])
-            w13 = dequantise_blocks_torch(w13, layer.w13_scale[e])
-            w2 = dequantise_blocks_torch(w2, layer.w2_scale[e])
         both = x.double() @ w13.double().T
-        act = torch.nn.functional.silu(both[:, :inter]) * both[:, inter:]
-        result[e] = act @ w2.double().T
+        if weights.w13_bias is not None:
+            both += weights.w13_bias[e]
+        result[e] = exact_activation(both, weights.activation) @ w2.double().T
+        if weights.w2_bias is not None:
+            result[e] += weights.w2_bias[e]
     return result
+
+
+def exact_activation(both: torch.Tensor, a: Activation) -> torch.Tensor:
+    """Written down anew, so that a slip in the twin's is not repeated here."""
+    gate, up = both.unflatten(-1, (-1, 2)).unbind(-1) if a.interleaved else both.chunk(2, -1)
+    most = torch.inf if a.limit is None else a.limit
+    up = torch.maximum(torch.minimum(up, up.new_tensor(most)), up.new_tensor(-most))
+    if a.kind == "swiglu_clamped":
+        return torch.minimum(gate / (1 + torch.exp(-gate)), gate.new_tensor(most)) * up
+    gate = torch.minimum(gate, gate.new_tensor(most))
+    return gate / (1 + torch.exp(-a.alpha * gate)) * (up + a.beta)
 
 
 def check(
@@ -166,9 +221,12 @@ def check(
         assert out[e, m:].isnan().all(), f"{name}: expert {e} wrote past its {m} rows"
         if not m:
             continue
-        one = [t if t is None else t[e : e + 1] for t in layer.args()]
-        one[0] = one[0][:, :m]
-        one[1] = one[1] if one[1] is None else one[1][:, :m]
+        one = (
+            layer.x[e : e + 1, :m],
+            None if layer.x_scale is None else layer.x_scale[e : e + 1, :m],
+            one_expert(layer.weights, e),
+            torch.tensor([m], dtype=torch.int32, device=out.device),
+        )
         got = out[e, :m].double() - want
         refs = [twin(*one, m)[0].double() - want for twin in twins]
         assert got.isfinite().all(), f"{name}: expert {e} of {m} rows is not finite"

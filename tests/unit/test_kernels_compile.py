@@ -4,52 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Compiling for a GPU that is absent replaces Triton's driver: a process of its own each time.
-CODE = """
-import json, re, subprocess, sys
-from pathlib import Path
-import triton
-from moe_plugin.kernels.launch import Device, Shape, heuristic
-from moe_plugin.kernels.tuning.precompile import compile_offline
-from moe_plugin.kernels.tuning.tune import candidate_launches
+from moe_plugin.kernels.formats import FORMATS, SWIGLU, Activation
+from tests.support.kernel_cases import ACTIVATIONS
 
-major, minor, shapes, rows, tuner = json.loads(sys.argv[1])
-device = Device("offline", (major, minor), 132)
-ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-found = {}
-for shape in (Shape(*s) for s in shapes):
-    for m in rows:
-        for launch in candidate_launches(shape, m) if tuner else [heuristic(shape, m, device)]:
-            pair = compile_offline(shape, launch, device)
-            for kernel, tiles in zip(pair, (launch.gate_up, launch.down), strict=True):
-                found[kernel.hash] = {
-                    "fp8": shape.fp8, "tiles": str(tiles), "per_sm": tiles.per_sm,
-                    "counts_parts": kernel is pair[1] and tiles.split > 1,
-                    "first": kernel is pair[0],
-                    "shared": kernel.metadata.shared, "ptx": kernel.asm["ptx"],
-                }
-for entry in found.values():
-    ptx = entry.pop("ptx")
-    entry["wgmma"] = "wgmma.mma_async" in ptx
-    entry["tcgen05"] = "tcgen05.mma" in ptx
-    entry["tma"] = "cp.async.bulk.tensor" in ptx
-    # The code of the multiplying warps comes first, that of the streaming one last.
-    entry["waits_first"] = "griddepcontrol.wait" in ptx.partition("wgmma.mma_async")[0]
-    if (major, minor) == (9, 0):
-        args = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", "/dev/null", "-"]
-        Path("k.ptx").write_text(ptx)
-        args[-1] = "k.ptx"
-        log = subprocess.run(args, capture_output=True, text=True, check=True).stderr
-        entry["serialised"] = "serialized" in log
-        entry["spilled"] = max(int(n) for n in re.findall(r"(\\d+) bytes spill stores", log))
-print(json.dumps(list(found.values())))
-"""
+SUPPORT = Path(__file__).parents[1] / "support"
 DEEPSEEK, MIXTRAL = (32, 2048, 7168, 2048), (1, 2048, 4096, 14336)
 RAGGED = (5, 64, 1152, 176)
+MANY_EXPERTS = tuple((experts, 64, 512, 512) for experts in (256, 384, 512))
 SM90_BYTES_PER_BLOCK, SM90_BYTES_PER_MULTIPROCESSOR = 232448, 233472
 RESERVED_PER_BLOCK = 1024
 # Outside the loop over the depth; a spill inside it costs far more than this.
@@ -57,24 +26,34 @@ SPILL_BYTES = 256
 CANDIDATE_SPILL_BYTES = 1024  # the tuner measures what these cost
 
 
-def compile_for(
-    capability: tuple[int, int], shapes: list, rows: list[int], tuner: bool, cwd: str
-) -> list[dict]:
-    """What the compiler reports of each distinct kernel."""
-    request = json.dumps([*capability, shapes, rows, tuner])
-    env = os.environ | {"TRITON_INTERPRET": "0"}
+def run_program(name: str, argument: str, cwd: Path, **env: str) -> Any:
+    """Last line of a support program's output, as JSON."""
     run = subprocess.run(
-        [sys.executable, "-c", CODE, request], capture_output=True, text=True, env=env, cwd=cwd
+        [sys.executable, "-P", str(SUPPORT / name), argument],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"} | env,
+        cwd=cwd,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def compile_for(
+    capability: tuple[int, int], sizes: list, rows: list[int], cwd: Path, candidates: bool = False,
+    activations: Iterable[Activation] = (SWIGLU,),
+) -> list[dict]:  # fmt: skip
+    """What the compiler reports of each distinct kernel, in every format."""
+    each = product(sizes, FORMATS, map(asdict, activations))
+    shapes = [(*size, name, activation) for size, name, activation in each]
+    asked = {"capability": capability, "shapes": shapes, "rows": rows, "candidates": candidates}
+    return run_program("compile_kernels.py", json.dumps(asked), cwd)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)], ids=["sm80", "sm89", "sm100"])
-def test_portable_kernels_compile(capability: tuple[int, int], tmp_path: object) -> None:
-    shapes = [(*s, fp8) for s in (DEEPSEEK, RAGGED) for fp8 in (False, True)]
-    kernels = compile_for(capability, shapes, [8, 64], False, str(tmp_path))
-    assert {k["fp8"] for k in kernels} == {False, True}
+def test_portable_kernels_compile(capability: tuple[int, int], tmp_path: Path) -> None:
+    kernels = compile_for(capability, [DEEPSEEK, RAGGED], [8, 64], tmp_path)
+    assert {k["format"] for k in kernels} == set(FORMATS)
     if capability == (10, 0):
         assert all(k["tcgen05"] for k in kernels)
 
@@ -92,45 +71,38 @@ def check_sm90(kernels: list[dict], spill_bytes: int) -> None:
         assert k["waits_first"] == (k["first"] or k["counts_parts"]), k
 
 
-def test_hopper_kernels_fit_and_stay_asynchronous(tmp_path: object) -> None:
-    shapes = [(*s, fp8) for s in (DEEPSEEK, MIXTRAL, RAGGED) for fp8 in (False, True)]
-    check_sm90(compile_for((9, 0), shapes, [8, 64, 512], False, str(tmp_path)), SPILL_BYTES)
+def test_hopper_kernels_fit_and_stay_asynchronous(tmp_path: Path) -> None:
+    check_sm90(
+        compile_for((9, 0), [DEEPSEEK, MIXTRAL, RAGGED], [8, 64, 512], tmp_path), SPILL_BYTES
+    )
+
+
+def test_counts_of_many_experts_spill_nothing(tmp_path: Path) -> None:
+    """Every warp holds all counts and their running sums: 2 x 16 registers at 512 experts."""
+    kernels = compile_for((9, 0), list(MANY_EXPERTS), [8, 64, 512], tmp_path)
+    assert {k["experts"] for k in kernels} >= {256, 512}  # 384 are counted as 512
+    check_sm90(kernels, SPILL_BYTES)
+
+
+@pytest.mark.parametrize("rows", [8, 64, 512])
+def test_every_activation_compiles_to_the_same_loop(rows: int, tmp_path: Path) -> None:
+    """Its constants and vectors stand behind the loop: nothing spills that did not."""
+    kernels = compile_for((9, 0), [(4, 64, 1152, 176)], [rows], tmp_path,
+                          activations=ACTIVATIONS.values())  # fmt: skip
+    assert {k["activation"] for k in kernels} == {str(a) for a in ACTIVATIONS.values()}
+    check_sm90(kernels, SPILL_BYTES)
 
 
 @pytest.mark.slow
-def test_every_candidate_of_the_tuner_fits(tmp_path: object) -> None:
-    shapes = [(*s, fp8) for s in (DEEPSEEK, MIXTRAL) for fp8 in (False, True)]
-    kernels = compile_for((9, 0), shapes, [8, 16, 64, 512], True, str(tmp_path))
+def test_every_candidate_of_the_tuner_fits(tmp_path: Path) -> None:
+    kernels = compile_for((9, 0), [DEEPSEEK, MIXTRAL], [8, 16, 64, 512], tmp_path, candidates=True)
     check_sm90(kernels, CANDIDATE_SPILL_BYTES)
 
 
-AT_ONCE = """
-import hashlib, json, sys
-import triton
-from moe_plugin.kernels.experts import compile_at_once, compile_layer
-from moe_plugin.kernels.launch import Device, Shape, heuristic
-from moe_plugin.kernels.tuning.precompile import OfflineDriver
-
-device = Device("offline", (9, 0), 132)
-triton.runtime.driver.set_active(OfflineDriver(device.capability))
-shape = Shape(4, 64, 512, 256, True)
-launches = list(dict.fromkeys(heuristic(shape, rows, device) for rows in (1, 64)))
-if sys.argv[1] == "at once":
-    kernels = compile_at_once(shape, launches, device)
-else:
-    kernels = [kernel for launch in launches for kernel in compile_layer(shape, launch, device)]
-print(json.dumps([[k.hash, hashlib.sha256(k.asm["cubin"]).hexdigest()] for k in kernels]))
-"""
-
-
 def test_kernels_compiled_at_once_are_those_compiled_one_by_one(tmp_path: Path) -> None:
-    found = []
-    for how in ("at once", "one by one"):
-        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / how)}
-        run = subprocess.run(
-            [sys.executable, "-P", "-c", AT_ONCE, how], capture_output=True, text=True, env=env
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-        found.append(json.loads(run.stdout.splitlines()[-1]))
+    found = [
+        run_program("compile_at_once.py", how, tmp_path, TRITON_CACHE_DIR=str(tmp_path / how))
+        for how in ("at once", "one by one")
+    ]
     assert found[0] == found[1]
     assert len({kernel for kernel, _ in found[0]}) > 2

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from moe_plugin.kernels import launch as launches
-from moe_plugin.kernels.expert_layer import Workspace, workspace_bytes
+from moe_plugin.kernels.expert_layer import region_spec, regions, workspace_tensors
+from moe_plugin.kernels.formats import BF16, FORMATS, FP8_BLOCK, Format
 from moe_plugin.kernels.launch import (
     SM90_SHARED_BYTES,
     Device,
@@ -24,6 +24,7 @@ from moe_plugin.kernels.launch import (
     table_key,
 )
 from moe_plugin.kernels.tuning import tune
+from moe_plugin.kernels.workspace import launch_workspace, workspace_bytes, workspace_layout
 from tests.support.kernel_cases import MODELS
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -31,7 +32,9 @@ A100 = Device("NVIDIA A100-SXM4-80GB", (8, 0), 108)
 B200 = Device("NVIDIA B200", (10, 0), 148)
 ROWS = (1, 4, 8, 9, 16, 32, 64, 65, 128, 256, 512, 1024, 5000)
 SHAPES = [
-    Shape(m.experts, 256 * m.ranks, m.hidden, m.inter, fp8) for m in MODELS for fp8 in (False, True)
+    Shape(m.experts, 256 * m.ranks, m.hidden, m.inter, fmt)
+    for m in MODELS
+    for fmt in FORMATS.values()
 ]
 
 
@@ -41,19 +44,19 @@ def test_tiles_fit_the_multiprocessor(shape: Shape, rows: int) -> None:
     launch = heuristic(shape, rows, H100)
     assert launch.hopper
     for tiles in (launch.gate_up, launch.down):
-        itemsize = 1 if shape.fp8 else 2
-        stage = (2 * tiles.channels + tiles.many) * tiles.depth * itemsize
+        itemsize = shape.format.weight_bits // 8
+        stage = (2 * tiles.block_n + tiles.block_m_busy) * tiles.block_k * itemsize
         assert tiles.stages >= 2
         assert tiles.stages * stage * tiles.per_sm < SM90_SHARED_BYTES
-        assert tiles.many >= tiles.rows
+        assert tiles.block_m_busy >= tiles.block_m
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.fp8], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.format.fp8_rows], ids=str)
 def test_second_gemm_steps_through_the_groups_of_the_first(shape: Shape, rows: int) -> None:
     for launch in (heuristic(shape, rows, H100), *tune.candidate_launches(shape, rows)):
-        assert launch.gate_up.depth == 128, "dispatch delivers one scale per 128 channels"
-        assert launch.down.depth == launch.gate_up.channels
+        assert launch.gate_up.block_k == 128, "dispatch delivers one scale per 128 channels"
+        assert launch.down.block_k == launch.gate_up.block_n
 
 
 @pytest.mark.parametrize("device", [A100, B200, replace(H100, capability=(8, 9))], ids=str)
@@ -63,8 +66,8 @@ def test_other_gpus_take_the_portable_kernels(device: Device) -> None:
 
 def test_few_rows_cost_few() -> None:
     assert [row_tile(m) for m in (1, 8, 9, 64, 65, 4096)] == [8, 8, 16, 64, 128, 128]
-    assert heuristic(SHAPES[0], 1, H100).gate_up.swap
-    assert not heuristic(SHAPES[0], 512, H100).gate_up.swap
+    assert heuristic(SHAPES[0], 1, H100).gate_up.swap_ab
+    assert not heuristic(SHAPES[0], 512, H100).gate_up.swap_ab
 
 
 def test_depth_is_split_only_where_tiles_are_few() -> None:
@@ -73,11 +76,21 @@ def test_depth_is_split_only_where_tiles_are_few() -> None:
     assert depth_split(16, 4096) == depth_split(32, 7168) == 1
 
 
-def test_choice_is_pure_and_ignores_capacity() -> None:
+def test_capacity_changes_no_tile() -> None:
     shape = SHAPES[0]
-    assert pick_launch(shape, 8, H100) == pick_launch(shape, 8, H100)
     larger = replace(shape, capacity=4 * shape.capacity)
     assert pick_launch(shape, 8, H100) == pick_launch(larger, 8, H100)
+
+
+@pytest.mark.parametrize("capacity", [17, 66, 2049])
+def test_row_scales_that_the_copy_engine_cannot_reach_take_the_portable_kernels(
+    capacity: int,
+) -> None:
+    """It reads from multiples of 16 bytes, and the scales of one step begin `capacity` later."""
+    for fmt in FORMATS.values():
+        launch = pick_launch(Shape(32, capacity, 7168, 2048, fmt), 8, H100)
+        assert launch.hopper == (not fmt.fp8_rows)
+    assert pick_launch(Shape(32, 68, 7168, 2048, FP8_BLOCK), 8, H100).hopper
 
 
 def test_table_wins_over_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,29 +118,24 @@ def test_shipped_tables_decode() -> None:
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
 @pytest.mark.parametrize("capacity", [16, 37])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_workspace_bytes_bound_what_is_allocated(
-    experts: int, capacity: int, dtype: torch.dtype
-) -> None:
-    shape = Shape(experts, capacity, 4096, 176, dtype == torch.float8_e4m3fn)
-    most = workspace_bytes(experts, capacity, 4096, 176, dtype)
-    totals = [
-        Workspace.of(shape, heuristic(shape, rows, H100), H100).total for rows in (1, 64, 512)
-    ]
-    assert max(totals) <= most
-    assert most in totals, "it is the bytes of some launch"
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_workspace_bytes_bound_what_is_allocated(experts: int, capacity: int, fmt: Format) -> None:
+    shape = Shape(experts, capacity, 4096, 176, fmt)
+    totals = [launch_workspace(shape, heuristic(shape, rows, H100), H100).total for rows in ROWS]
+    assert max(totals) == workspace_bytes(shape), "the most is the bytes of some launch"
 
 
 @pytest.mark.parametrize("capacity", [16, 37])
-@pytest.mark.parametrize("split", [1, 4])
-@pytest.mark.parametrize("group", [None, 64, 128])
+@pytest.mark.parametrize("split_k", [1, 4])
+@pytest.mark.parametrize("scale_group", [None, 64, 128])
 def test_workspace_tensors_lie_side_by_side_as_their_stand_ins_say(
-    group: int | None, split: int, capacity: int
+    scale_group: int | None, split_k: int, capacity: int
 ) -> None:
-    space = Workspace(Shape(3, capacity, 256, 176, group is not None), group, split)
-    tensors, end = space.tensors("cpu"), 0
+    layout = workspace_layout(Shape(3, capacity, 256, 176, BF16), scale_group, split_k)
+    tensors, end = workspace_tensors(layout, "cpu"), 0
     base = tensors[0].data_ptr()
-    for tensor, spec in zip(tensors, space.specs(), strict=True):
+    for tensor, region in zip(tensors, regions(layout), strict=True):
+        spec = region_spec(region)
         if tensor is None:
             assert spec is None
             continue
@@ -137,7 +145,7 @@ def test_workspace_tensors_lie_side_by_side_as_their_stand_ins_say(
         assert tensor.data_ptr() == base + end
         assert end % 16 == 0
         end += tensor.numel() * tensor.element_size()
-    assert end == space.total
+    assert end == layout.total
 
 
 def test_skew_decides_between_launches_that_tie() -> None:

@@ -18,11 +18,9 @@ from moe_plugin.planning.limits import Limits
 from moe_plugin.planning.memory import (
     DTYPE_BYTES,
     UNSPLIT,
-    activation_bytes,
     allocated,
     handle_sizes,
     received_sizes,
-    split_bytes,
     workspace_bytes,
 )
 
@@ -113,22 +111,6 @@ def test_torch_transport_replaces_deepeps_limits_only() -> None:
     assert TORCH_LIMITS.hidden_sizes is None
     assert TORCH_LIMITS.max_tokens == 1024
     assert Limits(max_tokens=4100).largest_tokens(64, 1, 8, 8) == 4096  # no other limit binds
-
-
-@pytest.mark.parametrize("fp8", [False, True])
-def test_activation_bytes_equal_the_kernels_own(fp8: bool) -> None:
-    """The planner may not import torch: it carries the arithmetic, the kernels the truth."""
-    torch = pytest.importorskip("torch")
-    from moe_plugin.kernels.experts import workspace_bytes as kernel_bytes
-
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    for experts, capacity, hidden, inter in [
-        (8, 2048, 7168, 2048), (16, 64, 2048, 768), (1, 2048, 4096, 14336), (2, 37, 2048, 176),
-    ]:  # fmt: skip
-        rows = experts * capacity
-        ours = activation_bytes(rows, inter, "bfloat16", fp8=fp8)
-        ours += split_bytes(rows, experts, hidden)
-        assert ours == kernel_bytes(experts, capacity, hidden, inter, dtype)
 
 
 def test_workspace_is_rows_times_their_widths() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.kernels.weights import ExpertWeights
 from moe_plugin.runtime.config import BatchedMoEConfig
 from moe_plugin.runtime.metadata import DPMetadata
-from moe_plugin.runtime.runner import BatchedMoERunner, ExpertWeights, expected_rows
+from moe_plugin.runtime.runner import BatchedMoERunner, expected_rows
 
 GOOD = {
     "num_experts": 16,

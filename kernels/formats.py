@@ -1,0 +1,97 @@
+"""How experts' weights are stored and what is computed between their two GEMMs: plain values.
+
+Planning's support table, the dispatch dtype, the workspace and the kernels read these; nothing
+here needs torch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SCALE_BLOCK = 128
+"""Channels of a row that share a scale as dispatch delivers it, and edge of a weight block."""
+FP8_MAX = 448.0
+"""Largest finite float8_e4m3fn."""
+MIN_AMAX = 1e-10
+"""Keeps the scale of an all-zero scale group finite and non-zero."""
+
+WeightScale = Literal["none", "block", "channel", "group"]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How weights are stored and rows arrive.
+
+    Attributes:
+        name: key of `FORMATS`.
+        weight_bits: of one weight.
+        row_bits: of one element of a dispatched row; 8 are float8_e4m3fn, with one float32 scale
+            per `SCALE_BLOCK` channels.
+        weight_scale: what shares a scale: nothing has one, blocks of `SCALE_BLOCK` x `SCALE_BLOCK`,
+            an output channel, or `group` inputs of an output channel.
+        group: inputs that share a scale where `weight_scale` is "group".
+        zero_points: whether weights are stored with one per scale.
+        operand: where the tensor cores take weights from. Narrower ones than rows are decoded in
+            registers.
+    """
+
+    name: str
+    weight_bits: int
+    row_bits: int
+    weight_scale: WeightScale = "none"
+    group: int = 0
+    zero_points: bool = False
+    operand: Literal["shared", "registers"] = "shared"
+
+    @property
+    def fp8_rows(self) -> bool:
+        """Whether rows arrive, and the activation is stored, in float8_e4m3fn with scales."""
+        return self.row_bits == 8
+
+    @property
+    def tuning(self) -> str:
+        """Name in tables of measured launches: formats that stream the same bytes share it."""
+        return "fp8" if self.weight_bits == 8 else self.name
+
+
+BF16 = Format("bf16", 16, 16)
+FP8_BLOCK = Format("fp8_block", 8, 8, "block")
+FP8_CHANNEL = Format("fp8_channel", 8, 8, "channel")
+"""Also per tensor: the same scale for every channel."""
+FORMATS = {each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL)}
+"""What the kernels compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What gate g and up u become: g * sigmoid(alpha * g) * (u + beta).
+
+    Attributes:
+        kind: what `limit` bounds. "swiglu": g from above and u on both sides, before. In
+            "swiglu_clamped" the gate's limit comes after: on g * sigmoid(g).
+        alpha: 1 is SiLU.
+        beta: added to u after its limit.
+        limit: None: there is none.
+        bias: whether both GEMMs add one per channel.
+        interleaved: whether gate and up rows take turns in w13 and its scales and bias, instead of
+            all gates standing before all ups.
+    """
+
+    kind: Literal["swiglu", "swiglu_clamped"] = "swiglu"
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+    bias: bool = False
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("swiglu", "swiglu_clamped"):
+            raise ValueError(f"activation kind: got {self.kind!r}, allowed swiglu, swiglu_clamped")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit of the activation: got {self.limit}, allowed > 0 or None")
+        if self.kind == "swiglu_clamped" and (
+            self.limit is None or (self.alpha, self.beta) != (1.0, 0.0)
+        ):
+            raise ValueError(f"swiglu_clamped: got {self}, allowed a limit, alpha 1 and beta 0")
+
+
+SWIGLU = Activation()
