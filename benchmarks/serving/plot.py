@@ -1,4 +1,4 @@
-"""Figure of the serving results: `plot.py RESULT.json OUT.svg`, of what `bench.py merge` wrote."""
+"""Figure of results: `plot.py RESULT.json OUT.svg [LOAD]`, of what `bench.py merge` wrote."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ PANELS = (("tokens_per_s", "output tokens/s"), ("itl_ms", "inter-token latency, 
 
 
 def series(
-    rounds: list[dict[str, Any]], variant: str, metric: str
+    rounds: list[dict[str, Any]], variant: str, metric: str, load: str
 ) -> list[tuple[int, float, float, float]]:
-    """Concurrency, median, least and most of one variant's rounds."""
+    """Requests in flight, median, least and most of one variant's rounds of a load."""
     cells: dict[int, list[float]] = {}
     for row in rounds:
-        if row["variant"] == variant and row.get(metric) is not None:
+        closed = row.get("load", "short") == load and "concurrency" in row
+        if closed and row["variant"] == variant and row.get(metric) is not None:
             cells.setdefault(row["concurrency"], []).append(row[metric])
     return [(point, median(v), min(v), max(v)) for point, v in sorted(cells.items())]
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path, load: str = "short") -> None:
     """Medians over concurrency, with the band between the lowest and the highest round."""
     titles = {start["variant"]: start["title"] for start in result.get("startup", [])}
     names = sorted({row["variant"] for row in result["rounds"]})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, (metric, label) in zip(axes, PANELS, strict=True):
         for name in names:
-            points = series(result["rounds"], name, metric)
+            points = series(result["rounds"], name, metric, load)
             if not points:
                 continue
             x, middle, low, high = zip(*points, strict=True)
@@ -52,7 +53,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Draw one result file."""
     plt.rcParams["svg.hashsalt"] = "serving"  # the same file from the same numbers
-    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *sys.argv[3:])
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def main() -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / f"transport-{transport}-{ranks}.json"
     report: dict[str, Any] = {
+        "command": " ".join(sys.argv),
         "environment": environment(asked.cpu),
         "ranks": ranks,
         "options": asdict(options),

@@ -103,9 +103,10 @@ def test_client_counts_what_arrives_within_the_window() -> None:
     assert counts.between_s
     assert median(counts.between_s) >= 0.9 * TOKEN_S
     assert counts.first_s
+    # Of each worker one request may be sent before the window or get its first token after it.
     least, most = job.load.prompt
-    assert least * len(counts.first_s) <= counts.prompt_tokens
-    assert counts.prompt_tokens <= most * (len(counts.first_s) + 8)
+    firsts = len(counts.first_s)
+    assert least * (firsts - 8) <= counts.prompt_tokens <= most * (firsts + 8)
     figures = counts.figures(job.seconds)
     assert figures["total_tokens_per_s"] == counts.tokens + counts.prompt_tokens
     assert figures["ttft_p50_ms"] <= figures["ttft_p95_ms"] <= figures["ttft_p99_ms"]
@@ -296,7 +297,7 @@ def test_servers_of_several_gpus() -> None:
 
 
 def test_host_client_asks_for_the_point() -> None:
-    """Its own flags: what it would refuse, its parser says."""
+    """Lengths, and either so many in flight or so many a second."""
     closed, arriving = loads.parse(["long/32", "chat@8"])
     given = client.arguments(closed, "http://x", "/m")
     flags = dict(pairwise(given))

@@ -27,6 +27,7 @@ def test_benchmark_on_cpu_ranks(ranks: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / f"transport-torch-{ranks}.json").read_text())
     assert report["environment"]["device"] == "CPU"
+    assert " --cpu " in report["command"]
     assert report["ranks"] == ranks
     rows = report["shapes"]["tiny"]["rows"]
     assert [row["tokens"] for row in rows] == [1, 2, 4, 8]

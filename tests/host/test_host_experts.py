@@ -13,7 +13,7 @@ from moe_plugin.integration.resolve.host_runners import batched_runners
 from moe_plugin.planning.facts import LaunchFacts
 from moe_plugin.planning.weight_formats import FORMATS
 
-from ..support.hosts import HOST_EXPERTS, run_host
+from ..support.hosts import program, run_host
 
 _FP8 = {"fp8_block", "fp8_tensor", "fp8_fp4", "fp8_nvfp4"}
 MADE_HERE = {"unquantized", "humming_fp4", "mxfp4", "gptq", *_FP8}
@@ -37,7 +37,7 @@ def _host(*parts: str) -> Path:
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
 def test_rows_say_what_the_hosts_classes_build(capability: tuple[int, int]) -> None:
     """For every format and runner that can be built without weights: DeepEPMoE's own gate."""
-    done = run_host(HOST_EXPERTS, args=[str(part) for part in capability])
+    done = run_host(program("host_experts"), *capability)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])
     assert len(answers) > 80

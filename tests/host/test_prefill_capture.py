@@ -5,39 +5,7 @@ The graphs need a GPU; here the host's own flags around them are real, and the l
 
 from __future__ import annotations
 
-from ..support.hosts import HOOKED, host_result
-
-FORWARD = """
-from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
-from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
-    enable_breakable_cuda_graph,
-)
-from moe_plugin.batched_backend import Capability, Mode
-from moe_plugin.integration.serve import buffer, moe_layer as layer
-from moe_plugin.planning.plan import Plan
-
-class Layer:
-    def forward_impl(self, hidden_states, topk_output):
-        return f"captured, extend {get_is_extend_in_batch()}"
-
-def host(layer, hidden_states, topk_output):
-    return "the host's"
-
-def forward(bounds_prefill=True, runner=True):
-    modes = frozenset(Mode) if bounds_prefill else frozenset({Mode.DECODE})
-    plan = Plan(capability=Capability(True, "", modes), runner="moe_plugin" if runner else "host")
-    buffer.current_plan = lambda: plan
-    return layer.around_moe_forward(host, Layer(), None, None)
-
-set_is_extend_in_batch(False)
-found = {"outside": forward()}
-with enable_breakable_cuda_graph():
-    found["inside"] = forward()
-    found["normal mode for prefill"] = forward(bounds_prefill=False)
-    found["the host's experts"] = forward(runner=False)
-found["extend afterwards"] = get_is_extend_in_batch()
-emit(found)
-"""
+from ..support.hosts import HOOKED, host_result, program
 
 
 def test_the_layers_forward_is_hooked() -> None:
@@ -45,7 +13,7 @@ def test_the_layers_forward_is_hooked() -> None:
 
 
 def test_only_our_low_latency_layers_are_captured() -> None:
-    assert host_result(FORWARD) == {
+    assert host_result(program("captured_forward")) == {
         "outside": "the host's",
         "inside": "captured, extend True",
         "normal mode for prefill": "the host's",

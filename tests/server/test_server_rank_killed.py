@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ..support.hosts import program
 from ..support.rank_killed import NO_CORE_DUMPS, check_killed_rank_ends_the_server
 from ..support.server_checks import (
     check_idle_ranks,
@@ -22,29 +23,14 @@ from ..support.serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
-# gloo sees a broken connection at once and its rank reports an error. DeepEP's ranks wait in a GPU
-# kernel for a peer that is gone, for 100 s: here, whatever error a rank meets, it waits as well.
-WAITING_PEERS = """
-import time
-def wait_for_ever(original, *args, **kwargs):
-    try:
-        return original(*args, **kwargs)
-    except Exception as error:
-        print(f"this rank waits for ever after: {error}", flush=True)
-        time.sleep(3600)
-def register():
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    target = "sglang.srt.managers.scheduler.Scheduler.run_event_loop"
-    HookRegistry.register(target, wait_for_ever, HookType.AROUND)
-"""
-
 
 def test_any_load_then_a_killed_rank(model: Path, tmp_path: Path) -> None:
     """Two CPU ranks; the other one waits for its peer as it would in a GPU kernel.
 
     The checks before are those of the test on several GPUs, on a few requests.
     """
-    env = write_plugin(tmp_path, "waiting", WAITING_PEERS, {"sglang.srt.plugins": "register"})
+    source = program("plugin_waiting_peers")
+    env = write_plugin(tmp_path, "waiting", source, {"sglang.srt.plugins": "register"})
     args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on")
     with Server(args, model, ranks=2, env=env | NO_CORE_DUMPS) as server:
         server.wait_ready()

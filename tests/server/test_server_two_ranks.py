@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ..support.hosts import program
 from ..support.serving.checkpoint import Shape
 from ..support.serving.compare import check_equal, uncounted_layers
 from ..support.serving.fixture_plugin import write_plugin
@@ -20,26 +21,6 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 BUDGET = 256  # the default: no flag about sizes is given
 
 PROCESSES = 5  # launcher, data-parallel controller, two schedulers, detokenizer
-
-# Keeps a record of what has become of the plugin in each process of the host.
-PROBE = """
-import json, os, sys, threading, time
-def register():
-    def keep_record():
-        path = os.path.join(os.environ["PROBE_DIR"], f"{os.getpid()}.json")
-        while True:
-            module = sys.modules.get("moe_plugin.integration.plugin")
-            status = getattr(module, "STATUS", None)  # None until its import is over
-            record = {"pid": os.getpid(),
-                      "state": status.state if status else "not imported",
-                      "hooked": status.hooked if status else [],
-                      "detokenizer": "sglang.srt.managers.detokenizer_manager" in sys.modules}
-            with open(path + ".part", "w") as file:
-                json.dump(record, file)
-            os.replace(path + ".part", path)
-            time.sleep(1)
-    threading.Thread(target=keep_record, daemon=True).start()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +35,7 @@ def served(
 ) -> Iterator[Server]:
     """Two EP ranks through the plugin; ``stock`` first, so that one server runs at a time."""
     folder = tmp_path_factory.mktemp("probe")
-    env = write_plugin(folder, "probe", PROBE, {"sglang.srt.plugins": "register"})
+    env = write_plugin(folder, "probe", program("plugin_probe"), {"sglang.srt.plugins": "register"})
     env |= {"PROBE_DIR": str(probes)}
     args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on")
     with Server(args, model, ranks=2, env=env) as server:

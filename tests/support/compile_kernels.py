@@ -2,7 +2,8 @@
 
 Compiling replaces Triton's driver, hence a process of its own. The one argument is JSON:
 {"capability": [9, 0], "shapes": [[experts, capacity, hidden, inter, format, activation]],
-"rows": [8], "candidates": false}, an activation being its fields. Writes k.ptx into the current folder; prints a list.
+"rows": [8], "candidates": false}, an activation being its fields. Writes k.ptx into the current
+folder; prints a list.
 """
 
 import json
@@ -27,7 +28,8 @@ def report(kernel: Any, shape: Shape, launch: Launch, first: bool) -> dict[str, 
     tiles = launch.gate_up if first else launch.down
     ptx = kernel.asm["ptx"]
     entry = {
-        "format": shape.format.name, "activation": str(shape.activation), "experts": shape.experts, "tiles": str(tiles),
+        "format": shape.format.name, "activation": str(shape.activation),
+        "experts": shape.experts, "tiles": str(tiles),
         "per_sm": tiles.per_sm, "counts_parts": not first and tiles.split_k > 1, "first": first,
         "shared": kernel.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from ..support.hosts import host_result, program
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {"moe_plugin": "moe_plugin", "kernels": "moe_plugin.kernels"}
@@ -66,27 +67,8 @@ def test_wheel_loads_in_the_host_without_the_checkout(wheel: Path, tmp_path: Pat
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*command, str(target), str(wheel)], check=True, capture_output=True)
-    code = (
-        "import moe_plugin, moe_plugin.kernels.experts_torch as kernels\n"
-        "from sglang.srt.plugins import load_plugins\n"
-        "load_plugins()\n"
-        "from sglang.srt.server_args import prepare_server_args\n"
-        "from moe_plugin.integration import flags\n"
-        "from moe_plugin.integration.status import STATUS\n"
-        "args = prepare_server_args(['--model-path', 'none', '--use-batched-dp-moe', 'off'])\n"
-        "print(moe_plugin.__file__, kernels.__file__, STATUS.state,\n"
-        "      flags.requested(args).switch, sep='\\n')\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(target), "SGLANG_PLUGINS": "moe_plugin"}
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    package, kernels, state, switch = result.stdout.split()[-4:]
+    env = {"PYTHONPATH": str(target), "SGLANG_PLUGINS": "moe_plugin", "SGLANG_PLATFORM": ""}
+    package, kernels, state, switch = host_result(program("wheel_in_host"), cwd=tmp_path, env=env)
     assert Path(package).is_relative_to(target)
     assert Path(kernels).is_relative_to(target)
     assert (state, switch) == ("active", "off")
