@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ...backends.deepep import limits_of
@@ -13,6 +14,7 @@ from ...planning.planner import make_plan
 from .capacity import user_capacity
 from .installation import check_host
 from .launch_facts import launch_facts, transport_of
+from .memory_facts import memory_facts
 from .model_facts import model_facts
 
 
@@ -27,7 +29,15 @@ def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capab
     return use_batched_dp_moe(launch.capability_facts(model))
 
 
-def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool = False) -> Plan:
+def plan_for(
+    server_args: Any,
+    cfg: Any,
+    backend: str,
+    mode: str,
+    *,
+    late: bool = False,
+    planned: Plan | None = None,
+) -> Plan:
     """Plan for a backend and mode with what the user set.
 
     Args:
@@ -36,6 +46,7 @@ def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool 
         backend: the all-to-all backend to plan for.
         mode: the deepep mode to plan for.
         late: everything is resolved, so that the view's chunk is one DP group's.
+        planned: what was planned before: memory is not asked twice.
     """
     capability = capability_for(server_args, cfg, backend, mode)
     if not capability.ok:
@@ -45,5 +56,14 @@ def plan_for(server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool 
     launch = launch_facts(
         server_args, cfg, backend=backend, mode=mode, capacity=capacity, late=late
     )
-    plan = make_plan(model_facts(server_args), launch, limits, capability)
+    model = model_facts(server_args)
+    if planned is None:
+        launch = replace(launch, memory=memory_facts(server_args, cfg, model.dtype))
+    else:
+        launch = replace(
+            launch,
+            default_tokens=planned.max_dispatch_tokens_per_rank,
+            decode_graph_cap=planned.cuda_graph_max_bs_decode or None,
+        )
+    plan = make_plan(model, launch, limits, capability)
     return check_host(plan, cfg)

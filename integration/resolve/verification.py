@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ...batched_backend import Capability
@@ -14,6 +14,7 @@ from ..flags import requested
 from .draft_facts import draft_width
 from .launch_facts import attn_dp_size, explicit_graph_max
 from .launch_plan import plan_for
+from .reservation import carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
     cfg = resolving_view(server_args)
-    plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
+    plan = plan_for(
+        server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True, planned=planned
+    )
     capability = plan.capability
     before = planned.capability if planned else Capability(False, "")
     if capability.ok and capability.modes != before.modes:
@@ -57,7 +60,7 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
         raise refusal(errors, plan)
-    return replace(plan, reserved_bytes=planned.reserved_bytes if planned else 0)
+    return carried(plan, planned)
 
 
 def _refill(server_args: Any, plan: Plan, cfg: Any) -> None:

@@ -18,6 +18,7 @@ from .fixes import complete
 from .ledger import ledger
 from .limits import Limits
 from .memory import workspace_bytes
+from .memory_refusal import within_memory
 from .plan import Budget, Plan, Rejection, Source
 from .row_budgets import ceil_to, chunk_per_group, floor_to, requests_per_group
 from .transport_checks import check_capacity, check_model, token_multiple
@@ -49,13 +50,22 @@ def make_plan(
     capability = capability or use_batched_dp_moe(launch.capability_facts(model))
     if not capability.ok:
         return Plan(capability=capability, transport=launch.transport, ep_size=launch.tp_size)
-    plan = _plan_once(model, launch, limits, capability)
+    plan = _plan_within_memory(model, launch, limits, capability)
     return replace(plan, errors=complete(plan.errors, model, launch, limits, _replan))
 
 
 def _replan(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> tuple[Rejection, ...]:
     capability = use_batched_dp_moe(launch.capability_facts(model))
-    return _plan_once(model, launch, limits, capability).errors if capability.ok else ()
+    return _plan_within_memory(model, launch, limits, capability).errors if capability.ok else ()
+
+
+def _plan_within_memory(
+    model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
+) -> Plan:
+    def build(changed: LaunchFacts) -> Plan:
+        return _plan_once(model, changed, limits, capability)
+
+    return within_memory(build, model, launch, limits)
 
 
 def _plan_once(
@@ -136,7 +146,8 @@ def _choose_tokens(
         errors += check_capacity(model, launch, limits, explicit, name, most, multiple)
         # Plan on with the nearest value that works, so that one message names everything.
         return min(max(floor_to(explicit, multiple), multiple), most), "user", errors
-    default = min(ceil_to(limits.default_max_tokens, multiple), most)
+    default = launch.default_tokens or limits.default_max_tokens
+    default = min(ceil_to(default, multiple), most)
     needed = max((need.rows for need in needs_of(launch, capability, default)), default=0)
     tokens = min(max(default, ceil_to(needed, multiple)), most)
     if most == 0:
@@ -180,6 +191,7 @@ def _fill(plan: Plan, launch: LaunchFacts, limits: Limits, source: Source, most:
             pool = ceil_to(requests_per_group(running, groups), launch.graph_multiple)
             default = decode_requests(launch, min(tokens, limits.default_max_tokens))
             largest = min(fits, pool, max(default, HOST_DECODE_GRAPH))
+            largest = min(largest, launch.decode_graph_cap or largest)
             graph_decode = launch.cuda_graph_max_bs_decode or max(1, largest)
     plan = replace(
         plan,
