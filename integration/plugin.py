@@ -87,6 +87,10 @@ def _hook_runtime() -> None:
     _hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND")
     _hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND")
     _hook(host_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND")
+    if problem := host_symbols.check_symbol(host_symbols.MEMORY_POOLS):
+        logger.info("the first dispatch creates DeepEP's buffer: %s", problem)
+    else:
+        _hook(host_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER")
     if REPLAY_MIXED_STEPS.read():
         if problem := host_symbols.check_symbol(host_symbols.PREFILL_VOTE):
             logger.warning("mixed steps stay eager, which is slower: %s", problem)

@@ -8,6 +8,8 @@ MIB, GIB = 1 << 20, 1 << 30
 CONTEXT_BYTES = 2 * GIB
 """Lost before the host measures: CUDA context, NCCL. Alone on an H200 1.3 GiB, beside other
 starting servers up to 3 (benchmarks/results/*serving*.json)."""
+PROMPTS = (1024, 8192, 32768)
+"""Prompt lengths, tokens, whose prefill steps a plan counts: what a small T costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

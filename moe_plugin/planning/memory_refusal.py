@@ -10,8 +10,9 @@ from .facts import LaunchFacts, ModelFacts
 from .limits import Limits
 from .memory import gib
 from .memory_fit import USEFUL_SHARE, Build, needed, settle
-from .memory_record import Memory
+from .memory_record import PROMPTS, Memory
 from .plan import Change, Plan, Rejection
+from .row_budgets import ceil_div
 
 Works = Callable[[LaunchFacts], bool]
 """Whether a changed launch is planned without an error."""
@@ -30,7 +31,14 @@ def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: 
             return fitting and len(found.errors) <= len(plan.errors)
 
         plan = replace(plan, errors=(*plan.errors, memory_rejection(plan, launch, limits, works)))
-    return plan
+    return replace(plan, prompt_steps=_prompt_steps(plan, launch))
+
+
+def _prompt_steps(plan: Plan, launch: LaunchFacts) -> tuple[tuple[int, int], ...]:
+    chunk = plan.chunked_prefill_size // launch.attn_dp_size
+    if not plan.bounds_prefill or launch.disaggregation_mode == "decode" or chunk <= 0:
+        return ()
+    return tuple((tokens, ceil_div(tokens, chunk)) for tokens in PROMPTS)
 
 
 def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Works) -> Rejection:

@@ -87,6 +87,8 @@ class Plan:
         reserved_bytes: what resolution kept back for both in the host's memory sizing, bytes per
             rank; 0 when the user set ``--mem-fraction-static``.
         memory: every byte of a rank, as planned; None where the device's memory is not known.
+        prompt_steps: (tokens of a prompt, prefill forwards that it takes alone); empty where
+            prefill is not bounded.
         budgets: the same, value by value, with sources and arithmetic.
         errors: why it is refused.
         notes: things to know that refuse nothing.
@@ -113,6 +115,7 @@ class Plan:
     workspace_bytes: int = 0
     reserved_bytes: int = 0
     memory: Memory | None = None
+    prompt_steps: tuple[tuple[int, int], ...] = ()
     budgets: tuple[Budget, ...] = ()
     errors: tuple[Rejection, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -157,6 +160,7 @@ class Plan:
         }
         for error in raw["errors"]:
             error["changes"] = [list(change) for change in error["changes"]]
+        raw["prompt_steps"] = {str(tokens): steps for tokens, steps in self.prompt_steps}
         raw["verdict"] = self.verdict
         return raw
 

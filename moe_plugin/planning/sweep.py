@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .memory_record import PROMPTS
 from .row_budgets import ceil_div
 
-PROMPTS = (2048, 8192, 32768)
-"""Prompt lengths, tokens, whose prefill steps are counted."""
 TOKENS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Tokens per rank that are tried."""
 
