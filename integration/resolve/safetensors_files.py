@@ -7,10 +7,10 @@ import struct
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 INDEX = "model.safetensors.index.json"
-_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = ("F32", "F16", "BF16")
 MOST_HEADER_BYTES = 100 << 20
 """The format's own bound of a header."""
 
@@ -71,8 +71,8 @@ def _header(path: Path, dtype_bytes: int) -> list[tuple[str, int]]:
     return [(name, _loaded_bytes(name, tensor, dtype_bytes)) for name, tensor in header.items()]
 
 
-def _loaded_bytes(name: str, tensor: dict[str, object], dtype_bytes: int) -> int:
-    begin, end = tensor["data_offsets"]  # type: ignore[misc]
+def _loaded_bytes(name: str, tensor: dict[str, Any], dtype_bytes: int) -> int:
     if tensor["dtype"] in _FLOATS and name.endswith(("weight", "proj")) and "scale" not in name:
-        return prod(tensor["shape"]) * dtype_bytes  # type: ignore[arg-type]
-    return int(end - begin)
+        return int(prod(tensor["shape"])) * dtype_bytes
+    begin, end = tensor["data_offsets"]
+    return int(end) - int(begin)

@@ -56,8 +56,8 @@ def announce(dispatcher: Any) -> None:
     """
     plan = current_plan()
     inners = getattr(dispatcher, "_inners", [dispatcher])
-    found = [getattr(inner, "_low_latency_dispatcher", None) for inner in inners]
-    found = [inner for inner in found if inner is not None]
+    both = [getattr(inner, "_low_latency_dispatcher", None) for inner in inners]
+    found = [inner for inner in both if inner is not None]
     if plan is None or not found:
         return
     if plan.transport == "torch":

@@ -31,6 +31,14 @@ GRAPH_CAPS = (128, 64, 32)
 """Largest decode graphs that are tried, in this order, where what T allows is too much."""
 SMALLER = (128, 64)
 LARGER = (1024, 512)
+TRIES = (
+    (128, False, True),
+    (128, False, False),
+    (128, True, False),
+    (0, False, False),
+    (0, True, False),
+)
+"""(least T, at the least that runs, with a KV cache as large as the stock host's), in order."""
 LEAST_TOKENS = 64
 TOKENS = "max_dispatch_tokens_per_rank"
 DECODES_ONLY = f"decode rows only: what the values below need, at least {LEAST_TOKENS}"
@@ -115,10 +123,11 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
     first = build(start)
     free = not decided and _tokens_source(first) != "user"
     typed = launch.memory.fraction
-    for smallest, lean in ((128, False), (128, True), (0, False), (0, True)):
+    for smallest, lean, like_stock in TRIES:
         for changed, found in _candidates(first, build, start, free, smallest):
             memory = measured(found, model, changed, lean=lean)
-            if fits(memory, typed):
+            less = typed is None and memory.mem_fraction_static < memory.stock_fraction
+            if fits(memory, typed) and not (like_stock and less):
                 found = replace(found, memory=memory)
                 if found.max_dispatch_tokens_per_rank < first.max_dispatch_tokens_per_rank:
                     found = _because(found, _shrunk(first, memory))
@@ -198,8 +207,8 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
 
 def _shrunk(first: Plan, memory: Memory) -> str:
     return (
-        f"{first.max_dispatch_tokens_per_rank} do not fit beside {gib(memory.weights_bytes)} of "
-        f"weights; leaves {gib(memory.kv_cache_bytes)} of KV cache"
+        f"{first.max_dispatch_tokens_per_rank} leave too little beside "
+        f"{gib(memory.weights_bytes)} of weights; these leave {gib(memory.kv_cache_bytes)} of KV cache"
     )
 
 
