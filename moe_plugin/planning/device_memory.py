@@ -14,13 +14,15 @@ from typing import NamedTuple
 from .facts import LaunchFacts
 from .memory_record import GIB, MIB, MemoryFacts
 from .plan import Plan
-from .row_budgets import ceil_div
+from .row_budgets import ceil_div, ceil_to
 from .weights import Topology, Weights
 
 FLOOR_BYTES = 10 * GIB
 """Least reserve of the host on devices above 60 GiB."""
 FLOOR_FROM_BYTES = 60 * GIB
 MLA_PREFILL_GRAPHS = 3 * GIB // 2
+UNSET_PREFILL_GRAPH = 2048
+"""Largest prefill graph with DeepEP where nobody named one, tokens."""
 TOKEN_BYTES = 3 * MIB // 2
 """Activations of one token, by the host's rule."""
 DEEPEP_GUESS = 2 * GIB
@@ -54,10 +56,13 @@ def topology(launch: LaunchFacts, facts: MemoryFacts) -> Topology:
 
 
 def prefill_sizes(largest: int) -> int:
-    """Prefill graphs that the host captures up to ``largest`` tokens
-    (``generate_prefill_cuda_graph_batch_sizes``)."""
+    """Prefill graphs that the host captures up to ``largest`` tokens: multiples of 8 with DeepEP
+    (``generate_prefill_cuda_graph_batch_sizes``, ``apply_deepep_adjustments``)."""
     steps = ((4, 32, 4), (48, 256, 16), (288, 512, 32), (576, 1024, 64), (1280, 4096, 256))
-    below = sum(len(range(first, min(last, largest) + 1, step)) for first, last, step in steps)
+    sizes = {
+        ceil_to(size, 8) for first, last, step in steps for size in range(first, last + 1, step)
+    }
+    below = sum(size <= ceil_to(largest, 8) for size in sizes)
     return below + len(range(4608, largest + 1, 512))
 
 
@@ -105,13 +110,13 @@ def hosts_rule(
 def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts) -> Runtime:
     """The host's estimate for the budgets of a plan."""
     graph = plan.cuda_graph_max_bs_decode or launch.cuda_graph_max_bs_decode or 0
-    if not plan.bounds_decode and launch.disaggregation_mode != "prefill":
-        graph = graph or stock_graph(launch, facts)
+    if launch.disaggregation_mode != "prefill":  # counted by the host though none is captured
+        graph = graph or stock_graph(launch, facts, plan.max_running_requests)
     chunk = plan.chunked_prefill_size or launch.chunked_prefill_size or stock_chunk(facts)
     prefill = 0
     if launch.prefill_graphs:
         largest = plan.cuda_graph_max_bs_prefill or launch.cuda_graph_max_bs_prefill
-        prefill = prefill_sizes(largest or chunk)
+        prefill = prefill_sizes(largest or UNSET_PREFILL_GRAPH)
     rule = hosts_rule(launch, facts, chunk, plan.max_running_requests, graph, prefill)
     if plan.bounds_prefill:
         return rule
@@ -125,8 +130,8 @@ def stock_chunk(facts: MemoryFacts) -> int:
     return 2048 if gib < 20 else 4096 if gib < 60 else 8192 if gib < 160 else 16384
 
 
-def stock_graph(launch: LaunchFacts, facts: MemoryFacts) -> int:
-    """The largest decode graph that the host chooses by itself."""
+def stock_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
+    """The largest decode graph that the host chooses by itself; ``running`` is 0 when unset."""
     gib, few = facts.device_bytes / GIB, launch.tp_size < 4
     if gib < 20:
         size = 8
@@ -134,20 +139,19 @@ def stock_graph(launch: LaunchFacts, facts: MemoryFacts) -> int:
         size = (48 if gib < 35 else 32) if few else 160
     else:
         size = 256 if few and gib < 160 else 512
-    return min(size, launch.max_running_requests or size)
+    return min(size, running or size)
 
 
 def stock_kept(launch: LaunchFacts, facts: MemoryFacts) -> int:
     """What the host alone would keep back for the flags that the user typed."""
     chunk = launch.chunked_prefill_size
     chunk = stock_chunk(facts) if chunk is None else chunk
-    graph = launch.cuda_graph_max_bs_decode or stock_graph(launch, facts)
+    running = launch.max_running_requests or 0
+    graph = launch.cuda_graph_max_bs_decode or stock_graph(launch, facts, running)
     prefill = 0
     if launch.prefill_graphs:
-        largest = chunk if chunk > 0 else launch.max_prefill_tokens
-        largest = min(8192, largest) if facts.mla else largest
-        prefill = prefill_sizes(launch.cuda_graph_max_bs_prefill or largest)
-    rule = hosts_rule(launch, facts, chunk, launch.max_running_requests or 0, graph, prefill)
+        prefill = prefill_sizes(launch.cuda_graph_max_bs_prefill or UNSET_PREFILL_GRAPH)
+    rule = hosts_rule(launch, facts, chunk, running, graph, prefill)
     return with_guess(launch, facts, rule, prefill)
 
 

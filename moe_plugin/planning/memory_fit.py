@@ -208,7 +208,8 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
 def _shrunk(first: Plan, memory: Memory) -> str:
     return (
         f"{first.max_dispatch_tokens_per_rank} leave too little beside "
-        f"{gib(memory.weights_bytes)} of weights; these leave {gib(memory.kv_cache_bytes)} of KV cache"
+        f"{gib(memory.weights_bytes)} of weights; these leave {gib(memory.kv_cache_bytes)} of KV "
+        "cache"
     )
 
 
