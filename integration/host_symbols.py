@@ -140,6 +140,14 @@ SYNC_VOTES = HostSymbol(
     runtime=True,
 )
 """Checked only where it is used: optional."""
+MEMORY_POOLS = HostSymbol(
+    "managers.scheduler.Scheduler.init_memory_pools",
+    ("self",),
+    "create the transport out of what the host kept back, not out of its KV cache",
+    "upstream creates the buffer between KV cache and graphs",
+    runtime=True,
+)
+"""Checked only where it is used: without it the first dispatch creates the transport."""
 MOE_CORE = HostSymbol(
     "layers.moe.ep_moe.layer.DeepEPMoE.run_moe_core",
     ("self", "dispatch_output"),

@@ -91,6 +91,10 @@ def _hook_runtime() -> None:
         logger.warning("groups run the same graphs or none, which is slower: %s", problem)
     else:
         _hook(host_symbols.SYNC_VOTES, own_graphs.around_all_gather, "AROUND")
+    if problem := host_symbols.check_symbol(host_symbols.MEMORY_POOLS):
+        logger.info("the first dispatch creates DeepEP's buffer: %s", problem)
+    else:
+        _hook(host_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER")
 
 
 def _register_inert() -> None:

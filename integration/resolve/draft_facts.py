@@ -102,7 +102,7 @@ def _dflash_width(server_args: Any, cfg: Any) -> int:
     try:
         from sglang.srt.speculative.dflash_utils import parse_dflash_draft_config
 
-        config = parse_dflash_draft_config(draft_hf_config=_draft_config(server_args, cfg))
+        config = parse_dflash_draft_config(draft_hf_config=draft_config(server_args, cfg))
         return int(config.resolve_block_size(default=None) or DFLASH_DEFAULT)
     except Exception:  # the host's own fallback, with the same breadth
         return DFLASH_DEFAULT
@@ -137,7 +137,7 @@ def draft_has_routed_moe(server_args: Any, cfg: Any) -> bool:
         # Multi-token-prediction layers of the target checkpoint repeat its MoE.
         return routed_experts(model_config_of(server_args).hf_text_config) > 1
     try:
-        config = _draft_config(server_args, cfg)
+        config = draft_config(server_args, cfg)
     except Exception:  # not readable here: the host will say so with its own message
         return True
     return routed_experts(getattr(config, "text_config", config)) > 1
@@ -150,7 +150,7 @@ def draft_shape(server_args: Any, cfg: Any, backend: str) -> tuple[int, int] | N
     if not cfg.speculative_algorithm or not path or path == cfg.model_path or own != backend:
         return None
     try:
-        config = _draft_config(server_args, cfg)
+        config = draft_config(server_args, cfg)
     except Exception:  # not readable here: the host will say so with its own message
         return None
     text = getattr(config, "text_config", config)
@@ -158,7 +158,8 @@ def draft_shape(server_args: Any, cfg: Any, backend: str) -> tuple[int, int] | N
     return (int(getattr(text, "hidden_size", 0)), experts) if experts > 1 else None
 
 
-def _draft_config(server_args: Any, cfg: Any) -> Any:
+def draft_config(server_args: Any, cfg: Any) -> Any:
+    """Hugging Face configuration of a separate draft model."""
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     del server_args

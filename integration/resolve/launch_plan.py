@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...backends.deepep import limits_of
@@ -15,6 +16,7 @@ from ...planning.planner import make_plan
 from .capacity import user_tokens_per_rank
 from .installation import check_host
 from .launch_facts import launch_facts, transport_of
+from .memory_facts import memory_facts
 from .model_facts import model_facts
 
 
@@ -37,6 +39,7 @@ def plan_for(
     *,
     late: bool = False,
     changes: Sequence[Change] = (),
+    planned: Plan | None = None,
 ) -> Plan:
     """Plan for a backend and mode with what the user set.
 
@@ -47,6 +50,7 @@ def plan_for(
         mode: the deepep mode to plan for.
         late: everything is resolved, so that the view's chunk is one DP group's.
         changes: fixes that the plan takes for done.
+        planned: what was planned before: memory is not asked twice.
     """
     capability = capability_for(server_args, cfg, backend, mode)
     if not capability.ok:
@@ -61,5 +65,13 @@ def plan_for(
         late=late,
     )
     model, launch = applied(model_facts(server_args), launch, limits, list(changes))
+    if planned is None:
+        launch = replace(launch, memory=memory_facts(server_args, cfg, model.dtype))
+    else:
+        launch = replace(
+            launch,
+            default_tokens=planned.max_dispatch_tokens_per_rank,
+            decode_graph_cap=planned.cuda_graph_max_bs_decode or None,
+        )
     plan = make_plan(model, launch, limits, capability)
     return check_host(plan, cfg)

@@ -8,6 +8,7 @@ from typing import Any
 from ...planning.facts import ModelFacts
 from ...planning.host_models import NO_DISPATCHER
 from .host_environment import environment_bool
+from .weight_facts import weights_of
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _TOP_K = (
@@ -56,6 +57,8 @@ def model_facts(server_args: Any) -> ModelFacts:
     experts = routed_experts(text)
     top_k = _first(text, _TOP_K)
     name = architecture(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    kind = weight_format(server_args, model)
     return ModelFacts(
         architecture=name,
         hidden_size=_first(text, ("routed_expert_hidden_size", "hidden_size")),
@@ -63,10 +66,18 @@ def model_facts(server_args: Any) -> ModelFacts:
         top_k=top_k,
         moe_intermediate_size=_first(text, _INTERMEDIATE),
         context_length=int(getattr(model, "context_len", 0) or 0),
-        dtype=str(model.dtype).removeprefix("torch."),
-        weight_format=weight_format(server_args, model),
+        dtype=dtype,
+        weight_format=kind,
         hidden_act=activation(text, name),
         has_routed_moe=experts > 1 and top_k > 0 and name not in NO_DISPATCHER,
+        weights=weights_of(
+            str(getattr(model, "model_path", "")),
+            text,
+            quantization_config(model),
+            weight_format=kind,
+            dtype=dtype,
+            vision=getattr(model.hf_config, "vision_config", None),
+        ),
     )
 
 
@@ -88,15 +99,20 @@ def activation(text: Any, architecture: str) -> str:
     return f"{name}, {'clamped' if architecture in _CLAMP_ALONE else 'limited'}"
 
 
+def quantization_config(model: Any) -> dict[str, Any]:
+    """The checkpoint's own description of its quantization; empty without one."""
+    config = getattr(model.hf_config, "quantization_config", None) or getattr(
+        model.hf_text_config, "quantization_config", None
+    )
+    return config if isinstance(config, dict) else {}
+
+
 def weight_format(server_args: Any, model: Any) -> str:
     """``unquantized`` or the name of the quantization, refined where runners tell kinds apart."""
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
     name = resolved_view(server_args).quantization or getattr(model, "quantization", None)
-    config = getattr(model.hf_config, "quantization_config", None) or getattr(
-        model.hf_text_config, "quantization_config", None
-    )
-    config = config if isinstance(config, dict) else {}
+    config = quantization_config(model)
     name = name or config.get("quant_method")
     if name == "humming" and not config and not os.environ.get(_ONLINE_HUMMING):
         name = None  # nothing to read and nothing to make: the host leaves the experts as they are

@@ -12,6 +12,7 @@ from ..flags import requested
 from .launch_facts import attn_dp_size, explicit_graph_max
 from .launch_plan import plan_for
 from .refusals import leave_alone, refuse
+from .reservation import carried
 from .resolved_rows import check_final
 
 
@@ -25,7 +26,9 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
     cfg = resolving_view(server_args)
-    plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
+    plan = plan_for(
+        server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True, planned=planned
+    )
     capability = plan.capability
     if not capability.ok:
         if planned is not None and requested(server_args).switch == "on":
@@ -41,7 +44,7 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
         raise refusal(errors, plan)
-    return replace(plan, reserved_bytes=planned.reserved_bytes)
+    return carried(plan, planned)
 
 
 def _within(plan: Plan) -> Plan:

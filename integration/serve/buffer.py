@@ -1,8 +1,9 @@
 """The host's communication buffer, created from the plan.
 
-SGLang creates ``DeepEPBuffer`` lazily, often inside graph capture, sized by its first caller.
-We create it while the model is built, before weights load: memory that is not there shows at
-once, and KV-cache sizing measures what is left.
+SGLang creates ``DeepEPBuffer`` lazily, often while graphs are captured, sized by its first caller.
+We create it as soon as the KV cache is there: the host sizes that from what is free, less what it
+keeps back, and the buffer belongs to what it keeps back. Whether the ranks agree about its size is
+asked while the model is built, before weights load.
 """
 
 from __future__ import annotations
@@ -43,6 +44,49 @@ def prepare_host(plan: Plan) -> None:
         deepep.use_deepep = True
 
 
+_announced: list[Any] = []
+"""The host's low-latency dispatcher that will create this process's buffer; empty before, and once
+it has."""
+
+
+def announce(dispatcher: Any) -> None:
+    """A layer has been built: compare the ranks, and remember who creates the buffer.
+
+    Transports that take no device memory are created at once.
+    """
+    plan = current_plan()
+    inners = getattr(dispatcher, "_inners", [dispatcher])
+    both = [getattr(inner, "_low_latency_dispatcher", None) for inner in inners]
+    found = [inner for inner in both if inner is not None]
+    if plan is None or not found:
+        return
+    if plan.transport == "torch":
+        for inner in found:
+            inner._get_buffer()
+    elif not _announced:
+        _announced.append(found[0])
+        check_ranks_agree(_cpu_group(), _sizes(plan, found[0].hidden_size, found[0].num_experts))
+
+
+def after_memory_pools(result: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """AFTER hook on ``Scheduler.init_memory_pools``: now the buffer, before graphs."""
+    while _announced:
+        _announced.pop()._get_buffer()
+    return result
+
+
+def _cpu_group() -> Any:
+    """The ranks of the all-to-all, without a communicator on the device."""
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    return get_tp_group().cpu_group
+
+
+def _sizes(plan: Plan, hidden_size: int, num_experts: int) -> dict[str, int]:
+    tokens = plan.max_dispatch_tokens_per_rank
+    return {"tokens per rank": tokens, "experts": num_experts, "hidden size": hidden_size}
+
+
 def around_get_buffer(
     original: Callable[..., Any],
     cls: Any,
@@ -78,7 +122,7 @@ def _create(
 ) -> Any:
     group, hidden_size, _, deepep_mode = args
     tokens = plan.max_dispatch_tokens_per_rank
-    sizes = {"tokens per rank": tokens, "experts": num_experts, "hidden size": hidden_size}
+    sizes = _sizes(plan, hidden_size, num_experts)
     with _outside_memory_saver():
         # Before the ranks are compared, as DeepEP would compare them by itself: the first
         # collective makes NCCL's communicator and reserves a share of the kernels' local memory.

@@ -36,7 +36,7 @@ def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwa
         _attach_runner(original, layer, plan, args, kwargs)
     else:
         original(layer, *args, **kwargs)
-    _create_buffer(layer)
+    buffer.announce(layer.dispatcher)
     return None
 
 
@@ -177,11 +177,3 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
         batch_invariant=deterministic(buffer.host_config()),
     )
     return make_moe_runner(config, buffer.device_type())
-
-
-def _create_buffer(layer: Any) -> None:
-    """Create the process-wide buffer now, through the host's own dispatcher."""
-    for inner in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
-        low_latency = getattr(inner, "_low_latency_dispatcher", None)
-        if low_latency is not None:
-            low_latency._get_buffer()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..batched_backend import BatchedBackend, CapabilityFacts, Mode
+from ..planning.integers import ceil_to
 from ..planning.limits import Limits
-from ..planning.row_budgets import ceil_to
 
 CAPACITY_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 HIDDEN_SIZES = frozenset({2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192})

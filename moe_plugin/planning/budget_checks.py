@@ -7,14 +7,12 @@ from collections.abc import Collection, Sequence
 from ..batched_backend import Mode
 from .compatibility import FLASHINFER_TILE, LEAVE, LEAVE_TEXT
 from .facts import LaunchFacts, ModelFacts
+from .integers import ceil_div, ceil_to, floor_to
 from .plan import Rejection
 from .row_budgets import (
     RowBudget,
-    ceil_div,
-    ceil_to,
     chunk_per_dp_group,
     decode_room,
-    floor_to,
     prefill_room,
     requests_per_dp_group,
 )

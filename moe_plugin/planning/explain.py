@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .facts import GRAPH_MULTIPLE, LaunchFacts
+from .integers import floor_to
 from .limits import Limits
 from .memory import gib
 from .plan import Budget, Plan, Source
-from .row_budgets import RowBudget, floor_to
+from .row_budgets import RowBudget
 
 
 def explain_plan(

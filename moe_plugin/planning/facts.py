@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import gcd, lcm
 
 from ..batched_backend import CapabilityFacts
+from .memory_record import MemoryFacts
+from .weight_bytes import Weights
 
 GRAPH_MULTIPLE = 8
 """Token counts that are captured are multiples of 8: others can hang all-to-all capture
@@ -33,6 +35,7 @@ class ModelFacts:
         hidden_act: activation of the experts; "silu, limited" where it is clamped or scaled in a
             way that the host's DeepGEMM knows, "silu, clamped" where it leaves the clamp out.
         has_routed_moe: the model has at least one routed MoE layer.
+        weights: bytes of its weights by part; None where they are not known.
     """
 
     architecture: str = ""
@@ -45,6 +48,7 @@ class ModelFacts:
     weight_format: str = "unquantized"
     hidden_act: str = "silu"
     has_routed_moe: bool = True
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +112,10 @@ class LaunchFacts:
         separate_draft: speculation with a draft model of its own, not the target's layers.
         draft_shape: (hidden size, routed experts) of a draft model on the same all-to-all; None
             without one, or when it repeats the target's layers.
+        memory: what is known of the device's memory; None where nothing is (CPU).
+        default_tokens: tokens per rank where the user names none and needs no more; None for the
+            transport's default.
+        decode_graph_cap: most requests that a decode graph is filled with; None for as many as fit.
     """
 
     a2a_backend: str = "deepep"
@@ -161,6 +169,9 @@ class LaunchFacts:
     tp_lm_head_all_to_all: bool = False
     separate_draft: bool = False
     draft_shape: tuple[int, int] | None = None
+    memory: MemoryFacts | None = None
+    default_tokens: int | None = None
+    decode_graph_cap: int | None = None
 
     @property
     def attn_tp_size(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..kernels import workspace as kernel_workspace
 from ..kernels.formats import BF16, FP8_BLOCK, SCALE_BLOCK
 from ..kernels.launch import Shape
-from .row_budgets import ceil_to
+from .integers import ceil_to
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 ALLOCATION = 512

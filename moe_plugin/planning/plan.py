@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..batched_backend import Capability, Mode
 from ..errors import BudgetError, ConfigError, UnsupportedError, explain
+from .memory_record import Memory
 
 Source = Literal["user", "default", "derived", "host"]
 Kind = Literal["budget", "config", "unsupported"]
@@ -88,6 +89,9 @@ class Plan:
         workspace_bytes: experts' working memory, bytes per rank.
         reserved_bytes: what resolution kept back for both in the host's memory sizing, bytes per
             rank; 0 when the user set ``--mem-fraction-static``.
+        memory: every byte of a rank, as planned; None where the device's memory is not known.
+        prompt_steps: (tokens of a prompt, prefill forwards that it takes alone); empty where
+            prefill is not bounded.
         budgets: the same, value by value, with sources and arithmetic.
         errors: why it is refused.
         notes: things to know that refuse nothing.
@@ -115,6 +119,8 @@ class Plan:
     rdma_device_bytes: int = 0
     workspace_bytes: int = 0
     reserved_bytes: int = 0
+    memory: Memory | None = None
+    prompt_steps: tuple[tuple[int, int], ...] = ()
     budgets: tuple[Budget, ...] = ()
     errors: tuple[Rejection, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -166,6 +172,7 @@ class Plan:
         }
         for error in raw["errors"]:
             error["changes"] = [list(change) for change in error["changes"]]
+        raw["prompt_steps"] = {str(tokens): steps for tokens, steps in self.prompt_steps}
         raw["verdict"] = self.verdict
         return raw
 

@@ -18,10 +18,12 @@ from .explain import explain_plan
 from .facts import LaunchFacts, ModelFacts
 from .fixes import complete
 from .groups_apart import groups_apart
+from .integers import ceil_to, floor_to
 from .limits import Limits
 from .memory import workspace_bytes
+from .memory_refusal import within_memory
 from .plan import Budget, Plan, Rejection, Source
-from .row_budgets import RowBudget, ceil_to, floor_to, row_budgets
+from .row_budgets import RowBudget, row_budgets
 from .transport_checks import check_model, check_tokens_per_rank, token_multiple
 
 __all__ = ["Budget", "Plan", "Rejection", "make_plan"]
@@ -46,13 +48,22 @@ def make_plan(
         return Plan(capability=capability, transport=launch.transport, ep_size=launch.tp_size)
     if errors := check_counts(launch):
         return Plan(capability=capability, transport=launch.transport, errors=tuple(errors))
-    plan = _plan_once(model, launch, limits, capability)
+    plan = _plan_within_memory(model, launch, limits, capability)
     return replace(plan, errors=complete(plan.errors, model, launch, limits, _replan))
 
 
 def _replan(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> tuple[Rejection, ...]:
     capability = use_batched_dp_moe(launch.capability_facts(model))
-    return _plan_once(model, launch, limits, capability).errors if capability.ok else ()
+    return _plan_within_memory(model, launch, limits, capability).errors if capability.ok else ()
+
+
+def _plan_within_memory(
+    model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
+) -> Plan:
+    def build(changed: LaunchFacts) -> Plan:
+        return _plan_once(model, changed, limits, capability)
+
+    return within_memory(build, model, launch, limits)
 
 
 def _plan_once(
@@ -148,7 +159,8 @@ def _choose_tokens_per_rank(
         errors += check_tokens_per_rank(model, launch, limits, explicit, name, most, multiple)
         # Plan on with the nearest value that works, so that one message names everything.
         return min(max(floor_to(explicit, multiple), multiple), most), "user", errors
-    default = min(ceil_to(limits.default_max_tokens, multiple), most)
+    default = launch.default_tokens or limits.default_max_tokens
+    default = min(ceil_to(default, multiple), most)
     typed = [b for b in row_budgets(launch, capability.modes, default) if b.typed]
     needed = max((b.rows for b in typed if _is_demand(launch, b, most)), default=0)
     tokens_per_rank = min(max(default, ceil_to(needed, multiple)), most)

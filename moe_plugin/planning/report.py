@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .memory import gib
+from .memory_record import Memory
 from .plan import Plan
 
 
@@ -15,6 +16,22 @@ def table(rows: Sequence[Sequence[str]]) -> str:
              for row in rows]  # fmt: skip
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def _memory(memory: Memory) -> list[str]:
+    """What is where on a rank's device, and what is left."""
+    if memory.weights_source:
+        weights = f"weights {gib(memory.weights_bytes)} ({memory.weights_source})"
+        tokens = f", {memory.kv_cache_tokens} tokens" if memory.kv_cache_tokens else ""
+        left = f"KV cache {gib(max(0, memory.kv_cache_bytes))}{tokens}"
+    else:
+        weights, left = "weights not known", f"with KV cache {gib(max(0, memory.kv_cache_bytes))}"
+    return [
+        f"device {gib(memory.device_bytes)}, of which {gib(memory.usable_bytes)} before weights; "
+        f"{weights}, {left} at --mem-fraction-static {memory.mem_fraction_static:g}; kept back for "
+        f"buffer {gib(memory.buffer_bytes)}, workspace {gib(memory.workspace_bytes)}, graphs "
+        f"{gib(memory.graphs_bytes)} and activations {gib(memory.activations_bytes)}",
+    ]
 
 
 def render(plan: Plan, draw: Callable[[Sequence[Sequence[str]]], str] = table) -> str:
@@ -47,6 +64,11 @@ def render(plan: Plan, draw: Callable[[Sequence[Sequence[str]]], str] = table) -
         lines.append(
             "each DP group replays its own graph: --moe-dense-tp-size 1 --enable-dp-lm-head"
         )
+    if plan.memory is not None:
+        lines += _memory(plan.memory)
+    if plan.prompt_steps:
+        steps = ", ".join(f"{tokens}: {steps}" for tokens, steps in plan.prompt_steps)
+        lines.append(f"prefill steps of a prompt alone, by its tokens: {steps}")
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"refused: {error}" for error in plan.errors]
     lines.append(f"verdict: {plan.verdict}")

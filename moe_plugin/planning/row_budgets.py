@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ..batched_backend import Mode
 from .facts import GRAPH_MULTIPLE, LaunchFacts
+from .integers import ceil_div, ceil_to, floor_to
 
 HOST_MAX_PREFILL_TOKENS = 16384
 """The host's default of ``--max-prefill-tokens``: indistinguishable from the same value typed."""
@@ -22,21 +23,6 @@ request table, 4 bytes per token of context."""
 HOST_DECODE_GRAPH = 512
 """Largest decode graph that the host captures by itself. A larger T does not ask for more: its
 memory reserve grows by up to 4.5 MiB per request and DP group, and larger batches run eagerly."""
-
-
-def ceil_div(value: int, by: int) -> int:
-    """Smallest integer >= value / by."""
-    return -(-value // by)
-
-
-def floor_to(value: int, multiple: int) -> int:
-    """Largest multiple of ``multiple`` that is <= value."""
-    return value // multiple * multiple
-
-
-def ceil_to(value: int, multiple: int) -> int:
-    """Smallest multiple of ``multiple`` that is >= value."""
-    return ceil_div(value, multiple) * multiple
 
 
 def chunk_per_dp_group(chunk: int, dp_groups: int) -> int:
@@ -279,7 +265,8 @@ def _decode_graph(
         fits = decode_requests(launch, tokens_per_rank)
         default = decode_requests(launch, min(tokens_per_rank, graph_default))
         pooled = ceil_to(pool, launch.graph_multiple)
-        value = max(1, min(fits, pooled, max(default, HOST_DECODE_GRAPH)))
+        most_filled = min(fits, pooled, max(default, HOST_DECODE_GRAPH))
+        value = max(1, min(most_filled, launch.decode_graph_cap or most_filled))
     clamp = pool if launch.max_running_requests is not None else None
     captured = captured_requests(launch, value, clamp)
     rows = ceil_div(captured * launch.draft_width, launch.attn_tp_size)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError, explain
-from .row_budgets import ceil_div
+from .integers import ceil_div
+from .memory_record import PROMPTS
 
-PROMPTS = (2048, 8192, 32768)
-"""Prompt lengths, tokens, whose prefill steps are counted."""
 TOKENS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Tokens per rank that are tried."""
 _STEPS, _BYTES = "tab:red", "tab:blue"

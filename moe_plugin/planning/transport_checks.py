@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from .compatibility import LEAVE, LEAVE_TEXT, dispatches_fp8
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
+from .integers import ceil_to
 from .limits import Limits
 from .memory import gib
 from .plan import Change, Rejection
-from .row_budgets import ceil_to
 
 
 def check_tokens_per_rank(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..planning.row_budgets import ceil_div
+from ..planning.integers import ceil_div
 
 
 @dataclass(frozen=True, slots=True)

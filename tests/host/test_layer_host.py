@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ..support.hosts import host_result, program
+from ..support.hosts import HOOKED, host_result, program
 
 
 def test_ranks_that_the_host_does_not_tell_are_taken_to_hold_as_many() -> None:
@@ -53,3 +53,53 @@ def test_the_buffer_is_outside_the_memory_savers_region() -> None:
     """The model is built inside it; what is remapped with the weights loses DeepEP's counters."""
     once = [True, "off", "made", "on"]
     assert host_result(program("memory_saver")) == [*once, *once]
+
+
+ORDER = """
+from types import SimpleNamespace
+from moe_plugin.batched_backend import Capability
+from moe_plugin.integration.serve import buffer
+from moe_plugin.planning.plan import Plan
+
+log = []
+
+def dispatcher(name):
+    low_latency = SimpleNamespace(
+        hidden_size=2048, num_experts=8, _get_buffer=lambda: log.append(f"{name} creates"))
+    return SimpleNamespace(_low_latency_dispatcher=low_latency)
+
+def serve(transport):
+    log.clear()
+    buffer.current_plan = lambda: Plan(
+        capability=Capability(True, ""), max_dispatch_tokens_per_rank=256, transport=transport)
+    buffer._cpu_group = lambda: "cpu"
+    buffer.check_ranks_agree = lambda group, sizes: log.append([group, sizes["tokens per rank"]])
+    buffer.announce(dispatcher("first"))
+    buffer.announce(SimpleNamespace(_inners=[dispatcher("second"), dispatcher("third")]))
+    log.append("pools")
+    assert buffer.after_memory_pools("result", None) == "result"
+    buffer.after_memory_pools(None, None)
+    return list(log)
+
+emit([serve("deepep"), serve("torch")])
+"""
+
+
+def test_the_buffer_is_created_once_the_kv_cache_is_there() -> None:
+    """As on the stock host: it comes out of what the host kept back. The ranks are compared before
+    their weights load; a transport without device memory waits for nothing."""
+    deepep, torch = host_result(ORDER)
+    assert deepep == [["cpu", 256], "pools", "first creates"]
+    assert torch == ["first creates", "second creates", "third creates", "pools"]
+
+
+def test_the_buffer_waits_for_the_hosts_pools() -> None:
+    """The hook is in, and its place in the host is what it was: pools before graphs."""
+    assert "sglang.srt.managers.scheduler.Scheduler.init_memory_pools" in host_result(HOOKED)
+    order = host_result(
+        "import inspect\n"
+        "from sglang.srt.managers.scheduler import Scheduler\n"
+        "emit(inspect.getsource(Scheduler.init_model_worker))"
+    )
+    steps = ("init_tp_model_worker()", "init_memory_pools()", "init_all_cuda_graphs()")
+    assert [order.index(step) for step in steps] == sorted(order.index(step) for step in steps)

@@ -1,4 +1,5 @@
-"""The host's memory sizing keeps back our bytes instead of its flat guess, once, on both paths."""
+"""The host's memory sizing keeps back our bytes instead of its flat guess, and what the plan says
+of the host's own sizing is what the host does."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from moe_plugin.planning.memory_record import CONTEXT_BYTES, MIB
+
 from ..support.resolving import LL, Worker
 
 H100_MIB = 81559
+USABLE = H100_MIB * MIB - CONTEXT_BYTES
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8", *LL)
 # What the plugin fills for T = 256, typed out, so that the stock host sizes the same launch.
 SAME = ("--chunked-prefill-size", "2048", "--max-running-requests", "2048",
@@ -38,32 +42,66 @@ def fraction(answer: dict[str, Any]) -> float:
     return float(answer["resolved"]["mem_fraction_static"])
 
 
-def rounded(kept_mib: float) -> float:
-    """Three digits, downwards: 80 MiB steps on this device."""
-    return math.floor((1 - kept_mib / H100_MIB) * 1000) / 1000
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-fp8", "qwen3-235b"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-fp8", "qwen3-235b", "deepseek-v3"])
 def test_flat_path_swaps_the_guess_for_our_bytes(
     worker: Worker, models: dict[str, str], name: str
 ) -> None:
-    """2 GiB and 1 GiB out (not below the host's floor of 10 GiB), two workspaces in; the buffer
-    exists before anything is measured and is not counted again."""
-    stock, ours = both(worker, models[name])
+    """2 GiB and 1 GiB out (not below the host's floor of 10 GiB), buffer and two workspaces in."""
+    argv = ["--model-path", models[name], *TP8]
+    stock, ours = worker.ask(
+        [
+            {"argv": [*argv, *SAME, "--use-batched-dp-moe", "off"]},
+            {"argv": [*argv, "--batched-dp-moe-max-tokens", "256"]},
+        ]
+    )
+    assert ours["ok"], ours["error"]
     kept = H100_MIB * (1 - fraction(stock)) - 2048
     kept = max(min(kept, 10240), kept - 1024)
-    workspace = ours["plan"]["workspace_bytes"]
-    assert ours["plan"]["reserved_bytes"] == 2 * workspace
-    assert fraction(ours) == pytest.approx(rounded(kept + 2 * workspace / 2**20), abs=0.0011)
-
-
-def test_the_buffer_of_a_host_runner_is_not_reserved_either(
-    worker: Worker, models: dict[str, str]
-) -> None:
-    """It is created while the model is built, whosever experts run: measured, not reserved."""
-    _, ours = both(worker, models["qwen3"], "--moe-runner-backend", "deep_gemm")
     plan = ours["plan"]
-    assert (plan["runner"], plan["reserved_bytes"]) == ("host", 2 * plan["workspace_bytes"])
+    assert plan["reserved_bytes"] == plan["rdma_device_bytes"] + 2 * plan["workspace_bytes"]
+    expected = 1 - (kept * MIB + plan["reserved_bytes"]) / USABLE
+    assert fraction(ours) == pytest.approx(math.floor(expected * 1000) / 1000, abs=0.0011)
+    assert plan["memory"]["mem_fraction_static"] == fraction(ours)
+
+
+LAUNCHES = {
+    "plain": TP8,
+    "one group": ("--tp-size", "2", *LL),
+    "typed": (*TP8, "--chunked-prefill-size", "1024", "--cuda-graph-max-bs-decode", "64"),
+    "decode": (*TP8, "--disaggregation-mode", "decode", "--moe-runner-backend", "deep_gemm"),
+    "prefill": (*TP8, "--disaggregation-mode", "prefill"),
+    "no graphs": (*TP8, "--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"),
+    "two nodes": ("--tp-size", "16", "--attn-dp-size", "4", *LL, "--nnodes", "2",
+                  "--node-rank", "1", "--dist-init-addr", "127.0.0.1:5000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3"])
+def test_the_plan_knows_the_hosts_own_sizing(
+    worker: Worker, models: dict[str, str], name: str, launch: str
+) -> None:
+    """For the flags as typed, and for them with what the plan filled."""
+    argv = ["--model-path", models[name], *LAUNCHES[launch]]
+    off = ("--use-batched-dp-moe", "off")
+    stock, ours = worker.ask([{"argv": [*argv, *off]}, {"argv": argv}])
+    assert ours["ok"], ours["error"]
+    plan, memory = ours["plan"], ours["plan"]["memory"]
+    assert memory["stock_fraction"] == pytest.approx(fraction(stock), abs=0.0011)
+    filled = [
+        item
+        for flag, value in (
+            ("--chunked-prefill-size", plan["chunked_prefill_size"]),
+            ("--max-running-requests", plan["max_running_requests"]),
+            ("--cuda-graph-max-bs-decode", plan["cuda_graph_max_bs_decode"]),
+            ("--cuda-graph-max-bs-prefill", plan["cuda_graph_max_bs_prefill"]),
+        )
+        if value and flag not in argv
+        for item in (flag, str(value))
+    ]
+    (same,) = worker.ask([{"argv": [*argv, *filled, *off]}])
+    assert memory["host_fraction"] == pytest.approx(fraction(same), abs=0.0011)
+    assert fraction(ours) >= min(fraction(stock), memory["mem_fraction_static"])
 
 
 def test_after_capture_only_the_eager_workspace_is_kept(
@@ -76,36 +114,40 @@ def test_after_capture_only_the_eager_workspace_is_kept(
     assert fraction(stock) > 0.95  # the slack of that path, without the 10 GiB floor
     workspace = ours["plan"]["workspace_bytes"]
     assert ours["plan"]["reserved_bytes"] == workspace
-    kept = H100_MIB * (1 - fraction(stock)) + workspace / 2**20
-    assert fraction(ours) == pytest.approx(rounded(kept), abs=0.0011)
+    assert fraction(ours) == pytest.approx(fraction(stock) - workspace / USABLE, abs=0.0011)
 
 
 def test_an_explicit_fraction_is_the_users(worker: Worker, models: dict[str, str]) -> None:
-    """Nothing is reserved behind it."""
-    _, ours = both(worker, models["qwen3"], "--mem-fraction-static", "0.9")
-    assert fraction(ours) == 0.9
+    """Nothing is reserved behind it, and the KV cache is what it says: the buffer is created out
+    of the rest."""
+    _, ours = both(worker, models["qwen3"], "--mem-fraction-static", "0.85")
+    assert fraction(ours) == 0.85
     assert ours["plan"]["reserved_bytes"] == 0
+    memory = ours["plan"]["memory"]
+    assert memory["weights_bytes"] + memory["kv_cache_bytes"] == int(USABLE * 0.85)
 
 
 def test_without_graphs_there_is_one_workspace(worker: Worker, models: dict[str, str]) -> None:
     """And the host made no guess that could be taken back."""
     graphs_off = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")
-    stock, ours = both(worker, models["qwen3"], *graphs_off)
-    workspace = ours["plan"]["workspace_bytes"]
-    assert ours["plan"]["reserved_bytes"] == workspace
-    kept = H100_MIB * (1 - fraction(stock)) + workspace / 2**20
-    assert fraction(ours) == pytest.approx(rounded(kept), abs=0.0011)
+    _, ours = both(worker, models["qwen3"], *graphs_off)
+    plan = ours["plan"]
+    assert plan["reserved_bytes"] == plan["rdma_device_bytes"] + plan["workspace_bytes"]
 
 
 def test_what_cannot_fit_is_refused_before_loading(worker: Worker, models: dict[str, str]) -> None:
-    """With a capacity that fits: the buffer is no part of the reserve, but has to fit as well."""
+    """With a capacity that fits."""
     argv = ["--model-path", models["kimi-k2"], *TP8, "--disaggregation-mode", "decode"]
-    argv += ["--moe-runner-backend", "deep_gemm", "--batched-dp-moe-max-tokens"]
+    argv += ["--moe-runner-backend", "deep_gemm", "--mem-fraction-static", "0.8"]
+    argv += ["--batched-dp-moe-max-tokens"]
     answer = worker.ask([{"argv": [*argv, "1024"]}])[0]
     assert answer["errors"][0]["limit"] == "device memory"
+    assert "--mem-fraction-static 0." in answer["errors"][0]["fix"]
+    assert "--batched-dp-moe-max-tokens 128" in answer["errors"][0]["fix"]
     flag, value = answer["errors"][0]["changes"][0]
-    assert flag == argv[-1]
-    assert worker.ask([{"argv": [*argv, value]}])[0]["ok"]
+    fixed = [*argv[:-3], flag, value, argv[-1], "1024"]
+    assert worker.ask([{"argv": fixed}])[0]["ok"]
+    assert worker.ask([{"argv": [*argv, "128"]}])[0]["ok"]
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
@@ -114,4 +156,5 @@ def test_graphs_of_either_kind_need_a_second_workspace(
 ) -> None:
     """Decode and prefill graphs capture into one pool."""
     _, ours = both(worker, models["qwen3"], f"--disable-{kind}-cuda-graph")
-    assert ours["plan"]["reserved_bytes"] == 2 * ours["plan"]["workspace_bytes"]
+    plan = ours["plan"]
+    assert plan["reserved_bytes"] == plan["rdma_device_bytes"] + 2 * plan["workspace_bytes"]

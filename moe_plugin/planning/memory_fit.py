@@ -1,0 +1,218 @@
+"""Fit a plan into device memory: T and decode graphs shrink, or T grows, as memory allows.
+
+A launch is refused only if nothing fits, with every single change that would help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from .device_memory import (
+    above_floor,
+    least_runtime,
+    planned_rule,
+    pools,
+    rounded_fraction,
+    stock_kept,
+    topology,
+    with_guess,
+)
+from .facts import LaunchFacts, ModelFacts
+from .memory import gib
+from .memory_record import Memory, MemoryFacts
+from .plan import Plan
+
+LEAST_FRACTION = 0.05
+"""Below this there is no room for weights and KV cache, whatever they are."""
+USEFUL_SHARE = 32
+"""A KV cache of less than one 32nd of the device serves hardly more than one long request."""
+GRAPH_CAPS = (128, 64, 32)
+"""Largest decode graphs that are tried, in this order, where what T allows is too much."""
+SMALLER = (128, 64)
+LARGER = (1024, 512)
+TRIES = (
+    (128, False, True),
+    (128, False, False),
+    (128, True, False),
+    (0, False, False),
+    (0, True, False),
+)
+"""(least T, at the least that runs, with a KV cache as large as the stock host's), in order."""
+LEAST_TOKENS = 64
+TOKENS = "max_dispatch_tokens_per_rank"
+DECODES_ONLY = f"decode rows only: what the values below need, at least {LEAST_TOKENS}"
+GROWTH_SHARE = 10
+"""T grows where its bytes take at most one tenth of the KV cache that the default would leave."""
+
+Build = Callable[[LaunchFacts], Plan]
+"""Plans the same launch, with other defaults."""
+
+
+def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool = False) -> Memory:
+    """The memory of a plan; with ``lean`` at the least that runs instead of by the host's rule."""
+    facts = _facts(launch)
+    rule = planned_rule(plan, launch, facts)
+    least = least_runtime(plan, launch, facts, model.weights, model.context_length)
+    workspace = pools(plan, launch) * plan.workspace_bytes
+    ours = plan.rdma_device_bytes + workspace
+    by_rule = above_floor(sum(rule), facts) + ours
+    stock = 1 - stock_kept(launch, facts) / facts.device_bytes
+    leanest = rounded_fraction(sum(least) + ours, facts)
+    used, fraction = least, leanest
+    if facts.fraction is not None:
+        fraction = facts.fraction
+    elif not lean:
+        # Never less for the KV cache than the stock host leaves, as far as what runs allows it.
+        fraction = max(rounded_fraction(by_rule, facts), min(round(stock, 3), leanest))
+        used = rule if fraction == rounded_fraction(by_rule, facts) else least
+    weights = token = 0
+    if model.weights is not None:
+        weights = model.weights.per_rank(topology(launch, facts)) + facts.other_draft_bytes
+        token = model.weights.kv_token_bytes(topology(launch, facts), facts.kv_element)
+    left = int(facts.usable_bytes * fraction) - weights
+    prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
+    host = with_guess(launch, facts, rule, prefill)
+    return Memory(
+        device_bytes=facts.device_bytes,
+        usable_bytes=facts.usable_bytes,
+        weights_bytes=weights,
+        weights_source=model.weights.source if model.weights else "",
+        buffer_bytes=plan.rdma_device_bytes,
+        workspace_bytes=workspace,
+        graphs_bytes=used.graphs,
+        activations_bytes=used.activations,
+        mem_fraction_static=fraction,
+        kv_cache_bytes=left,
+        kv_cache_tokens=max(0, left) // token if token else 0,
+        kv_token_bytes=token,
+        stock_fraction=round(stock, 3),
+        host_fraction=round(1 - host / facts.device_bytes, 3),
+    )
+
+
+def needed(memory: Memory) -> int:
+    """Bytes of a plan that come out of the reserve, beside the KV cache."""
+    parts = (memory.buffer_bytes, memory.workspace_bytes, memory.graphs_bytes)
+    return sum(parts) + memory.activations_bytes
+
+
+def reserve(memory: Memory) -> int:
+    """What the host keeps back beside weights and KV cache."""
+    return memory.usable_bytes - int(memory.usable_bytes * memory.mem_fraction_static)
+
+
+def fits(memory: Memory, typed: float | None) -> bool:
+    """Whether the launch starts, with a useful KV cache; a typed fraction may leave any."""
+    if memory.mem_fraction_static < LEAST_FRACTION:
+        return False
+    if typed is not None:
+        return memory.kv_cache_bytes > 0 and needed(memory) <= reserve(memory)
+    if not memory.weights_source:
+        return True
+    return memory.kv_cache_bytes >= memory.device_bytes // USEFUL_SHARE
+
+
+def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, bool]:
+    """The plan that memory allows, and whether it fits: with graphs or T smaller than they would
+    be by themselves, or with T larger where that costs little. What the user typed stays."""
+    if launch.memory is None:
+        return build(launch), True
+    decided = launch.default_tokens is not None  # asked before
+    start = launch if decided else replace(launch, default_tokens=_by_role(build, launch))
+    first = build(start)
+    free = not decided and _tokens_source(first) != "user"
+    typed = launch.memory.fraction
+    for smallest, lean, like_stock in TRIES:
+        for changed, found in _candidates(first, build, start, free, smallest):
+            memory = measured(found, model, changed, lean=lean)
+            less = typed is None and memory.mem_fraction_static < memory.stock_fraction
+            if fits(memory, typed) and not (like_stock and less):
+                found = replace(found, memory=memory)
+                if found.max_dispatch_tokens_per_rank < first.max_dispatch_tokens_per_rank:
+                    found = _because(found, _shrunk(first, memory))
+                elif free and start.default_tokens is None and not lean and memory.weights_source:
+                    found = _grown(found, build, model, launch)
+                elif start.default_tokens is not None and not decided:
+                    found = _because(found, DECODES_ONLY)
+                return found, True
+    return replace(first, memory=measured(first, model, start, lean=True)), False
+
+
+def _by_role(build: Build, launch: LaunchFacts) -> int | None:
+    """Where only decode rows are dispatched, T is what their number needs."""
+    plan = build(launch)
+    prefills = plan.bounds_prefill and launch.disaggregation_mode != "decode"
+    return LEAST_TOKENS if not prefills and launch.max_running_requests is not None else None
+
+
+def _tokens_source(plan: Plan) -> str:
+    return next((b.source for b in plan.budgets if b.name == TOKENS), "")
+
+
+def _because(plan: Plan, reason: str) -> Plan:
+    """``plan`` with the reason for its T beside it."""
+    budgets = [
+        replace(budget, source="derived", arithmetic=reason) if budget.name == TOKENS else budget
+        for budget in plan.budgets
+    ]
+    return replace(plan, budgets=tuple(budgets))
+
+
+def _candidates(
+    first: Plan, build: Build, launch: LaunchFacts, free: bool, smallest: int
+) -> Iterator[tuple[LaunchFacts, Plan]]:
+    """The plan as it is, with smaller graphs, and then the same with smaller T."""
+    tokens = first.max_dispatch_tokens_per_rank
+    sizes: list[int | None] = [launch.default_tokens]
+    if free:
+        sizes += [size for size in SMALLER if smallest <= size < tokens]
+    captures = launch.cuda_graph_max_bs_decode is None and launch.decode_graph_cap is None
+    for size in sizes:
+        changed = replace(launch, default_tokens=size)
+        known = first if size == launch.default_tokens else build(changed)
+        if known is not first and known.max_dispatch_tokens_per_rank >= tokens:
+            continue  # typed values need as much
+        yield changed, known
+        for cap in GRAPH_CAPS if captures else ():
+            if known.cuda_graph_max_bs_decode > cap >= launch.graph_multiple:
+                capped = replace(changed, decode_graph_cap=cap)
+                yield capped, build(capped)
+
+
+def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> Plan:
+    """The largest T whose extra bytes take at most a tenth of the KV cache."""
+    before, tokens = plan.memory, plan.max_dispatch_tokens_per_rank
+    if before is None or before.kv_cache_bytes <= 0 or not plan.bounds_prefill:
+        return plan
+    typed = launch.memory.fraction if launch.memory is not None else None
+    for size in LARGER:
+        graph = plan.cuda_graph_max_bs_decode or None
+        changed = replace(launch, default_tokens=size, decode_graph_cap=graph)
+        found = build(changed)
+        if not tokens < found.max_dispatch_tokens_per_rank <= size:
+            continue
+        memory = measured(found, model, changed)
+        extra = memory.buffer_bytes + memory.workspace_bytes
+        extra -= before.buffer_bytes + before.workspace_bytes
+        extra = max(extra, before.kv_cache_bytes - memory.kv_cache_bytes)
+        if fits(memory, typed) and extra * GROWTH_SHARE <= before.kv_cache_bytes:
+            reason = (
+                f"takes {gib(extra)} more than {tokens}: at most a tenth of the "
+                f"{gib(before.kv_cache_bytes)} of KV cache that {tokens} leaves"
+            )
+            return _because(replace(found, memory=memory), reason)
+    return plan
+
+
+def _shrunk(first: Plan, memory: Memory) -> str:
+    return (
+        f"{first.max_dispatch_tokens_per_rank} leave too little beside "
+        f"{gib(memory.weights_bytes)} of weights; these leave {gib(memory.kv_cache_bytes)} of KV "
+        "cache"
+    )
+
+
+def _facts(launch: LaunchFacts) -> MemoryFacts:
+    assert launch.memory is not None
+    return launch.memory

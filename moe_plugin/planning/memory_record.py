@@ -1,0 +1,81 @@
+"""Device memory as two records: what a launch says about it, and what a plan makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB, GIB = 1 << 20, 1 << 30
+CONTEXT_BYTES = 2 * GIB
+"""Lost before the host measures: CUDA context, NCCL. Alone on an H200 1.3 GiB, beside other
+starting servers up to 3 (benchmarks/results/*serving*.json)."""
+PROMPTS = (1024, 8192, 32768)
+"""Prompt lengths, tokens, whose prefill steps a plan counts: what a small T costs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFacts:
+    """What a launch says about memory; none of it is measured while it runs.
+
+    Attributes:
+        device_bytes: the device's total memory, as the host reads it.
+        fraction: ``--mem-fraction-static`` as typed; None when the host would choose it.
+        mla: the host counts the model's attention as MLA.
+        kv_element: bytes per value of the KV cache.
+        whole_dense: ``--moe-dense-tp-size 1``.
+        whole_head: ``--enable-dp-lm-head``.
+        draft_loaded: multi-token-prediction layers of the checkpoint are loaded as the draft.
+        other_draft_bytes: weights of a draft from another checkpoint.
+        groups_flag: the flag that the user typed attention-DP groups with, if not the present one.
+    """
+
+    device_bytes: int
+    fraction: float | None = None
+    mla: bool = False
+    kv_element: float = 2.0
+    whole_dense: bool = False
+    whole_head: bool = False
+    draft_loaded: bool = False
+    other_draft_bytes: int = 0
+    groups_flag: str = ""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the host finds free before it loads weights."""
+        return self.device_bytes - CONTEXT_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one rank, as planned.
+
+    Attributes:
+        device_bytes: the device.
+        usable_bytes: of it, free before weights are loaded.
+        weights_bytes: loaded weights, with what is made of them; 0 where not known.
+        weights_source: where they were read; empty where not known.
+        buffer_bytes: the communication buffer on the device.
+        workspace_bytes: the experts' working memory, in every allocator pool that runs them.
+        graphs_bytes: what the host keeps for captured graphs.
+        activations_bytes: and for everything else that runs.
+        mem_fraction_static: share of usable memory for weights and KV cache.
+        kv_cache_bytes: what is left for the KV cache; 0 or less where nothing is.
+        kv_cache_tokens: the same in tokens of one DP group; 0 where not known.
+        kv_token_bytes: one such token; 0 where not known.
+        stock_fraction: the fraction that the host alone would choose for the user's flags.
+        host_fraction: the fraction that it would choose for this plan's budgets.
+    """
+
+    device_bytes: int
+    usable_bytes: int
+    weights_bytes: int
+    weights_source: str
+    buffer_bytes: int
+    workspace_bytes: int
+    graphs_bytes: int
+    activations_bytes: int
+    mem_fraction_static: float
+    kv_cache_bytes: int
+    kv_cache_tokens: int
+    kv_token_bytes: int
+    stock_fraction: float
+    host_fraction: float

@@ -1,0 +1,153 @@
+"""Refuse a launch that memory cannot hold, naming every single change that was seen to help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from .device_memory import rounded_fraction
+from .facts import LaunchFacts, ModelFacts
+from .integers import ceil_div
+from .limits import Limits
+from .memory import gib
+from .memory_fit import USEFUL_SHARE, Build, needed, settle
+from .memory_record import PROMPTS, Memory
+from .plan import Change, Plan, Rejection
+
+Works = Callable[[LaunchFacts], bool]
+"""Whether a changed launch is planned without an error."""
+MORE_RANKS = (2, 4, 8)
+SIZES = (512, 256, 128, 64)
+GRAPHS = (256, 128, 64, 32)
+
+
+def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: Limits) -> Plan:
+    """The plan that memory allows (:func:`settle`), refused where nothing fits."""
+    plan, fitting = settle(build, model, launch)
+    if not fitting:
+
+        def works(changed: LaunchFacts) -> bool:
+            found, fitting = settle(build, model, changed)
+            return fitting and len(found.errors) <= len(plan.errors)
+
+        plan = replace(plan, errors=(*plan.errors, memory_rejection(plan, launch, limits, works)))
+    return replace(plan, prompt_steps=_prompt_steps(plan, launch))
+
+
+def _prompt_steps(plan: Plan, launch: LaunchFacts) -> tuple[tuple[int, int], ...]:
+    chunk = plan.chunked_prefill_size // launch.attn_dp_size
+    if not plan.bounds_prefill or launch.disaggregation_mode == "decode" or chunk <= 0:
+        return ()
+    return tuple((tokens, ceil_div(tokens, chunk)) for tokens in PROMPTS)
+
+
+def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Works) -> Rejection:
+    """What is too much, and the changes that make it fit, each planned before it is named."""
+    memory = plan.memory
+    assert memory is not None
+    knobs = list(_working(plan, memory, launch, limits, works))
+    changes = knobs[0] if knobs else ()
+    fix = ", or ".join(_typed(knob) for knob in knobs)
+    weights = f"{gib(memory.weights_bytes)} of weights, " if memory.weights_source else ""
+    got = (
+        f"{weights}{gib(memory.buffer_bytes)} of buffer and {gib(memory.workspace_bytes)} of "
+        f"workspace at {plan.max_dispatch_tokens_per_rank} tokens per rank, "
+        f"{gib(memory.graphs_bytes + memory.activations_bytes)} for graphs and what else runs"
+    )
+    return Rejection(
+        "device memory",
+        got,
+        _allowed(memory, launch),
+        fix or "more ranks, or a device with more memory",
+        changes,
+    )
+
+
+def _allowed(memory: Memory, launch: LaunchFacts) -> str:
+    usable = f"{gib(memory.usable_bytes)} of a device of {gib(memory.device_bytes)}"
+    if launch.memory is None or launch.memory.fraction is None:
+        return f"{usable}, with at least {gib(memory.device_bytes // USEFUL_SHARE)} of KV cache"
+    static = int(memory.usable_bytes * launch.memory.fraction)
+    return (
+        f"{usable}: with --mem-fraction-static {launch.memory.fraction:g} {gib(static)} for "
+        f"weights and KV cache, {gib(memory.usable_bytes - static)} for the rest"
+    )
+
+
+def _typed(changes: tuple[Change, ...]) -> str:
+    words = [f"{name} {value}" if value is not None else f"unset {name}" for name, value in changes]
+    return " ".join(words)
+
+
+def _working(
+    plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits, works: Works
+) -> Iterator[tuple[Change, ...]]:
+    """One change of each kind that helps: the least of its kind."""
+    for kind in (_fractions, _tokens, _chunks, _graphs, _ranks):
+        for changes, changed in kind(plan, memory, launch, limits):
+            if works(changed):
+                yield changes
+                break
+
+
+Options = Iterator[tuple[tuple[Change, ...], LaunchFacts]]
+
+
+def _fractions(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> Options:
+    del plan, limits
+    if launch.memory is None or launch.memory.fraction is None:
+        return
+    fraction = rounded_fraction(needed(memory), launch.memory)
+    if 0 < fraction < 1:
+        facts = replace(launch.memory, fraction=fraction)
+        yield (("--mem-fraction-static", f"{fraction:g}"),), replace(launch, memory=facts)
+    facts = replace(launch.memory, fraction=None)
+    yield (("--mem-fraction-static", None),), replace(launch, memory=facts)
+
+
+def _tokens(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> Options:
+    del memory
+    if launch.max_tokens is None and launch.host_tokens_per_rank is None:
+        return
+    variable: tuple[Change, ...] = ()
+    if launch.host_tokens_per_rank is not None and limits.capacity_variable:
+        variable = ((limits.capacity_variable, None),)
+    for size in SIZES:
+        if size < plan.max_dispatch_tokens_per_rank and size % plan.token_multiple == 0:
+            changes = (("--batched-dp-moe-max-tokens", str(size)), *variable)
+            yield changes, replace(launch, max_tokens=size, host_tokens_per_rank=None)
+
+
+def _chunks(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> Options:
+    del plan, memory, limits
+    chunk = launch.chunked_prefill_size or 0
+    for size in SIZES:
+        total = size * launch.attn_tp_size * launch.attn_dp_size
+        if total < chunk:
+            yield (
+                (("--chunked-prefill-size", str(total)),),
+                replace(launch, chunked_prefill_size=total, group_chunk=None),
+            )
+
+
+def _graphs(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> Options:
+    del plan, memory, limits
+    for size in GRAPHS:
+        if size < (launch.cuda_graph_max_bs_decode or 0):
+            yield (
+                (("--cuda-graph-max-bs-decode", str(size)),),
+                replace(launch, cuda_graph_max_bs_decode=size),
+            )
+
+
+def _ranks(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> Options:
+    del plan, memory, limits
+    for times in MORE_RANKS:
+        ranks, groups = launch.tp_size * times, launch.attn_dp_size * times
+        changes: tuple[Change, ...] = (("--tp-size", str(ranks)),)
+        if launch.attn_dp_size > 1:
+            flag = launch.memory.groups_flag if launch.memory else ""
+            changes += ((flag or "--attn-dp-size", str(groups)),)
+        else:
+            groups = 1
+        yield changes, replace(launch, tp_size=ranks, attn_dp_size=groups)

@@ -1,0 +1,228 @@
+"""Plans within device memory: what is kept back, what shrinks, when T grows, and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_plugin.backends.deepep import DEEPEP_LIMITS
+from moe_plugin.planning.facts import LaunchFacts, ModelFacts
+from moe_plugin.planning.memory_fit import USEFUL_SHARE
+from moe_plugin.planning.memory_record import MIB, MemoryFacts
+from moe_plugin.planning.plan import Plan
+from moe_plugin.planning.planner import make_plan
+from moe_plugin.planning.report import render
+from moe_plugin.planning.weight_bytes import Topology, from_shape
+
+from .test_weights import FP8, QWEN_30B, QWEN_235B, V3, shape
+
+H100, H200 = 81559 * MIB, 143771 * MIB
+V3_FP8 = ModelFacts(
+    architecture="DeepseekV3ForCausalLM",
+    hidden_size=7168,
+    num_experts=256,
+    top_k=8,
+    moe_intermediate_size=2048,
+    context_length=163840,
+    weight_format="fp8_block",
+    weights=from_shape(shape(V3, FP8)),
+)
+QWEN_30B_BF16 = ModelFacts(
+    architecture="Qwen3MoeForCausalLM",
+    hidden_size=2048,
+    num_experts=128,
+    top_k=8,
+    moe_intermediate_size=768,
+    context_length=40960,
+    weights=from_shape(shape(QWEN_30B)),
+)
+QWEN_235B_FP8 = replace(
+    QWEN_30B_BF16,
+    hidden_size=4096,
+    moe_intermediate_size=1536,
+    weight_format="fp8_block",
+    weights=from_shape(shape(QWEN_235B, FP8)),
+)
+
+
+def plan(model: ModelFacts, ranks: int, device: int = H100, /, **launch: Any) -> Plan:
+    """A plan with attention DP on every rank, on a device of so many bytes."""
+    facts = {name: launch.pop(name) for name in list(launch) if name in MemoryFacts.__slots__}
+    mla = model is V3_FP8
+    memory = MemoryFacts(device_bytes=device, mla=mla, **facts)
+    launch = {"tp_size": ranks, "attn_dp_size": ranks, **launch}
+    return make_plan(model, LaunchFacts(memory=memory, **launch), DEEPEP_LIMITS)
+
+
+def parts(found: Plan) -> int:
+    """Weights, KV cache and everything that is kept back, as one sum."""
+    memory = found.memory
+    assert memory is not None
+    beside = memory.buffer_bytes + memory.workspace_bytes + memory.graphs_bytes
+    return memory.weights_bytes + memory.kv_cache_bytes + beside + memory.activations_bytes
+
+
+@pytest.mark.parametrize("ranks", [16, 32, 64])
+def test_what_is_ours_to_size_shrinks_until_it_fits(ranks: int) -> None:
+    """DeepSeek-V3 on H100s: graphs first, then T; and the sum is within the device."""
+    found = plan(V3_FP8, ranks)
+    memory = found.memory
+    assert found.verdict == "ok"
+    assert memory is not None
+    assert memory.kv_cache_bytes >= H100 // USEFUL_SHARE
+    assert memory.kv_cache_tokens == memory.kv_cache_bytes // (61 * 576 * 2)
+    assert parts(found) <= memory.usable_bytes
+    assert found.cuda_graph_max_bs_decode < 256
+    assert found.max_dispatch_tokens_per_rank >= 128
+
+
+def test_a_smaller_t_says_what_it_makes_room_for() -> None:
+    """In the ledger, where people look for the reason."""
+    found = plan(V3_FP8, 16)
+    assert found.max_dispatch_tokens_per_rank == 128
+    assert found.budgets[0].source == "derived"
+    assert "256 leave too little beside 55.09 GiB of weights" in found.budgets[0].arithmetic
+    assert "KV cache" in render(found)
+
+
+def test_weights_that_do_not_fit_are_refused_with_ranks_that_hold_them() -> None:
+    """93 GiB on 80: no T helps, twice the ranks do, as the plan for those says too."""
+    found = plan(V3_FP8, 8)
+    (error,) = found.errors
+    assert error.limit == "device memory"
+    assert "93.34 GiB of weights" in error.got
+    assert error.fix == "--tp-size 16 --attn-dp-size 16"
+    assert plan(V3_FP8, 16).verdict == "ok"
+    assert error.changes == (("--tp-size", "16"), ("--attn-dp-size", "16"))
+
+
+def test_typed_values_are_kept_and_every_knob_is_named() -> None:
+    """T and graphs as typed leave nothing for the KV cache; each fix is planned before."""
+    typed = {"max_tokens": 1024, "cuda_graph_max_bs_decode": 512}
+    found = plan(V3_FP8, 32, **typed)
+    (error,) = found.errors
+    assert found.max_dispatch_tokens_per_rank == 1024
+    assert "--batched-dp-moe-max-tokens" in error.fix
+    (flag, value), *_ = error.changes
+    assert flag == "--batched-dp-moe-max-tokens"
+    assert plan(V3_FP8, 32, **{**typed, "max_tokens": int(value or 0)}).verdict == "ok"
+
+
+def test_a_typed_fraction_keeps_its_kv_cache() -> None:
+    """usable x fraction = weights + KV cache, whatever T is; the buffer comes out of the rest."""
+    found = plan(V3_FP8, 16, H200, fraction=0.8)
+    memory = found.memory
+    assert memory is not None
+    assert found.verdict == "ok"
+    kept = memory.usable_bytes - memory.weights_bytes - memory.kv_cache_bytes
+    assert kept == pytest.approx(0.2 * memory.usable_bytes, abs=2)
+    assert memory.mem_fraction_static == 0.8
+    held = (memory.buffer_bytes, memory.workspace_bytes, memory.graphs_bytes)
+    assert sum(held) + memory.activations_bytes <= kept
+
+
+def test_a_fraction_that_leaves_too_little_gets_a_smaller_t_or_one_that_works() -> None:
+    """0.95 of an H200 leaves 7 GiB: not even T = 64 fits. The fraction that is named does."""
+    found = plan(V3_FP8, 16, H200, fraction=0.95)
+    (error,) = found.errors
+    (flag, value), *_ = error.changes
+    assert flag == "--mem-fraction-static"
+    assert plan(V3_FP8, 16, H200, fraction=float(value or 0)).verdict == "ok"
+    assert plan(V3_FP8, 16, H200, fraction=0.5).verdict == "ok"
+    small = plan(V3_FP8, 16, H200, fraction=0.39)
+    assert "55.09 GiB of weights" in small.errors[0].got
+
+
+@pytest.mark.parametrize(
+    ("launch", "tokens"),
+    [
+        ({"max_running_requests": 1024}, 128),
+        ({"max_running_requests": 64}, 64),
+        ({"max_running_requests": 4096}, 512),
+        ({}, 256),
+        ({"max_running_requests": 64, "max_tokens": 256}, 256),
+        ({"max_running_requests": 64, "host_tokens_per_rank": 512}, 512),
+    ],
+)
+@pytest.mark.parametrize(
+    "role", [{"disaggregation_mode": "decode"}, {"deepep_mode": "auto", "has_deep_gemm": True}]
+)
+def test_decode_rows_alone_need_as_many_as_run(
+    launch: dict[str, Any], tokens: int, role: dict[str, Any]
+) -> None:
+    """On a decode instance and in mode auto: what is typed, at least 64; the user's T wins."""
+    launch = {**launch, **role, "moe_runner_backend": "deep_gemm"}
+    found = plan(V3_FP8, 8, H200, **launch)
+    assert found.max_dispatch_tokens_per_rank == tokens
+
+
+def test_t_grows_where_it_costs_a_tenth_of_the_kv_cache_at_most() -> None:
+    """Qwen3-30B on 4 H200: to 1024. Qwen3-235B on 8 H100: 512 would cost more than that."""
+    grown = plan(QWEN_30B_BF16, 4, H200)
+    assert grown.max_dispatch_tokens_per_rank == 1024
+    assert "at most a tenth" in grown.budgets[0].arithmetic
+    assert dict(grown.prompt_steps) == {1024: 1, 8192: 8, 32768: 32}
+    fixed = plan(QWEN_30B_BF16, 4, H200, max_tokens=256)
+    assert grown.memory is not None
+    assert fixed.memory is not None
+    lost = fixed.memory.kv_cache_bytes - grown.memory.kv_cache_bytes
+    assert 0 < lost <= fixed.memory.kv_cache_bytes / 10
+    assert grown.cuda_graph_max_bs_decode == fixed.cuda_graph_max_bs_decode == 256
+    assert plan(QWEN_235B_FP8, 8).max_dispatch_tokens_per_rank == 256
+
+
+@pytest.mark.parametrize("unknown", [{"memory": None}, {"weights": None}])
+def test_t_stays_where_memory_is_not_known(unknown: dict[str, Any]) -> None:
+    """On a CPU, or for a model whose weights nobody can count."""
+    model = QWEN_30B_BF16
+    memory = MemoryFacts(device_bytes=H200)
+    launch = LaunchFacts(tp_size=4, attn_dp_size=4, memory=memory)
+    if "weights" in unknown:
+        model = replace(model, **unknown)
+    else:
+        launch = replace(launch, **unknown)
+    assert make_plan(model, launch, DEEPEP_LIMITS).max_dispatch_tokens_per_rank == 256
+
+
+def test_a_plan_asked_again_answers_the_same() -> None:
+    """Late in resolution T and graphs are given, not chosen anew."""
+    early = plan(V3_FP8, 16)
+    launch = LaunchFacts(
+        tp_size=16,
+        attn_dp_size=16,
+        default_tokens=early.max_dispatch_tokens_per_rank,
+        decode_graph_cap=early.cuda_graph_max_bs_decode,
+    )
+    late = make_plan(V3_FP8, launch, DEEPEP_LIMITS)
+    for name in ("max_dispatch_tokens_per_rank", "cuda_graph_max_bs_decode", "rdma_device_bytes"):
+        assert getattr(late, name) == getattr(early, name)
+
+
+def test_the_kv_cache_is_never_smaller_than_the_stock_hosts() -> None:
+    """Its own reserve for the same flags may be below the host's rule plus our bytes: then what
+    really runs decides."""
+    typed = {
+        "chunked_prefill_size": 1024,
+        "cuda_graph_max_bs_decode": 64,
+        "max_running_requests": 512,
+    }
+    found = plan(V3_FP8, 8, H200, **typed)
+    memory = found.memory
+    assert memory is not None
+    assert found.max_dispatch_tokens_per_rank == 128  # as the stock host's own
+    assert memory.mem_fraction_static >= memory.stock_fraction
+    rule = plan(V3_FP8, 8, H200)
+    assert rule.memory is not None
+    assert rule.memory.mem_fraction_static > rule.memory.stock_fraction
+
+
+def test_topology_of_a_launch() -> None:
+    """The names of the host's flags, as parts of weights."""
+    whole = plan(V3_FP8, 16, whole_dense=True, whole_head=True).memory
+    assert whole is not None
+    divided = Topology(ranks=16, whole_embedding=True, whole_dense=True, whole_head=True)
+    assert whole.weights_bytes == V3_FP8.weights.per_rank(divided)  # type: ignore[union-attr]
+    assert SimpleNamespace(**plan(V3_FP8, 16).as_dict()["memory"]).device_bytes == H100
