@@ -33,10 +33,10 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
         refuse(server_args, _low_latency(cfg), [_other_backend(backend)])
     if backend == "deepep" and mode == "normal":
         refuse(server_args, cfg, [_normal_mode()])
-    if backend == "deepep" and mode == "auto":
-        mode = chosen["deepep_mode"] = "low_latency"
     if _now(server_args) != backend:
         chosen["moe_a2a_backend"] = backend
+    if backend == "deepep" and mode == "auto":
+        mode = chosen["deepep_mode"] = "low_latency"
     return backend, mode, chosen
 
 

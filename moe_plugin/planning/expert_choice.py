@@ -179,6 +179,8 @@ def _ways_out(
     model: ModelFacts, launch: LaunchFacts
 ) -> Iterator[tuple[tuple[Change, ...], LaunchFacts]]:
     """Changes that may find experts, the smallest first, and the launch after each."""
+    if model.architecture in PLAIN_EXPERTS:
+        return  # whatever the runner, nobody has tried it with an all-to-all
     if launch.deepep_mode == "auto":
         yield LOW_LATENCY, replace(launch, deepep_mode="low_latency")
     if launch.deep_gemm_switched_off:
