@@ -131,11 +131,11 @@ def test_client_counts_requests_that_hang_as_lost() -> None:
 
 def test_arrivals_at_random_do_not_wait_for_answers() -> None:
     """As many as the rate says, though nobody is answered; those sent meanwhile have waited."""
-    job, counts = asyncio.run(_counts(_silent, 2, rate=100.0))
-    expected = 2 * 100 * (job.lead_s + job.seconds)
-    assert abs(counts.waiting - expected) < 5 * math.sqrt(expected)
-    assert len(counts.first_s) == pytest.approx(200, abs=5 * math.sqrt(200))
-    assert max(counts.first_s) >= job.seconds + 0.9 * streams.GRACE_S
+    job, counts = asyncio.run(_counts(_silent, 2, rate=20.0))
+    expected = 2 * 20 * (job.lead_s + job.seconds)
+    assert abs(counts.waiting - expected) < 4 * math.sqrt(expected)
+    assert 0 < len(counts.first_s) < counts.waiting
+    assert max(counts.first_s) >= streams.GRACE_S
 
 
 def test_prompts_share_what_their_load_says() -> None:
