@@ -18,7 +18,7 @@ import pytest
 from moe_plugin.integration.resolve.installation import foreign_device
 
 from ..support.changes import after
-from ..support.hosts import host_result
+from ..support.hosts import host_result, program
 from ..support.resolving import (
     DEEPSEEK_V3,
     FP8_BLOCK,
@@ -260,33 +260,8 @@ def test_other_devices_are_the_hosts_alone(device: str, foreign: bool) -> None:
     assert bool(foreign_device(SimpleNamespace(device=device))) == foreign
 
 
-MISTAKE = """
-import io, logging
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.server_args import prepare_server_args
-from moe_plugin.integration.attached_plan import plan_of
-from moe_plugin.integration.resolve import hooks
-
-log = io.StringIO()
-hooks.plan_for = lambda *args, **options: 1 // 0
-def resolve(*flags):
-    args = prepare_server_args(["--model-path", {model!r}, "--device", "cpu", *flags])
-    logging.getLogger().addHandler(logging.StreamHandler(log))
-    try:
-        args.resolve_once()
-    except Exception as error:
-        return type(error).__name__
-    return plan_of(args) is None and args._moe_plugin_request.left_alone
-
-emit([resolve(), resolve("--use-batched-dp-moe", "on")])
-"""
-
-
 def test_a_mistake_of_ours_breaks_no_launch(models: dict[str, str]) -> None:
     """``auto`` goes on without us; ``on`` shows it."""
-    left, on = host_result(MISTAKE.format(model=models["qwen3"]))
-    assert (
-        left == "left alone: planning failed: ZeroDivisionError: integer division or modulo by zero"
-    )
+    left, on = host_result(program("planning_mistake"), models["qwen3"])
+    assert left == "left alone: planning failed: ZeroDivisionError: a bug"
     assert on == "ZeroDivisionError"
