@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any
 
 from ...capability import backend_names
 from ...cli.main import Parser
+from ...cli.tables import table_for
 from ...envs import VARIABLES
-from ...planning.report import table
 from .. import host_symbols, plugin
 from ..status import STATUS
+from . import machine_facts
+from .doctor_launch import Verdict, default_target, judge
+from .finding import Finding, State
 
 NOT_ACTIVE = 2
 PACKAGES = (
@@ -29,54 +33,69 @@ PACKAGES = (
     "nvidia-nvshmem-cu13",
     "nvidia-nccl-cu13",
     "sgl-deep-gemm",
+    "sglang-kernel",
+    "flashinfer-python",
+    "transformers",
 )
-State = Literal["ok", "info", "wrong"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        area: what was looked at.
-        name: which part of it.
-        state: ``wrong`` alone decides the exit code.
-        text: what was found.
-    """
-
-    area: str
-    name: str
-    state: State
-    text: str
+_TARGET_HELP = "with --launch: the device to plan it for (default: this machine's, or h100)"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0 when the plugin can act here, 2 when not."""
     parser = Parser(
         prog="moe-plugin doctor",
-        description="Report host, device and libraries. Exit code: 0 the plugin can act here, "
-        "2 it cannot (the lines marked `wrong` say why), 1 bad usage.",
+        description="Report host, device and libraries, to read or to file with an issue. Exit "
+        "code: 0 the plugin can act here (and protects the launch), 2 not (the lines marked "
+        "`wrong` say why), 1 bad usage.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--quick", action="store_true", help="skip host symbols that need model code to import"
     )
+    parser.add_argument("--target", metavar="DEVICE", help=_TARGET_HELP)
+    parser.add_argument(
+        "--launch",
+        nargs=argparse.REMAINDER,
+        metavar="FLAGS…",
+        help="the flags of `sglang serve`, behind all others: would this launch be protected?",
+    )
     options = parser.parse_args(list(argv))
     findings = examine(quick=options.quick)
+    verdict = None
+    if options.launch is not None:
+        verdict = judge(options.launch, options.target or default_target(options.launch))
+        findings.append(verdict.finding())
     wrong = any(finding.state == "wrong" for finding in findings)
     if options.json:
-        print(json.dumps({"ok": not wrong, "findings": [asdict(f) for f in findings]}))
-    else:
-        rows = [("area", "name", "state", "found")]
-        print(table(rows + [(f.area, f.name, f.state, f.text) for f in findings]))
-        print(f"verdict: the plugin {'cannot' if wrong else 'can'} act here")
+        report: dict[str, Any] = {"ok": not wrong, "findings": [asdict(f) for f in findings]}
+        if verdict is not None:
+            report["launch"] = asdict(verdict)
+        print(json.dumps(report))
+        return NOT_ACTIVE if wrong else 0
+    rows = [("area", "name", "state", "found")]
+    rows += [(f.area, f.name, f.state, f.text) for f in findings]
+    print(table_for(sys.stdout)(rows))
+    if verdict is not None and verdict.plan is not None:
+        print(f"\n{verdict.plan['text']}\n")
+    print(f"verdict: {_verdict(findings, verdict)}")
     return NOT_ACTIVE if wrong else 0
+
+
+def _verdict(findings: list[Finding], verdict: Verdict | None) -> str:
+    here = [f for f in findings if f.state == "wrong" and f.area != "launch"]
+    text = f"the plugin {'cannot' if here else 'can'} act here"
+    if verdict is None:
+        return text
+    kept = verdict.protected and not here
+    return f"{text}; this launch is {'protected' if kept else 'NOT protected'}"
 
 
 def examine(*, quick: bool) -> list[Finding]:
     """Everything that the report shows, in its order."""
-    findings = [*_versions(), *_symbols(quick=quick), *_status(), *_variables(), *_device()]
+    findings = [*_versions(), *machine_facts.system(), *machine_facts.gpus()]
+    findings += [*machine_facts.rdma(), *_symbols(quick=quick), *_status(), *_variables()]
+    findings += _device()
     findings.append(Finding("capability", "backends", "info", ", ".join(backend_names())))
     return findings
 
@@ -132,6 +151,7 @@ def _status() -> list[Finding]:
     text = status.state + (f": {'; '.join(status.reasons)}" if status.reasons else "")
     state: State = "ok" if status.state == "active" else "wrong"
     findings.append(Finding("plugin", "status", state, text))
+    findings.append(Finding("plugin", "hooks", "info", ", ".join(status.hooked) or "none"))
     return findings
 
 
