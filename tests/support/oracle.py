@@ -1,6 +1,6 @@
 """Rows per rank by the host's own code: admission, request pool, capture list. Not our formulas.
 
-Imported by the worker process before a target is simulated, because it loads model code.
+Imported by the worker process when a case asks for it: it loads model code.
 """
 
 from __future__ import annotations

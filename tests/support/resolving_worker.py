@@ -131,12 +131,10 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the host prints must not mix with the answers
     request = json.loads(sys.stdin.readline())
-    if request.get("oracle"):
-        import oracle  # noqa: F401  before the target is simulated: it imports model code
     if request.get("target"):
         from moe_plugin.integration.commands.target_device import get_target, simulate
 
-        simulate(get_target(request["target"]), request["model"])
+        simulate(get_target(request["target"]))  # before anything of the host is imported
     for line in sys.stdin:
         print(json.dumps(answer_batch(json.loads(line)), default=str), file=out, flush=True)
 
