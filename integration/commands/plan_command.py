@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import atexit
+import gc
 import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from typing import Any
 
-from ...cli.main import REFUSED, USAGE, Parser
-from ...errors import ConfigError
+from ...cli.main import INTERNAL, REFUSED, USAGE, Parser
+from ...cli.tables import table_for
+from ...errors import ConfigError, UnsupportedError
+from ...planning.report import table
 from . import target_device as targets
-from .plan_launch import plan_launch
-from .plan_sweep import sweep
+from .blame import InternalError
+from .host_output import Streams, quiet_host
+from .plan_explain import explained
+from .plan_explain import render as render_budget
+from .plan_launch import plan_launch, why_absent
+from .plan_sweep import DEFAULT_PLOT, sweep
 
 _EPILOG = """\
 Every other flag is one of `sglang serve`, parsed by SGLang itself; --model-path is a directory
-with config.json at least. Exit code: 0 ok, 2 refused, 1 bad usage.
+with config.json at least. Exit code: 0 ok, 2 refused, 1 bad usage, 3 a fault of moe_plugin's own.
 
 example:
   moe-plugin plan --model-path ./DeepSeek-V3 --tp-size 8 --attn-dp-size 8 --use-batched-dp-moe on
@@ -47,23 +53,56 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--sweep",
         nargs="?",
-        const="moe-plugin-sweep.svg",
-        metavar="FILE.svg",
+        const=DEFAULT_PLOT,
+        metavar="FILE",
         help="how tokens per rank trade prefill steps against bytes: a table, and a plot in FILE",
     )
+    parser.add_argument(
+        "--explain",
+        metavar="BUDGET",
+        help="why one number is what it is, by its name, or its flag without the dashes",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="what SGLang logs meanwhile, on standard error"
+    )
     options, rest = parser.parse_known_args(argv)
-    with _quiet(options.json) as out:
+    # A short process: to search all that the host imports for garbage takes seconds, also at exit.
+    gc.disable()
+    atexit.register(gc.freeze)
+    with quiet_host(options.verbose) as streams:
         try:
             if options.sweep is not None:
-                return sweep(rest, options.target, options.sweep, options.json, out)
-            answer = plan_launch(rest, options.target)
-        except ConfigError as error:
-            print(f"moe-plugin plan: error: {error}", file=sys.stderr)
+                return sweep(rest, options.target, options.sweep, options.json, streams.out)
+            draw = table if options.json else table_for(streams.out)
+            answer = plan_launch(rest, options.target, draw)
+            budget = explained(answer, options.explain) if options.explain else None
+        except InternalError as error:
+            return _failed(error, options.json, streams)
+        except (ConfigError, UnsupportedError) as error:
+            print(f"moe-plugin plan: error: {error}", file=streams.err)
             return USAGE
         except SystemExit as exit_:  # the host's parser; its own 2 would read as "refused"
-            return 0 if exit_.code in (0, None) else USAGE
-        print(json.dumps(answer, default=str) if options.json else render(answer), file=out)
+            if exit_.code in (0, None):
+                return 0
+            absent = why_absent()
+            because = f" ({absent})" if absent else ""
+            print(f"moe-plugin plan: error: {streams.why(exit_)}{because}", file=streams.err)
+            return USAGE
+        if options.json:
+            text = json.dumps({"explain": budget} if budget else answer, default=str)
+        else:
+            text = render_budget(budget) if budget else render(answer)
+        print(text, file=streams.out)
     return REFUSED if answer["verdict"] == "refused" else 0
+
+
+def _failed(error: InternalError, as_json: bool, streams: Streams) -> int:
+    """Report a fault of our own: neither a refusal nor bad usage."""
+    if as_json:
+        print(json.dumps({"verdict": "internal error", "error": str(error)}), file=streams.out)
+    print(f"moe-plugin plan: internal error: {error}", file=streams.err)
+    traceback.print_exception(error)  # where the host's log goes
+    return INTERNAL
 
 
 def render(answer: dict[str, Any]) -> str:
@@ -73,21 +112,3 @@ def render(answer: dict[str, Any]) -> str:
         shown = {k: v for k, v in answer["resolved"].items() if not k.startswith("cuda_graph_bs_")}
         lines.insert(0, "resolved by SGLang: " + ", ".join(f"{k}={v}" for k, v in shown.items()))
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _quiet(json_only: bool) -> Iterator[Any]:
-    """Standard output for the answer alone: what else is printed goes to standard error."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    out = os.fdopen(kept, "w", encoding="utf-8")
-    try:
-        if json_only:
-            os.dup2(2, 1)
-        with contextlib.redirect_stdout(sys.stderr if json_only else sys.stdout):
-            yield out
-    finally:
-        out.flush()
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        out.close()

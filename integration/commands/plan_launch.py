@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ...batched_backend import Capability
 from ...errors import ConfigError, MoePluginError
 from ...planning.plan import Plan, Rejection
-from ...planning.report import render
-from .. import flags, plugin
+from ...planning.report import render, table
+from .. import flags
 from ..attached_plan import plan_of
 from ..resolve.launch_plan import capability_for
 from ..status import STATUS
 from . import target_device as targets
+from .blame import host_rejection, internal, raised_by_us
 
+Draw = Callable[[Sequence[Sequence[str]]], str]
+"""How a table is shown; its first row is the head."""
+_MODULE = "sglang.launch_server"
 RESOLVED = (
     "chunked_prefill_size",
     "max_running_requests",
@@ -32,49 +39,98 @@ RESOLVED = (
 )
 
 
-def plan_launch(argv: Sequence[str], target: str) -> dict[str, Any]:
+def plan_launch(argv: Sequence[str], target: str, draw: Draw = table) -> dict[str, Any]:
     """Parse, resolve and report one command line. The process is the target's from then on."""
-    return resolve(prepare(argv, target))
+    return resolve(prepare(argv, target), draw)
 
 
 def prepare(argv: Sequence[str], target: str) -> Any:
     """The host's parsed record, with our flags on it, in a process that answers for ``target``.
 
+    The plugin is in it as it would be in the server: not at all where ``SGLANG_PLUGINS`` leaves it
+    out, and inert where it is switched off.
+
     Raises:
         SystemExit: the host's parser refused the command line.
-        ConfigError: the plugin is not active here, or a value of ours is wrong.
+        ConfigError: a value of ours is wrong, or the host cannot read the command line.
+        InternalError: a fault of our own.
     """
+    if target != targets.LOCAL:
+        targets.simulate(targets.get_target(target))
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    _require_active()
     from sglang.srt.server_args import prepare_server_args
 
-    record = prepare_server_args(list(argv))
-    if target != targets.LOCAL and not targets.is_simulated():
-        targets.simulate(targets.get_target(target), record.model_path)
-    return record
+    try:
+        return prepare_server_args(launch_flags(argv))
+    except MoePluginError:
+        raise
+    except Exception as error:  # a --config file that is missing or malformed, mostly
+        if raised_by_us(error):
+            raise internal(error) from error
+        raise ConfigError(f"SGLang cannot read this command line: {error}") from error
 
 
-def _require_active() -> None:
-    plugin.register()  # the host may have been told to load other plugins only
-    if STATUS.state != "active":
-        raise ConfigError(
-            f"the plugin is {STATUS.state}: {'; '.join(STATUS.reasons)}. Fix: moe-plugin doctor"
-        )
+def launch_flags(argv: Sequence[str]) -> list[str]:
+    """The flags of a launch, also of one pasted whole or with the model in first place."""
+    words = list(argv)
+    for start in (["sglang", "serve"], ["python", "-m", _MODULE], ["python3", "-m", _MODULE]):
+        if words[: len(start)] == start:
+            words = words[len(start) :]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--model-path")
+    return words
 
 
-def resolve(record: Any) -> dict[str, Any]:
-    """Resolve a record with the host's code; refusals become part of the answer."""
+def why_absent() -> str | None:
+    """Why the server that this command starts would run without the plugin; None if it is in."""
+    if STATUS.state == "active":
+        return None
+    allowed = os.environ.get("SGLANG_PLUGINS", "").strip()
+    if STATUS.state != "not loaded":
+        why = f"moe_plugin is {STATUS.state}: {'; '.join(STATUS.reasons)}"
+    elif allowed:
+        why = f"SGLANG_PLUGINS={allowed} leaves moe_plugin out"
+    else:
+        why = "SGLang does not find moe_plugin among its plugins (`moe-plugin doctor` says more)"
+    return f"{why}. This server starts without it, and nothing bounds its batches"
+
+
+def resolve(record: Any, draw: Draw = table) -> dict[str, Any]:
+    """Resolve and check a record as the host does before it starts anything.
+
+    Refusals, ours and the host's, become part of the answer.
+
+    Args:
+        record: what :func:`prepare` returned.
+        draw: how the text of the answer shows its table.
+
+    Raises:
+        InternalError: a fault of our own.
+    """
+    with _warnings_of_ours() as warnings:
+        plan, resolved = _resolve(record)
+    more = tuple(warning for warning in warnings if warning not in plan.notes)
+    return report(replace(plan, notes=plan.notes + more), resolved, draw)
+
+
+def _resolve(record: Any) -> tuple[Plan, dict[str, Any] | None]:
+    """(the plan with its refusals, what the host resolved)."""
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
     try:
         record.resolve_once()
+        # The launcher's own last checks (Engine._launch_subprocesses), before any process starts.
+        record.check_server_args()
     except MoePluginError as error:
-        return report(error.plan or _unplanned(record), error.rejections, None)
-    except Exception as error:  # the host's own refusals have no common class
-        rejection = Rejection("host", f"{type(error).__name__}", "", str(error) or "see SGLang")
-        return report(_unplanned(record), (rejection,), None)
+        rejections = error.rejections or (_rejection(error),)
+        return replace(error.plan or _unplanned(record), errors=tuple(rejections)), None
+    except Exception as error:  # the host's refusals have no common class
+        if raised_by_us(error):
+            raise internal(error) from error
+        plan = plan_of(record) or _unplanned(record)
+        return replace(plan, errors=(host_rejection(error),)), None
     view = resolved_view(record)
     resolved = {name: getattr(view, name, None) for name in RESOLVED}
     config = view.cuda_graph_config
@@ -83,13 +139,38 @@ def resolve(record: Any) -> dict[str, Any]:
         on = found.backend != "disabled"
         resolved[f"cuda_graph_max_bs_{phase}"] = found.max_bs if on else None
         resolved[f"cuda_graph_bs_{phase}"] = found.bs if on else None
-    return report(plan_of(record) or _unplanned(record), (), resolved)
+    return plan_of(record) or _unplanned(record), resolved
+
+
+def _rejection(error: MoePluginError) -> Rejection:
+    """An error of ours that lists no rejections: its message says everything."""
+    text, _, fix = str(error).partition(". Fix: ")
+    return Rejection("moe_plugin", text, "see the fix", fix or "moe-plugin doctor")
+
+
+@contextlib.contextmanager
+def _warnings_of_ours() -> Iterator[list[str]]:
+    """What our own loggers warn of, as notes: the log itself is not shown."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: found.append(  # type: ignore[method-assign]
+        entry.getMessage().removeprefix("batched data-parallel MoE: ")
+    )
+    logger = logging.getLogger("moe_plugin")
+    logger.setLevel(logging.INFO)  # whatever --log-level is
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 def _unplanned(record: Any) -> Plan:
     """The answer for a launch that has no plan: what the capability says, if it can be asked."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
+    if absent := why_absent():
+        return Plan(capability=Capability(False, absent))
     request = flags.requested(record)
     if request.switch == "off":
         reason = request.left_alone or "--use-batched-dp-moe off"
@@ -101,12 +182,8 @@ def _unplanned(record: Any) -> Plan:
         return Plan(capability=Capability(False, f"not known: {error}"))
 
 
-def report(
-    plan: Plan, rejections: Sequence[Rejection], resolved: dict[str, Any] | None
-) -> dict[str, Any]:
+def report(plan: Plan, resolved: dict[str, Any] | None, draw: Draw = table) -> dict[str, Any]:
     """The JSON object: plan, errors, and what the host resolved. 0 means "not bounded" there."""
-    if rejections:
-        plan = replace(plan, errors=tuple(rejections))
     answer = plan.as_dict()
     for name in (
         "chunked_prefill_size",
@@ -116,5 +193,5 @@ def report(
     ):
         answer[name] = answer[name] or None
     answer["resolved"] = resolved
-    answer["text"] = render(plan)
+    answer["text"] = render(plan, draw)
     return answer

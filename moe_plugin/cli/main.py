@@ -1,7 +1,7 @@
 """``moe-plugin``: plan a launch, look at an installation, tune kernels.
 
 Commands load what they need when they run, so that ``moe-plugin --help`` needs neither torch nor
-sglang. Exit codes: 0 good, 2 refused (or not active), 1 bad usage.
+sglang. Exit codes: 0 good, 2 refused (or not active), 1 bad usage, 3 a fault of our own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ Command = Callable[[Sequence[str]], int]
 
 USAGE = 1
 REFUSED = 2
+INTERNAL = 3
 _COMMANDS = {
     "plan": (
         "moe_plugin.integration.commands.plan_command",

@@ -37,4 +37,4 @@ def drawn(rows: Rows) -> str:
     text = io.StringIO()
     width = shutil.get_terminal_size().columns
     Console(file=text, force_terminal=True, width=width).print(grid)
-    return text.getvalue().strip("\n")
+    return "\n".join(line for line in text.getvalue().splitlines() if line.strip())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from moe_plugin.planning.sweep import PROMPTS, TOKENS, Point, prefill_steps, rows, svg
+from moe_plugin.cli import tables
+from moe_plugin.errors import UnsupportedError
+from moe_plugin.integration.commands import machine_facts
+from moe_plugin.integration.commands.doctor_launch import judge
+from moe_plugin.planning.sweep import PROMPTS, TOKENS, Point, plot, prefill_steps, rows
+
+from ..support.commands import plan_json, run
 
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
 FIELDS = {
@@ -20,26 +25,6 @@ FIELDS = {
     "cuda_graph_max_bs_decode", "resolved", "nvshmem_qp_depth", "rdma_buffer_bytes",
     "rdma_device_bytes", "workspace_bytes", "verdict", "errors",
 }  # fmt: skip
-
-
-def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """The installed command, in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_", "SGLANG_"))}
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "moe_plugin.cli.main", *arguments],
-        capture_output=True,
-        text=True,
-        env={**environment, **env},
-        cwd=cwd,
-        timeout=300,
-        check=False,
-    )
-
-
-def plan_json(*arguments: str, **env: str) -> tuple[int, dict[str, Any]]:
-    """(exit code, the one JSON object on standard output)."""
-    done = run("plan", "--json", *arguments, **env)
-    return done.returncode, json.loads(done.stdout)
 
 
 def test_plan_prints_only_json_and_every_field(models: dict[str, str]) -> None:
@@ -77,7 +62,7 @@ def test_plan_reports_the_hosts_own_refusals(models: dict[str, str]) -> None:
     )
     assert code == 2
     assert answer["errors"][0]["limit"] == "host"
-    assert "not supported" in answer["errors"][0]["fix"]
+    assert "not supported" in answer["errors"][0]["got"]
 
 
 def test_plan_says_when_nothing_is_batched(models: dict[str, str]) -> None:
@@ -151,16 +136,40 @@ def test_sweep_trades_steps_against_bytes(models: dict[str, str], tmp_path: Path
     assert steps == sorted(steps, reverse=True)
     buffers = [point["buffer_bytes"] for point in points]
     assert buffers == sorted(buffers)
-    assert (tmp_path / "s.svg").read_text().startswith("<svg")
+    assert "<svg" in (tmp_path / "s.svg").read_text()
 
 
-def test_sweep_pieces() -> None:
+def test_sweep_pieces(tmp_path: Path) -> None:
     """Pure arithmetic and a plot that also works without a single point."""
     assert prefill_steps(256, 1) == (8, 32, 128)
     assert prefill_steps(256, 8) == (1, 4, 16)
     refused = Point(8, (1, 2, 3), 0, 0, 0, 0, None, "host")
     assert rows([refused])[1][-1] == "host"
-    assert "<polyline" not in svg([refused], "none")
+    good = [Point(t, prefill_steps(t, 1), 8 * t, t << 20, t << 20, 1, 0.8, "ok") for t in (64, 128)]
+    plot([refused], "none", tmp_path / "none.svg")
+    plot([refused, *good], "some", tmp_path / "some.svg")
+    none, some = ((tmp_path / f"{name}.svg").read_text() for name in ("none", "some"))
+    for colour in ("#d62728", "#1f77b4"):  # steps and bytes, each a curve
+        assert f"stroke: {colour}; stroke-width" in some
+        assert f"stroke: {colour}; stroke-width" not in none
+    assert "<!-- 128 -->" in some  # T of a point, on the axis
+
+
+def test_sweep_without_matplotlib_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The library is optional; what to install is one command."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'moe-plugin\[plot\]'"):
+        plot([], "none", tmp_path / "none.svg")
+
+
+def test_sweep_refuses_a_plot_that_it_cannot_write(models: dict[str, str]) -> None:
+    """Before the launch is resolved once per T."""
+    for path in ("s.docx", "no/such/folder/s.svg"):
+        done = run("plan", "--sweep", path, "--model-path", models["qwen3"])
+        assert done.returncode == 1
+        assert f"plot of a sweep: got {path}" in done.stderr
 
 
 def test_doctor_tells_by_its_exit_code() -> None:
@@ -177,6 +186,84 @@ def test_doctor_tells_by_its_exit_code() -> None:
     done = run("doctor", "--quick", MOE_PLUGIN_DISABLE="1")
     assert done.returncode == 2
     assert "MOE_PLUGIN_DISABLE is set" in done.stdout
+
+
+def test_doctor_judges_a_launch(models: dict[str, str]) -> None:
+    """Whether this very command would be protected, and why not; in the exit code too."""
+    launch = ("--launch", "sglang", "serve", models["deepseek-v3"], *TP8, "--moe-a2a-backend",
+              "deepep", "--deepep-mode", "low_latency")  # fmt: skip
+    options = ("doctor", "--quick", "--json", "--target", "h200")
+    done = run(*options, *launch)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, report
+    assert report["launch"]["protected"] is True
+    assert "at most 256 tokens per rank on deepep" in report["launch"]["why"]
+    assert report["launch"]["plan"]["verdict"] == "ok"
+    done = run(*options, *launch, "--no-such-flag")
+    assert done.returncode == 2
+    verdict = json.loads(done.stdout)["launch"]
+    assert verdict["protected"] is False
+    assert verdict["why"] == "it does not start: unrecognized arguments: --no-such-flag"
+
+
+def test_a_launch_that_is_not_protected_says_why(models: dict[str, str]) -> None:
+    """Switched off; refused before weights load."""
+    launch = ["--model-path", models["deepseek-v3"], *TP8]
+    off = judge([*launch, "--use-batched-dp-moe", "off"], "h100")
+    assert (off.protected, off.why) == (False, "--use-batched-dp-moe off")
+    more = ("--chunked-prefill-size", "65536", "--batched-dp-moe-max-tokens", "512")
+    refused = judge([*launch, "--use-batched-dp-moe", "on", *more], "h100")
+    assert refused.protected is False
+    assert refused.why.startswith("refused before weights load: ")
+    assert refused.why.endswith("Fix: --chunked-prefill-size 4096")
+
+
+def test_doctor_reads_rdma_devices(tmp_path: Path) -> None:
+    """Ports with state and rate, the modules and driver settings that DeepEP needs of a node."""
+    port = tmp_path / "sys/class/infiniband/mlx5_0/ports/1"
+    port.mkdir(parents=True)
+    (port / "state").write_text("4: ACTIVE\n")
+    (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+    (port / "link_layer").write_text("InfiniBand\n")
+    driver = tmp_path / "proc/driver/nvidia"
+    driver.mkdir(parents=True)
+    (driver / "params").write_text("EnableStreamMemOPs: 1\nOther: 2\n")
+    (tmp_path / "proc/modules").write_text("gdrdrv 1 0\nnvidia_uvm 2 0\n")
+    found = {finding.name: finding.text for finding in machine_facts.rdma(tmp_path)}
+    assert found == {
+        "RDMA": "mlx5_0/1 ACTIVE 400 Gb/sec (4X NDR) InfiniBand",
+        "nvidia_peermem": "not loaded",
+        "gdrdrv": "loaded",
+        "driver settings": "EnableStreamMemOPs: 1",
+    }
+
+
+def test_doctor_shows_variables_of_the_transports_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An issue must not carry keys and passwords."""
+    monkeypatch.setenv("NVSHMEM_QP_DEPTH", "1024")
+    monkeypatch.setenv("SGLANG_API_KEY", "secret")
+    shown = {finding.name for finding in machine_facts.system() if finding.area == "environment"}
+    assert "NVSHMEM_QP_DEPTH" in shown
+    assert "SGLANG_API_KEY" not in shown
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_tables_are_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain columns in a pipe and without rich; on a terminal as wide as that is."""
+    pytest.importorskip("rich")
+    cells = [("name", "found"), ("buffer", "word " * 30), ("[red]", "x")]
+    assert tables.table_for(io.StringIO())(cells).splitlines()[0] == "name    found"
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", tables.table_for(_Terminal())(cells))
+    assert max(map(len, shown.splitlines())) <= 60
+    assert shown.count("word") == 30
+    assert "[red]" in shown  # text, not markup
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
+    assert tables.table_for(_Terminal())(cells).splitlines()[0] == "name    found"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,82 @@
+"""``moe-plugin plan --explain BUDGET``: why one number is what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import ConfigError, explain
+
+TOKENS = "max_dispatch_tokens_per_rank"
+_SOURCES = {
+    "user": "typed",
+    "default": "a default",
+    "derived": "follows from other values",
+    "host": "chosen by SGLang",
+}
+
+
+def explained(answer: dict[str, Any], name: str) -> dict[str, Any]:
+    """One budget of a plan, and the T that it follows from.
+
+    Args:
+        answer: the JSON object of the plan.
+        name: a budget's name or flag, or a part of either that no other has.
+
+    Raises:
+        ConfigError: the plan has no such budget, or more than one.
+    """
+    budgets: list[dict[str, Any]] = answer["budgets"]
+    asked = name.strip().lstrip("-").replace("-", "_").lower()
+    exact = [b for b in budgets if asked in _names(b)]
+    found = exact or [b for b in budgets if any(asked in known for known in _names(b))]
+    if len(found) != 1:
+        allowed = [budget["name"] for budget in budgets]
+        if not allowed:
+            allowed = [f"none here: {answer['capability']['reason']}"]
+        raise ConfigError(
+            explain(
+                "--explain",
+                got=repr(name),
+                allowed=f"one of {', '.join(allowed)}",
+                fix=f"--explain {TOKENS}" if budgets else "plan a launch that is batched",
+            )
+        )
+    tokens = next((b for b in budgets if b["name"] == TOKENS and b is not found[0]), None)
+    resolved = (answer["resolved"] or {}).get(found[0]["name"])
+    return {**found[0], "follows_from": tokens, "resolved": resolved, "verdict": answer["verdict"]}
+
+
+def _names(budget: dict[str, Any]) -> set[str]:
+    flag = str(budget["flag"]).lstrip("-").replace("-", "_").lower()
+    return {budget["name"].lower(), flag} - {""}
+
+
+def render(budget: dict[str, Any]) -> str:
+    """The same in sentences, for people."""
+    lines = [_first(budget), f"  arithmetic: {budget['arithmetic']}"]
+    headroom = budget["headroom"]
+    if headroom is None:
+        left = ""
+    elif headroom < 0:
+        left = f"; {-headroom} too many"
+    else:
+        left = f"; {headroom} left below it" if headroom else "; nothing is left below it"
+    lines.append(f"  limit that binds: {budget['limit']}{left}")
+    if tokens := budget["follows_from"]:
+        lines.append(
+            f"  T: {tokens['value']} tokens per rank, {_SOURCES[tokens['source']]} "
+            f"({tokens['arithmetic']}), {tokens['limit']}; {tokens['flag']} changes it"
+        )
+    if budget["resolved"] not in (None, budget["value"]):
+        lines.append(
+            f"  SGLang ends with: {budget['resolved']}, counted or rounded its own way "
+            "(per DP group, in pages, by capture sizes)"
+        )
+    if budget["flag"]:
+        lines.append(f"  set it with: {budget['flag']}")
+    return "\n".join(lines)
+
+
+def _first(budget: dict[str, Any]) -> str:
+    value = "not used" if budget["value"] is None else budget["value"]
+    return f"{budget['name']} = {value}, {_SOURCES[budget['source']]}"
