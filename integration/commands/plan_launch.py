@@ -148,14 +148,22 @@ def _rejection(error: MoePluginError) -> Rejection:
     return Rejection("moe_plugin", text, "see the fix", fix or "moe-plugin doctor")
 
 
+class _Notes(logging.Handler):
+    """Appends every warning to a list."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._found.append(record.getMessage().removeprefix("batched data-parallel MoE: "))
+
+
 @contextlib.contextmanager
 def _warnings_of_ours() -> Iterator[list[str]]:
     """What our own loggers warn of, as notes: the log itself is not shown."""
     found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: found.append(  # type: ignore[method-assign]
-        entry.getMessage().removeprefix("batched data-parallel MoE: ")
-    )
+    handler = _Notes(found)
     logger = logging.getLogger("moe_plugin")
     logger.setLevel(logging.INFO)  # whatever --log-level is
     logger.addHandler(handler)

@@ -126,7 +126,7 @@ def _answer_for(target: Target) -> None:
     for name, value in answers.items():
         setattr(torch.cuda, name, _constant(value))
     for other in (torch.xpu, torch.mps):
-        other.is_available = _constant(False)
+        vars(other)["is_available"] = _constant(False)
     torch.version.cuda = torch.version.cuda or CUDA_VERSION
     torch.version.hip = None
     # Nothing is compiled here, and to import the compiler takes a second.
@@ -149,7 +149,7 @@ def _hide_platform_plugins() -> None:
             return metadata.EntryPoints()
         return original(**selected)
 
-    metadata.entry_points = entry_points  # type: ignore[assignment]
+    metadata.entry_points = entry_points
 
 
 def _allow_absent_keys(server_args: Any, previous: Callable[[Any], None]) -> None:
