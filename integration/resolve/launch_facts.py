@@ -7,7 +7,8 @@ from typing import Any
 
 from ...envs import TRANSPORT
 from ...planning.compatibility import FLASHINFER_TILE
-from ...planning.facts import LaunchFacts
+from ...planning.facts import GRAPH_MULTIPLE, LaunchFacts
+from ...planning.row_budgets import ceil_to
 from ..flags import requested
 from .draft_facts import draft_has_routed_moe, draft_shape, draft_width
 from .host_environment import environment_bool, environment_int
@@ -34,14 +35,16 @@ def transport_of(cfg: Any) -> str:
 
 
 def explicit_graph_max(server_args: Any, phase: str) -> int | None:
-    """Largest capture size that the user named for a phase, by flag, list or JSON."""
+    """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
+    prefills as the host rounds it (``apply_deepep_adjustments``)."""
     config = server_args.cuda_graph_config
     config = config.to_dict() if hasattr(config, "to_dict") else config or {}
     named = config.get(phase) if isinstance(config, dict) else None
     named = named if isinstance(named, dict) else {}
     sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
     if sizes:
-        return int(max(sizes))
+        largest = int(max(sizes))
+        return ceil_to(largest, GRAPH_MULTIPLE) if phase == "prefill" else largest
     largest = named.get("max_bs")
     if largest is None:
         largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)

@@ -355,6 +355,13 @@ def test_sizes_that_leave_nothing_to_capture_are_refused(
     assert [error["changes"] for error in answer["errors"]] == [changes]
 
 
+def test_a_list_of_prefill_sizes_is_counted_as_the_host_rounds_it(launch: Launch) -> None:
+    """To eights, also where a largest size as small would leave nothing."""
+    answer = launch("--tp-size", "2", *LL, "--cuda-graph-bs-prefill", "2")
+    assert answer["prefill"]["bs"] == [8]
+    assert answer["plan"]["cuda_graph_max_bs_prefill"] == 8
+
+
 def test_mistyped_draft_steps_are_the_users(launch: Launch, models: dict[str, str]) -> None:
     """A width of 0 is refused as such."""
     eagle = ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", models["qwen3"])

@@ -423,6 +423,7 @@ def test_graphs_of_size_zero_are_refused_and_not_filled(phase: str) -> None:
     flag, off = f"--cuda-graph-max-bs-{phase}", f"--disable-{phase}-cuda-graph"
     assert error.changes == ((flag, None), (off, ""))
     assert error.fix == f"{off} in place of {flag}"
+    assert one_error(plan(cuda_graph_max_bs_prefill=3)).fix == "--cuda-graph-max-bs-prefill 8"
     switched_off = plan(**{f"cuda_graph_max_bs_{phase}": 0, f"{phase}_graphs": False})
     assert (switched_off.verdict, getattr(switched_off, f"cuda_graph_max_bs_{phase}")) == ("ok", 0)
 
