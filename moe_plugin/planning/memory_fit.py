@@ -185,6 +185,8 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
     before, tokens = plan.memory, plan.max_dispatch_tokens_per_rank
     if before is None or before.kv_cache_bytes <= 0 or not plan.bounds_prefill:
         return plan
+    if launch.chunked_prefill_size is not None or launch.disaggregation_mode == "decode":
+        return plan  # a larger T would buy no shorter prefill
     typed = launch.memory.fraction if launch.memory is not None else None
     for size in LARGER:
         graph = plan.cuda_graph_max_bs_decode or None

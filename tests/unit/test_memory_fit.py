@@ -172,6 +172,8 @@ def test_t_grows_where_it_costs_a_tenth_of_the_kv_cache_at_most() -> None:
     assert 0 < lost <= fixed.memory.kv_cache_bytes / 10
     assert grown.cuda_graph_max_bs_decode == fixed.cuda_graph_max_bs_decode == 256
     assert plan(QWEN_235B_FP8, 8).max_dispatch_tokens_per_rank == 256
+    chunk = plan(QWEN_30B_BF16, 4, H200, chunked_prefill_size=512)
+    assert chunk.max_dispatch_tokens_per_rank == 256  # a larger T would buy nothing
 
 
 @pytest.mark.parametrize("unknown", [{"memory": None}, {"weights": None}])
