@@ -109,6 +109,8 @@ DEEPEP = BatchedBackend(
     batched_modes=_batched_modes,
     explicit_flag="--moe-a2a-backend deepep --deepep-mode low_latency",
     limits=DEEPEP_LIMITS,
+    module="deep_ep",
+    package="sgl-deep-ep",
 )
 
 
