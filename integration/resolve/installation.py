@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from ...backends import DEEPEP
+from ...backends.deepep import DEEPEP
 from ...batched_backend import BatchedBackend
 from ...capability import get_backend
 from ...planning.leaving import USE_DEEPEP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..batched_backend import BatchedBackend, unless_normal
 from ..planning.limits import Limits
-from ..planning.row_budgets import ceil_to
+from .deepep import layout_bytes
 
 WORKSPACE = 32 << 20
 
@@ -12,17 +12,10 @@ WORKSPACE = 32 << 20
 def buffer_bytes(max_tokens: int, hidden: int, ranks: int, experts: int) -> int:
     """Bytes per rank; equals ``nixl_ep.Buffer.get_rdma_size_hint``. ``ranks`` has no influence.
 
-    DeepEP's layout but for the signals, which take 8 bytes per expert here. With elastic EP
-    (``--max-ep-size``) the host asks for more experts than it has: not counted.
+    With elastic EP (``--max-ep-size``) the host asks for more experts than it has: not counted.
     """
     del ranks
-    scales = 4 * (hidden // 128)
-    dispatch_msg = 16 + max(2 * hidden, hidden + scales)
-    combine_msg = 2 * hidden + scales
-    send = max(max_tokens * dispatch_msg, experts * max_tokens * combine_msg)
-    recv = experts * max_tokens * max(dispatch_msg, combine_msg)
-    total = 2 * (send + recv + ceil_to(8 * experts, 128))
-    return (total + 128) // 128 * 128
+    return layout_bytes(max_tokens, hidden, experts, signal=8)
 
 
 def device_bytes(rdma_bytes: int) -> int:

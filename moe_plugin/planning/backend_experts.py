@@ -102,6 +102,7 @@ def rows_for_experts(
 
 def _read_instead_of_fp8(model: ModelFacts, launch: LaunchFacts, runner: Runner) -> tuple[str, ...]:
     """Dtypes of rows that the chosen experts read if they do not read FP8; else nothing."""
+    rows: tuple[str, ...]
     if runner == "moe_plugin":
         own = FORMATS[model.weight_format].own
         rows = (own.rows,) if own else ()
