@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...backends.deepep import DEEPEP
 from ...errors import UnsupportedError, explain
 from ...kernels.formats import BF16, FP8_BLOCK
 from ...kernels.weights import ExpertWeights
@@ -18,8 +19,9 @@ from ...runtime.config import BatchedMoEConfig
 from ...runtime.metadata import rows_to_launch_for
 from ...runtime.runner import BatchedMoERunner, make_moe_runner, warm_up
 from ...runtime.stats import STATS
-from ..resolve.launch_facts import deterministic, dispatch_dtype
+from ..resolve.launch_facts import backend_of, deterministic, dispatch_dtype
 from . import buffer
+from .dispatchers import guard_dispatchers
 
 _RUNNER = "_moe_plugin_runner"
 _LIMITED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
@@ -36,8 +38,18 @@ def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwa
         _attach_runner(original, layer, plan, args, kwargs)
     else:
         original(layer, *args, **kwargs)
+    backend = _backend()
+    if backend != "deepep":
+        guard_dispatchers(layer.dispatcher, plan, backend)
     buffer.announce(layer.dispatcher)
     return None
+
+
+def _backend() -> str:
+    """The all-to-all of the model that is being built; a draft's may be another."""
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    return str(get_moe_a2a_backend().value)
 
 
 def _attach_runner(
@@ -65,16 +77,21 @@ def _attach_runner(
 
 def _check_rows_in_bf16(layer: Any) -> None:
     """The user's flag wins over the layer's wish; most layers may be FP8, so no plan refuses it."""
-    asked, source = dispatch_dtype(buffer.host_config())
-    if asked not in ("auto", "bf16"):
-        raise UnsupportedError(
-            explain(
-                f"MoE layer {layer.layer_id}: dtype of dispatched rows",
-                got=f"{asked} ({source}) with {layer.w13_weight.dtype} weights",
-                allowed="bf16, which auto selects for each layer",
-                fix=f"remove {source}",
-            )
+    backend = _backend()
+    asked, source = dispatch_dtype(buffer.host_config(), backend)
+    each_layer = backend_of(backend).bf16_variable == ""
+    if asked == "bf16" or (each_layer and asked == "auto"):
+        return
+    raise UnsupportedError(
+        explain(
+            f"MoE layer {layer.layer_id}: dtype of dispatched rows",
+            got=f"{asked} ({source}) with {layer.w13_weight.dtype} weights"
+            if each_layer
+            else f"FP8 for every layer over {backend}, with {layer.w13_weight.dtype} weights",
+            allowed="bf16, which auto selects for each layer over DeepEP",
+            fix=f"remove {source}" if each_layer else DEEPEP.explicit_flag,
         )
+    )
 
 
 def around_moe_forward(

@@ -26,12 +26,15 @@ _INTEGERS = {
     "--cuda-graph-max-bs-prefill": "cuda_graph_max_bs_prefill",
     "--ep-num-redundant-experts": "redundant_experts",
     "--page-size": "page_size",
+    "--attn-dp-size": "attn_dp_size",
+    "--pp-size": "pp_size",
 }
 _TEXTS = {
     "--deepep-mode": "deepep_mode",
     "--moe-runner-backend": "moe_runner_backend",
     "--deepep-dispatcher-output-dtype": "dispatch_dtype",
     "SGLANG_DEEPEP_BF16_DISPATCH": "dispatch_dtype",
+    "SGLANG_NIXL_EP_BF16_DISPATCH": "dispatch_dtype",
 }
 _SWITCHES = {
     "--enable-single-batch-overlap": "single_batch_overlap",

@@ -17,10 +17,13 @@ def test_ranks_that_the_host_does_not_tell_are_taken_to_hold_as_many() -> None:
 
 def test_rows_are_dispatched_in_the_dtype_of_the_layers_weights() -> None:
     """Layers that an FP8 checkpoint leaves in bf16 get bf16 rows, or say which flag forbids it."""
-    fp8, bf16, forced = host_result(program("dispatched_rows"))
-    assert (fp8, bf16) == (None, "bf16")
+    fp8, bf16, forced, *always, nixl_fp8 = host_result(program("dispatched_rows"))
+    assert (fp8, bf16, nixl_fp8) == (None, "bf16", None)
     assert "MoE layer 3" in forced
     assert "remove --deepep-dispatcher-output-dtype" in forced
+    for text, backend in zip(always, ("mooncake", "nixl"), strict=True):
+        assert f"FP8 for every layer over {backend}" in text
+        assert "Fix: --moe-a2a-backend deepep" in text
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_a_second_resolution_does_not_mistake_our_variable_for_the_users(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--moe-a2a-backend", "mooncake"), "--moe-a2a-backend deepep"),
+        (("--moe-a2a-backend", "mori"), "--moe-a2a-backend deepep"),
         (("--moe-a2a-backend", "deepep", "--deepep-mode", "normal"), "--deepep-mode low_latency"),
     ],
 )
