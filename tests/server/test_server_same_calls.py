@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import random
-import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ..support.random_load import RandomLoad
 from ..support.serving.fixture_plugin import write_plugin
-from ..support.serving.prompts import NEW_TOKENS, SHORT_PROMPTS, long_prompt
+from ..support.serving.prompts import NEW_TOKENS, SHORT_PROMPTS
 from ..support.serving.server import COMMON_ARGS, Server
 
-REQUESTS, AT_ONCE = 60, 6
-LENGTHS = (1, 7, 100, 256, 257, 700)
+LOAD_S = 45.0
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -54,58 +50,19 @@ def register():
 """
 
 
-def _load(server: Server, ranks: int) -> dict[int, list[int]]:
-    """Random prompts on random ranks; some leave, some are aborted. Tokens of those that stay."""
-    rng = random.Random(0)
-    jobs = [
-        (index, rng.choice(("stay", "stay", "abort", "leave")), rng.randrange(ranks))
-        for index in range(REQUESTS)
-    ]
-    lengths = [rng.choice(LENGTHS) for _ in jobs]
-
-    def body(index: int, rank: int, tokens: int) -> dict:
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-        text = SHORT_PROMPTS[index % len(SHORT_PROMPTS)]
-        return {"rid": f"r{index}", "sampling_params": sampling, "routed_dp_rank": rank,
-                "text": text}  # fmt: skip
-
-    def run(job: tuple[int, str, int]) -> list[int] | None:
-        index, fate, rank = job
-        if fate == "stay":
-            return server.post("/generate", body(index, rank, NEW_TOKENS))["output_ids"]
-        gone = body(index, rank, 400) | {"text": long_prompt(lengths[index])}
-        with ThreadPoolExecutor(1) as pool:
-            if fate == "leave":
-                _leave(server, gone)
-            else:
-                answer = pool.submit(server.post, "/generate", gone)
-                time.sleep(0.3)
-                server.post("/abort_request", {"rid": gone["rid"]})
-                answer.result()
-        return None
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(run, jobs))
-    return {job[0]: answer for job, answer in zip(jobs, answers, strict=True) if answer}
-
-
-def _leave(server: Server, body: dict) -> None:
-    """Ask, and go before the answer."""
-    text = json.dumps(body | {"stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
-        client.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(text) + text
-        )
-        client.recv(1)
+def _tokens(server: Server, index: int, rank: int) -> list[int]:
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    text = SHORT_PROMPTS[index % len(SHORT_PROMPTS)]
+    body = {"text": text, "sampling_params": sampling, "routed_dp_rank": rank}
+    return server.post("/generate", body)["output_ids"]
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_makes_the_same_calls(
     ranks: int, model: Path, stock: list[dict], tmp_path: Path
 ) -> None:
-    """While others prefill, decode, idle, leave or are aborted; and who stays gets the tokens of
-    the stock host."""
+    """While others prefill, decode, idle, leave or are aborted; and a request that stays gets the
+    tokens of the stock host."""
     modes = tmp_path / "modes"
     modes.mkdir()
     env = write_plugin(tmp_path / "plugin", "counted", COUNTED, {"sglang.srt.plugins": "register"})
@@ -114,11 +71,17 @@ def test_every_rank_makes_the_same_calls(
     over = ("--tp-size", size, "--attn-dp-size", size, "--use-batched-dp-moe", "on")
     with Server((*COMMON_ARGS, *over), model, ranks=ranks, env=env) as server:
         server.wait_ready()
-        found = _load(server, ranks)
-        server.post("/flush_cache", {})
-        found |= _load(server, ranks)
+        load = RandomLoad(server, ranks, longest=700, new_tokens=60, clients=3)
+        answers: list[list[int]] = []
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(load.run, LOAD_S, 100_000)
+            while not running.done():
+                answers.append(_tokens(server, len(answers), len(answers) % ranks))
+        found = running.result()
         states = server.states()
-    for index, tokens in found.items():
+    assert not found["problems"]
+    assert {"stay", "leave", "abort", "flush"} <= set(found["requests"]), found
+    for index, tokens in enumerate(answers):
         assert tokens == stock[index % len(SHORT_PROMPTS)]["tokens"], f"request {index}"
     assert len({state["model_forwards"] for state in states}) == 1
     steps = [path.read_text().split() for path in modes.iterdir()]
