@@ -11,9 +11,6 @@ from typing import Any
 
 from ...backends.deepep import DEEPEP
 from ...errors import UnsupportedError, explain
-from ...kernels.formats import BF16, FP8_BLOCK
-from ...kernels.weights import ExpertWeights
-from ...planning.compatibility import LEAVE_TEXT
 from ...planning.plan import Plan
 from ...runtime.config import BatchedMoEConfig
 from ...runtime.metadata import rows_to_launch_for
@@ -22,9 +19,9 @@ from ...runtime.stats import STATS
 from ..resolve.launch_facts import backend_of, deterministic, dispatch_dtype
 from . import buffer
 from .dispatchers import guard_dispatchers
+from .expert_weights import expert_weights, layer_activation, loaded_format
 
 _RUNNER = "_moe_plugin_runner"
-_LIMITED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
 
 
@@ -66,9 +63,10 @@ def _attach_runner(
     layer.deprecate_flag = True
     runner = _make_runner(layer, plan)
     setattr(layer, _RUNNER, runner)
+    rows = loaded_format(layer)
     if layer.w13_weight.is_cuda:
-        warm_up(runner.config, expert_weights(layer).format)
-    if layer.w13_weight.dtype.itemsize > 1:
+        warm_up(runner.config, rows, layer_activation(layer))
+    if not rows.fp8_rows:
         # Unset, the host would quantise activations to FP8 for bf16 weights as well, such as those
         # of a layer that an FP8 checkpoint leaves out.
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
@@ -137,28 +135,18 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     expected_m = rows_to_launch_for(
         buffer.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts
     )
+    weights = expert_weights(layer)
+    if weights.w13.is_cuda:  # some models give the layer its limit after it was made
+        warm_up(runner.config, weights.format, weights.activation)
     output = runner.run_experts(
         dispatch_output.hidden_states,
         dispatch_output.hidden_states_scale,
         dispatch_output.masked_m,
-        expert_weights(layer),
+        weights,
         expected_m,
     )
     STATS.count_layer(layer.layer_id)
     return DeepEPLLCombineInput(output, dispatch_output.topk_ids, dispatch_output.topk_weights)
-
-
-def expert_weights(layer: Any) -> ExpertWeights:
-    """The layer's weights as our runner takes them; no copy."""
-    if layer.quant_config is None:  # asking a module for what it has not costs an exception
-        return ExpertWeights(layer.w13_weight, layer.w2_weight)
-    return ExpertWeights(
-        w13=layer.w13_weight,
-        w2=layer.w2_weight,
-        w13_scale=getattr(layer, "w13_weight_scale_inv", None),
-        w2_scale=getattr(layer, "w2_weight_scale_inv", None),
-        format=BF16 if layer.w13_weight.dtype.itemsize > 1 else FP8_BLOCK,
-    )
 
 
 def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
@@ -173,16 +161,7 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
                     fix="--use-batched-dp-moe off",
                 )
             )
-    scaled = [name for name in _LIMITED if getattr(moe, name, None)]
-    if scaled:
-        raise UnsupportedError(
-            explain(
-                f"MoE layer {layer.layer_id}: activation",
-                got=f"{moe.activation} with {', '.join(scaled)}",
-                allowed="plain silu: ours would leave the limit out",
-                fix=LEAVE_TEXT,
-            )
-        )
+    layer_activation(layer)  # refuses what ours would leave out
     config = BatchedMoEConfig(
         num_experts=layer.num_experts,
         num_ranks=layer.moe_ep_size,

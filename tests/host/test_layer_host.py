@@ -33,11 +33,20 @@ def made() -> dict[str, Any]:
     return found
 
 
-def test_a_limited_activation_never_reaches_our_experts(made: dict[str, Any]) -> None:
+def test_an_activation_that_ours_do_not_compute_never_reaches_them(made: dict[str, Any]) -> None:
     """Whatever the model's config calls it: the layer knows."""
-    assert made["limited"].startswith("UnsupportedError MoE layer 3: activation")
-    assert "silu with swiglu_limit" in made["limited"]
-    assert "gemm1_alpha, gemm1_clamp_limit" in made["clamped"]
+    for case in ("scaled, unlimited", "limited twice"):
+        assert made[case].startswith("UnsupportedError MoE layer 3: activation")
+    assert "gemm1_alpha=1.7" in made["scaled, unlimited"]
+    assert "swiglu_limit=7.0" in made["limited twice"]
+    assert made["limited"]["type"] == made["clamped"]["type"] == "BatchedMoERunner"
+
+
+def test_activations_are_read_as_the_host_computes_them() -> None:
+    """Plain, DeepSeek-V4's, Step-3.5's and GigaChat's, gpt-oss's, MiniMax-M3's: largest error."""
+    errors = host_result(program("host_activations"))
+    assert set(errors) == {"plain", "limited", "clamped", "interleaved", "scaled"}
+    assert max(errors.values()) < 1e-5
 
 
 def test_limits_that_are_off_are_none(made: dict[str, Any]) -> None:
