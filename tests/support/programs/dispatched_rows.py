@@ -16,7 +16,8 @@ class Layer:
     quant_config = object()  # of the checkpoint, which may leave this layer out
 
     def __init__(self, dtype):
-        self.w13_weight = torch.empty(1, dtype=dtype)
+        self.w13_weight = torch.empty(2, 256, 128, dtype=dtype)
+        self.w13_weight_scale_inv = torch.empty(2, 2, 1)
         self.asked = None
         self.dispatcher = self
 

@@ -1,4 +1,4 @@
-"""How far our activation is from the host's own functions, per kind of runner configuration."""
+"""How far our activation is from the host's own functions, for each kind of configuration."""
 
 from types import SimpleNamespace
 
