@@ -174,7 +174,7 @@ def test_a_cap_is_lowered_where_refusing_was_not_asked_for(launch: LaunchFacts) 
     capped = planned(replace(launch, required=False, max_running_requests=1 << 20))
     assert capped.verdict == "ok", capped.errors
     (budget,) = (b for b in capped.budgets if b.name == "max_running_requests")
-    assert budget.headroom == 0
+    assert (budget.headroom, budget.source) == (0, "derived")
     assert [note for note in capped.notes if f"lowered to {budget.value}" in note]
     refused = planned(replace(launch, required=True, max_running_requests=1 << 20))
     assert refused.verdict == "refused"
