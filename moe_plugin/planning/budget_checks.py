@@ -20,14 +20,6 @@ from .row_budgets import (
 ROWS = "rows per rank and forward"
 LEAST_PREFILL_GRAPH = 4
 """Below it the host makes an empty list (``generate_prefill_cuda_graph_batch_sizes``)."""
-DRAFT_FLAGS = (
-    "--speculative-num-steps",
-    "--speculative-eagle-topk",
-    "--speculative-num-draft-tokens",
-    "--speculative-dflash-block-size",
-    "--speculative-dspark-block-size",
-)
-"""Flags that set the rows per running request; without them the host chooses."""
 
 
 def check_counts(launch: LaunchFacts) -> list[Rejection]:
@@ -41,18 +33,6 @@ def check_counts(launch: LaunchFacts) -> list[Rejection]:
             change = (flag, str(least))
             fix, got = " ".join(change), f"{flag} {value}"
             errors.append(Rejection("launch", got, f">= {least}", fix, (change,), "config"))
-    if launch.draft_width < 1:
-        listed = ", ".join(DRAFT_FLAGS[:3])
-        errors.append(
-            Rejection(
-                "draft tokens per request",
-                got=f"{launch.draft_width}, from {listed} or a block size",
-                allowed=">= 1",
-                fix=f"remove {listed}, or raise them: unset, the host chooses",
-                changes=tuple((flag, None) for flag in DRAFT_FLAGS),
-                kind="config",
-            )
-        )
     return errors
 
 

@@ -143,7 +143,10 @@ def _by_role(build: Build, launch: LaunchFacts) -> int | None:
     """Where only decode rows are dispatched, T is what their number needs."""
     plan = build(launch)
     prefills = plan.bounds_prefill and launch.disaggregation_mode != "decode"
-    return LEAST_TOKENS if not prefills and launch.max_running_requests is not None else None
+    running = launch.max_running_requests
+    # A cap that T does not carry is lowered to what it does, and says nothing about their number.
+    known = running is not None and plan.max_running_requests == running
+    return LEAST_TOKENS if known and not prefills else None
 
 
 def _tokens_source(plan: Plan) -> str:

@@ -26,6 +26,8 @@ from .plan import Budget, Plan, Rejection, Source
 from .row_budgets import RowBudget, row_budgets
 from .transport_checks import check_model, check_tokens_per_rank, token_multiple
 
+RUNNING = "max_running_requests"
+
 __all__ = ["Budget", "Plan", "Rejection", "make_plan"]
 
 
@@ -96,6 +98,8 @@ def _plan_once(
     )
     launch, notes = _capped(launch, capability, tokens_per_rank)
     budgets = row_budgets(launch, capability.modes, tokens_per_rank, limits.default_max_tokens)
+    if notes:  # the cap is no longer the user's own
+        budgets = tuple(replace(b, typed=b.typed and b.name != RUNNING) for b in budgets)
     errors += check_model(model, launch, limits, most, multiple)
     runner, unsupported = choose_runner(model, launch, capability)
     errors += unsupported
@@ -189,7 +193,7 @@ def _is_demand(launch: LaunchFacts, budget: RowBudget, most: int) -> bool:
     ceiling far above what runs: the host lets its KV cache undercut it."""
     if budget.most is None:
         return False
-    return launch.required or budget.name != "max_running_requests" or budget.rows <= most
+    return launch.required or budget.name != RUNNING or budget.rows <= most
 
 
 def _capped(
@@ -205,7 +209,7 @@ def _capped(
         return launch, []
     for budget in row_budgets(launch, capability.modes, tokens_per_rank):
         limit = budget.limit(tokens_per_rank)
-        if budget.name == "max_running_requests" and limit and limit < running:
+        if budget.name == RUNNING and limit and limit < running:
             note = (
                 f"--max-running-requests {running} is lowered to {limit}: "
                 f"T = {tokens_per_rank} carries no more ({budget.bound})"

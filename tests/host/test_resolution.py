@@ -320,9 +320,10 @@ def test_a_cap_is_lowered_again_when_a_wider_draft_comes_to_light(
 ) -> None:
     """And with mixed chunks, to less than a chunk."""
     eagle = ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", models["qwen3"])
-    answer = launch(*TP8, *LL, *eagle, "--max-running-requests", "16384")
+    typed = ("--max-running-requests", "16384", "--batched-dp-moe-max-tokens", "256")
+    answer = launch(*TP8, *LL, *eagle, *typed)
     assert answer["resolved"]["max_running_requests"] == 64 * 8
-    answer = launch(*TP8, *LL, "--enable-mixed-chunk", "--max-running-requests", "16384")
+    answer = launch(*TP8, *LL, "--enable-mixed-chunk", *typed)
     assert answer["resolved"]["max_running_requests"] == 255 * 8
 
 
@@ -366,12 +367,11 @@ def test_a_list_of_prefill_sizes_is_counted_as_the_host_rounds_it(launch: Launch
 
 
 def test_mistyped_draft_steps_are_the_users(launch: Launch, models: dict[str, str]) -> None:
-    """A width of 0 is refused as such."""
+    """They make a width of 0, which is refused as such."""
     eagle = ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", models["qwen3"])
     steps = ("--speculative-num-steps", "-1", "--speculative-eagle-topk", "1")
-    answer = launch(*TP8, *ON, *eagle, *steps, "--speculative-num-draft-tokens", "4")
-    assert answer["errors"][0]["limit"] == "draft tokens per request"
-    assert ["--speculative-num-steps", None] in answer["errors"][0]["changes"]
+    (error,) = launch(*TP8, *ON, *eagle, *steps)["errors"]
+    assert (error["limit"], error["fix"]) == ("speculative decoding", "--speculative-num-steps 1")
 
 
 def test_several_reasons_come_as_one_error(launch: Launch) -> None:
