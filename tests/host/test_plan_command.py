@@ -248,7 +248,7 @@ def test_explain_one_budget(models: dict[str, str]) -> None:
     assert told["name"] == "max_running_requests"
     assert told["follows_from"]["value"] == 256
     done = run(*launch, "--explain", "workspace_bytes")
-    assert "workspace_bytes = 3142063104 (2.93 GiB), of one rank's memory:" in done.stdout
+    assert re.match(r"workspace_bytes = \d+ \(\d\.\d\d GiB\), of one rank's memory:", done.stdout)
     assert "kv_cache_bytes = " in done.stdout
     done = run(*launch, "--explain", "cuda_graph")
     assert done.returncode == 1
