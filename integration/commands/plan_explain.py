@@ -16,11 +16,12 @@ _SOURCES = {
 
 
 def explained(answer: dict[str, Any], name: str) -> dict[str, Any]:
-    """One budget of a plan, and the T that it follows from.
+    """One number of a plan, and what it follows from.
 
     Args:
         answer: the JSON object of the plan.
-        name: a budget's name or flag, or a part of either that no other has.
+        name: a budget's name or flag, or a part of either that no other has; or a part of
+            ``memory``, which is told beside all the others.
 
     Raises:
         ConfigError: the plan has no such budget, or more than one.
@@ -29,8 +30,11 @@ def explained(answer: dict[str, Any], name: str) -> dict[str, Any]:
     asked = name.strip().lstrip("-").replace("-", "_").lower()
     exact = [b for b in budgets if asked in _names(b)]
     found = exact or [b for b in budgets if any(asked in known for known in _names(b))]
+    memory: dict[str, Any] = answer.get("memory") or {}
+    if not exact and asked in memory:
+        return {"name": asked, "value": memory[asked], "memory": memory}
     if len(found) != 1:
-        allowed = [budget["name"] for budget in budgets]
+        allowed = [*(budget["name"] for budget in budgets), *memory]
         if not allowed:
             allowed = [f"none here: {answer['capability']['reason']}"]
         raise ConfigError(
@@ -53,6 +57,12 @@ def _names(budget: dict[str, Any]) -> set[str]:
 
 def render(budget: dict[str, Any]) -> str:
     """The same in sentences, for people."""
+    if "memory" in budget:
+        parts = [f"  {k} = {_amount(k, v)}" for k, v in budget["memory"].items() if v is not None]
+        head = (
+            f"{budget['name']} = {_amount(budget['name'], budget['value'])}, of one rank's memory:"
+        )
+        return "\n".join([head, *parts])
     lines = [_first(budget), f"  arithmetic: {budget['arithmetic']}"]
     headroom = budget["headroom"]
     if headroom is None:
@@ -75,6 +85,11 @@ def render(budget: dict[str, Any]) -> str:
     if budget["flag"]:
         lines.append(f"  set it with: {budget['flag']}")
     return "\n".join(lines)
+
+
+def _amount(name: str, value: Any) -> str:
+    of_a_size = name.endswith("_bytes") and abs(value) >= 2**20
+    return f"{value} ({value / 2**30:.2f} GiB)" if of_a_size else str(value)
 
 
 def _first(budget: dict[str, Any]) -> str:
