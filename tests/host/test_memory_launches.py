@@ -70,11 +70,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 @pytest.mark.parametrize(
     ("name", "gib"),
-    [("v3 16", 55), ("v3 32", 36), ("v3 64", 26.4), ("v3 32 in 8 groups", 26), ("decode", 62.5),
-     ("glm", 105.6), ("fix of v3 8", 55)],
+    [("v3 16", 57.7), ("v3 32", 38.7), ("v3 64", 29.2), ("v3 32 in 8 groups", 27.4), ("decode", 62.5),
+     ("glm", 105.6), ("fix of v3 8", 57.7)],
 )  # fmt: skip
 def test_it_fits(answers: dict[str, dict[str, Any]], name: str, gib: float) -> None:
-    """With room for a KV cache, and every byte within the device."""
+    """With room for a KV cache, and every byte within the device; dense layers and head are held
+    whole where nobody typed otherwise."""
     answer = answers[name]
     assert answer["ok"], answer["error"]
     memory = answer["plan"]["memory"]
