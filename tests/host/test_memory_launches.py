@@ -70,9 +70,16 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 @pytest.mark.parametrize(
     ("name", "gib"),
-    [("v3 16", 57.7), ("v3 32", 38.7), ("v3 64", 29.2), ("v3 32 in 8 groups", 27.4), ("decode", 62.5),
-     ("glm", 105.6), ("fix of v3 8", 57.7)],
-)  # fmt: skip
+    [
+        ("v3 16", 57.7),
+        ("v3 32", 38.7),
+        ("v3 64", 29.2),
+        ("v3 32 in 8 groups", 27.4),
+        ("decode", 62.5),
+        ("glm", 105.6),
+        ("fix of v3 8", 57.7),
+    ],
+)
 def test_it_fits(answers: dict[str, dict[str, Any]], name: str, gib: float) -> None:
     """With room for a KV cache, and every byte within the device; dense layers and head are held
     whole where nobody typed otherwise."""
