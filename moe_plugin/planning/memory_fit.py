@@ -195,7 +195,7 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
         graph = plan.cuda_graph_max_bs_decode or None
         changed = replace(launch, default_tokens=size, decode_graph_cap=graph)
         found = build(changed)
-        if not tokens < found.max_dispatch_tokens_per_rank <= size:
+        if found.max_dispatch_tokens_per_rank != size or size <= tokens:
             continue
         memory = measured(found, model, changed)
         extra = memory.buffer_bytes + memory.workspace_bytes

@@ -76,10 +76,12 @@ def test_plan_says_when_nothing_is_batched(models: dict[str, str]) -> None:
 
 def test_plan_as_a_table(models: dict[str, str]) -> None:
     """Value, source, limit, head-room; bytes; verdict."""
-    done = run("plan", "--model-path", models["qwen3-235b"], *TP8, "--use-batched-dp-moe", "on")
+    argv = ("--model-path", models["qwen3-235b"], *TP8, "--use-batched-dp-moe", "on")
+    done = run("plan", *argv, "--batched-dp-moe-max-tokens", "256")
     assert done.returncode == 0
-    for text in ("max_dispatch_tokens_per_rank", "source", "derived", "headroom", "verdict: ok",
-                 "resolved by SGLang", " GiB"):  # fmt: skip
+    for text in ("max_dispatch_tokens_per_rank", "user", "derived", "headroom", "verdict: ok",
+                 "resolved by SGLang", "1.02 GiB", "(config.json)", "KV cache",
+                 "prefill steps of a prompt alone, by its tokens: 1024: 4"):  # fmt: skip
         assert text in done.stdout
 
 
@@ -191,7 +193,8 @@ def test_doctor_tells_by_its_exit_code() -> None:
 def test_doctor_judges_a_launch(models: dict[str, str]) -> None:
     """Whether this very command would be protected, and why not; in the exit code too."""
     launch = ("--launch", "sglang", "serve", models["deepseek-v3"], *TP8, "--moe-a2a-backend",
-              "deepep", "--deepep-mode", "low_latency")  # fmt: skip
+              "deepep", "--deepep-mode", "low_latency",
+              "--batched-dp-moe-max-tokens", "256")  # fmt: skip
     options = ("doctor", "--quick", "--json", "--target", "h200")
     done = run(*options, *launch)
     report = json.loads(done.stdout)

@@ -31,7 +31,8 @@ class Row:
         number: its name; the number of a launch that more than one case is about comes first.
         model: a model of ``resolving.MODELS`` or below.
         argv: its flags.
-        tokens: T when it is planned; None when it is refused.
+        tokens: T at the least when it is planned, more where memory allows it; None when it is
+            refused.
         fix: part of the refusal's fix.
         runner: whose experts run a planned one.
         before: how the stock resolution takes it.
@@ -176,7 +177,7 @@ def test_launch(row: Row, answers: dict[str, tuple[Any, Any]]) -> None:
     if row.tokens == 0:  # works on the stock host, and stays its own
         assert after["plan"] is None
         return
-    assert after["plan"]["max_dispatch_tokens_per_rank"] == row.tokens
+    assert after["plan"]["max_dispatch_tokens_per_rank"] >= row.tokens
     assert after["plan"]["runner"] == row.runner
 
 

@@ -1,0 +1,91 @@
+"""Planned against logged bytes on one GPU, and the KV cache of a typed fraction against the stock
+host's.
+
+Each server has the GPU to itself: the host sizes its KV cache by what is free.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ..support import gpu_environment
+from ..support.serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
+from ..support.serving.server import LAUNCH_SERVER, Server
+
+SHAPE = replace(QWEN3_30B_LAYERS, num_hidden_layers=4)
+BACKENDS = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
+# What the stock host's own 128 tokens per rank carry.
+BY_HAND = (
+    *("--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency"),
+    *("--chunked-prefill-size", "128", "--max-running-requests", "128"),
+    *("--cuda-graph-max-bs-decode", "64", "--disable-prefill-cuda-graph"),
+)
+STOCK = {"MOE_PLUGIN_DISABLE": "1", "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
+GIB = 1 << 30
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.server,
+    pytest.mark.timeout(1300),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deep_ep") is None, reason="requires the deep_ep package"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four of Qwen3-30B-A3B's layers with random weights, in bf16."""
+    path = tmp_path_factory.mktemp("model")
+    write_checkpoint(path, SHAPE, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.empty_cache()
+    return path
+
+
+def served(
+    model: Path, *args: str, env: Mapping[str, str] | None = None
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """(GiB as the host logs them, the plan's memory) of a server that answers one request."""
+    whole = {**gpu_environment.DEEPEP, **(env or {})}
+    with Server((*BACKENDS, *args), model, ranks=0, env=whole, command=LAUNCH_SERVER) as server:
+        server.wait_ready(600)
+        server.generate("a prompt", 8)
+        log, states = server.log, server.states()
+    found = {
+        "before": float(re.search(r"Load weight begin. avail mem=([\d.]+)", log)[1]),  # type: ignore[index]
+        "weights": float(re.search(r"Load weight end.*?mem usage=([\d.]+)", log)[1]),  # type: ignore[index]
+        "kv": sum(map(float, re.search(  # type: ignore[union-attr]
+            r"K size: ([\d.]+) GB, V size: ([\d.]+)", log).groups())),
+    }  # fmt: skip
+    print(f"{' '.join(args)}: {found}, {states[0]['plan']['memory'] if states else None}")
+    return found, states[0]["plan"]["memory"] if states else None
+
+
+def test_planned_bytes_are_the_logged_ones(model: Path) -> None:
+    """Nothing typed: weights within 3 %, and the KV cache is what was planned or up to 2 GiB more,
+    which is what the plan leaves for a busy host."""
+    logged, memory = served(model, "--use-batched-dp-moe", "on")
+    assert memory is not None
+    assert memory["weights_bytes"] / GIB == pytest.approx(logged["weights"], rel=0.03)
+    assert memory["usable_bytes"] / GIB <= logged["before"]
+    assert -0.1 <= logged["kv"] - memory["kv_cache_bytes"] / GIB <= 2
+
+
+def test_a_typed_fraction_leaves_the_stock_hosts_kv_cache(model: Path) -> None:
+    """The buffer comes out of what the fraction keeps back, on both."""
+    fraction = ("--mem-fraction-static", "0.8")
+    stock, _ = served(model, *BY_HAND, *fraction, env=STOCK)
+    ours, memory = served(model, *BY_HAND, *fraction)
+    assert memory is not None
+    assert memory["mem_fraction_static"] == 0.8
+    assert ours["kv"] >= stock["kv"] - 0.1
+    assert -0.1 <= ours["kv"] - memory["kv_cache_bytes"] / GIB <= 2
