@@ -31,7 +31,8 @@ def test_every_budget_is_filled_from_t_and_t_goes_to_the_backends_variable(
     answer = launch(*TP8, *flags, model="qwen3-fp8")
     assert answer["ok"], answer["error"]
     tokens = answer["plan"]["max_dispatch_tokens_per_rank"]
-    assert tokens >= 256
+    # More than the default only where the bytes that it costs are known.
+    assert tokens == (256 if backend == "deepep_v2" else 512)
     assert answer["environment"][VARIABLES[backend]] == str(tokens)
     assert answer["resolved"]["moe_a2a_backend"] == backend
     assert answer["resolved"]["chunked_prefill_size"] == tokens  # of one DP group
