@@ -19,6 +19,7 @@ from .device_memory import (
     with_guess,
 )
 from .facts import LaunchFacts, ModelFacts
+from .limits import DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP
 from .memory import gib
 from .memory_record import Memory, MemoryFacts
 from .plan import Plan
@@ -190,6 +191,8 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
         return plan
     if launch.chunked_prefill_size is not None or launch.disaggregation_mode == "decode":
         return plan  # a larger T would buy no shorter prefill
+    if plan.rdma_buffer_bytes == 0 or tokens < DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP:
+        return plan  # its bytes are not known, or the backend asks for less by itself
     typed = launch.memory.fraction if launch.memory is not None else None
     for size in LARGER:
         graph = plan.cuda_graph_max_bs_decode or None

@@ -30,11 +30,14 @@ def test_every_budget_is_filled_from_t_and_t_goes_to_the_backends_variable(
     flags = ("--moe-a2a-backend", backend, "--use-batched-dp-moe", switch)
     answer = launch(*TP8, *flags, model="qwen3-fp8")
     assert answer["ok"], answer["error"]
-    assert answer["environment"][VARIABLES[backend]] == "256"
+    tokens = answer["plan"]["max_dispatch_tokens_per_rank"]
+    # More than the default only where the bytes that it costs are known.
+    assert tokens == (256 if backend == "deepep_v2" else 512)
+    assert answer["environment"][VARIABLES[backend]] == str(tokens)
     assert answer["resolved"]["moe_a2a_backend"] == backend
-    assert answer["resolved"]["chunked_prefill_size"] == 256  # of one DP group
-    assert answer["resolved"]["max_running_requests"] == 2048
-    assert answer["decode"]["max_bs"] == 256
+    assert answer["resolved"]["chunked_prefill_size"] == tokens  # of one DP group
+    assert answer["resolved"]["max_running_requests"] == 8 * tokens
+    assert 256 <= answer["decode"]["max_bs"] <= tokens
     assert answer["plan"]["transport"] == backend
     assert answer["plan"]["capability"]["modes"] == ["decode", "extend"]
     assert answer["plan"]["nvshmem_qp_depth"] == 0
@@ -49,7 +52,8 @@ def test_every_budget_is_filled_from_t_and_t_goes_to_the_backends_variable(
 @pytest.mark.parametrize("backend", OTHERS)
 def test_budgets_satisfy_the_host_over_attention_tp(launch: Launch, backend: str) -> None:
     """Two hosts' checks leave attention TP out: pplx for chunk and graph, DeepEP v2 for graphs."""
-    answer = launch(*TP8_DP2, *on(backend), model="qwen3-fp8")
+    tokens = ("--batched-dp-moe-max-tokens", "256")
+    answer = launch(*TP8_DP2, *on(backend), *tokens, model="qwen3-fp8")
     assert answer["ok"], answer["error"]
     scattered = 256 * 4
     chunk = answer["resolved"]["chunked_prefill_size"]
