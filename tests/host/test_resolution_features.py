@@ -27,6 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 BF16_ROWS = {"SGLANG_DEEPEP_BF16_DISPATCH": "1"}
 ROWS_FLAG = "--deepep-dispatcher-output-dtype"
 ROLES = (*("--disaggregation-mode", "prefill"), *("--disaggregation-transfer-backend", "mooncake"))
+DEEP_GEMM = ("--moe-runner-backend", "deep_gemm")
 DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "flashinfer")
 
 
@@ -36,7 +37,7 @@ DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "fla
         ("qwen3-fp8", (*DP2, *LL, ROWS_FLAG, "bf16"), {}, f"remove {ROWS_FLAG}"),
         ("qwen3-fp8", (*DP2, *LL), BF16_ROWS, f"unset {next(iter(BF16_ROWS))}"),
         ("qwen3", (*DP2, *LL, ROWS_FLAG, "fp8"), {}, f"remove {ROWS_FLAG}"),
-        ("limited-bf16", (*DP2, *LL, "--moe-runner-backend", "deep_gemm"), {}, LEAVE),
+        ("limited-bf16", (*DP2, *LL, *DEEP_GEMM), {}, "--moe-runner-backend auto"),
         ("fp4-experts", (*DP2, *LL), {}, "--moe-runner-backend humming"),
         ("qwen3", ("--tp-size", "2", *LL, "--model-impl", "transformers"), {}, LEAVE),
         ("qwen3", (*DP2, *ON, *ROLES, "--enable-pd-role-switch"), {}, "remove --enable-pd-role"),
@@ -65,6 +66,7 @@ def test_limited_experts_are_ours(launch: Launch, model: str) -> None:
     plan = launch(*DP2, *LL, model=model)["plan"]
     assert plan["runner"] == "moe_plugin"
     assert plan["max_dispatch_tokens_per_rank"] >= 256
+    assert plan["verdict"] == "ok"
 
 
 def test_fp4_experts_are_told_from_the_checkpoints_fp8(launch: Launch) -> None:

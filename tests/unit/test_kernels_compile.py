@@ -84,12 +84,16 @@ def test_counts_of_many_experts_spill_nothing(tmp_path: Path) -> None:
     check_sm90(kernels, SPILL_BYTES)
 
 
-@pytest.mark.parametrize("rows", [8, 64, 512])
-def test_every_activation_compiles_to_the_same_loop(rows: int, tmp_path: Path) -> None:
-    """Its constants and vectors stand behind the loop: nothing spills that did not."""
-    kernels = compile_for((9, 0), [(4, 64, 1152, 176)], [rows], tmp_path,
-                          activations=ACTIVATIONS.values())  # fmt: skip
-    assert {k["activation"] for k in kernels} == {str(a) for a in ACTIVATIONS.values()}
+RICH = ("clamped (Step-3.5, GigaChat)", "scaled, interleaved, bias (gpt-oss)")
+"""Activations that between them take every branch of the epilogue."""
+
+
+@pytest.mark.parametrize("rows", [8, 512])
+def test_activations_spill_nothing(rows: int, tmp_path: Path) -> None:
+    """Their constants and vectors stand behind the loop."""
+    activations = [ACTIVATIONS[name] for name in RICH]
+    kernels = compile_for((9, 0), [(4, 64, 1152, 176)], [rows], tmp_path, activations=activations)
+    assert {k["activation"] for k in kernels} == set(map(str, activations))
     check_sm90(kernels, SPILL_BYTES)
 
 
