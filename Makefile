@@ -73,7 +73,7 @@ test-gpu: install
 
 # Tables of the README that stand for code.
 docs: install
-	cd tests && $(BIN)/python -P -m support.readme_tables
+	$(BIN)/python -P tests/support/readme_tables.py
 
 wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
