@@ -23,6 +23,6 @@ case $stage in
 tests) python3 -P -m pytest -m gpu tests/gpu -s -q --timeout 400 "$@" ;;
 kernels) cd benchmarks/kernels && python3 bench.py "$@" --out "$out" ;;
 transport) python3 -P benchmarks/transport/bench.py --out "$out" "$@" ;;
-start | up | rounds | client | checks | drift | down | pair | stock) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;
-*) echo "unknown stage $stage: tests, kernels, transport, start, up, rounds, client, checks, drift, down, pair or stock" >&2 && exit 1 ;;
+start | up | rounds | client | checks | soak | drift | down | pair | stock) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;
+*) echo "unknown stage $stage: tests, kernels, transport, start, up, rounds, client, checks, soak, drift, down, pair or stock" >&2 && exit 1 ;;
 esac

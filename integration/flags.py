@@ -59,7 +59,7 @@ def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) 
         type=parse_max_tokens,
         default=None,
         metavar="N",
-        help="Tokens per rank that one all-to-all dispatch may carry (default: 256 for deepep). "
+        help="Tokens per rank that one all-to-all dispatch may carry (default: 256). "
         "All batch budgets that are not set explicitly follow from it.",
     )
     return result

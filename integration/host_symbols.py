@@ -198,6 +198,30 @@ GLOBAL_TOKENS = HostSymbol(
     runtime=True,
 )
 
+A2A_BACKEND = HostSymbol(
+    "layers.moe.utils.get_moe_a2a_backend",
+    (),
+    "tell a draft's layers from the target's",
+    "never: dispatcher contract",
+    runtime=True,
+)
+DISPATCHERS = {
+    backend: HostSymbol(
+        f"layers.moe.token_dispatcher.{path}",
+        ("self", "hidden_states", "topk_output"),
+        "refuse more than T rows before they are sent",
+        "the host refuses them itself, on every rank",
+        runtime=True,
+    )
+    for backend, path in {
+        "nixl": "nixl.NixlEPDispatcher.dispatch_a",
+        "mooncake": "mooncake.MooncakeEPDispatcher.dispatch_a",
+        "pplx": "pplx.PplxDispatcher.dispatch_a",
+        "deepep_v2": "deepep_v2.DeepEPv2Dispatcher.dispatch",
+    }.items()
+}
+"""By backend. Checked only where that backend is used: not every supported host has each."""
+
 SYMBOLS: tuple[HostSymbol, ...] = (
     ADD_CLI_ARGS,
     FROM_CLI_ARGS,
@@ -217,6 +241,7 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     LL_COMBINE,
     MEMORY_SAVER,
     GLOBAL_TOKENS,
+    A2A_BACKEND,
 )
 
 

@@ -75,6 +75,8 @@ def weight_specs(shape: Shape) -> ExpertWeights:
             return None
         if shape.format.weight_scale == "channel":
             return Spec((experts, rows), torch.float32)
+        if shape.format.weight_scale == "tensor":
+            return Spec((experts,), torch.float32)
         size = (experts, ceil_div(rows, SCALE_BLOCK), ceil_div(depth, SCALE_BLOCK))
         return Spec(size, torch.float32)
 

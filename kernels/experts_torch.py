@@ -45,6 +45,8 @@ def dequantise_expert_torch(
     if weights.w13_scale is None or weights.w2_scale is None:
         return w13.float(), w2.float()
     s13, s2 = weights.w13_scale[expert], weights.w2_scale[expert]
+    if weights.format.weight_scale == "tensor":
+        return w13.float() * s13, w2.float() * s2
     if weights.format.weight_scale == "channel":
         return w13.float() * s13.unsqueeze(-1), w2.float() * s2.unsqueeze(-1)
     return dequantise_blocks_torch(w13, s13), dequantise_blocks_torch(w2, s2)

@@ -14,7 +14,7 @@ FP8_MAX = 448.0
 MIN_AMAX = 1e-10
 """Keeps the scale of an all-zero scale group finite and non-zero."""
 
-WeightScale = Literal["none", "block", "channel", "group"]
+WeightScale = Literal["none", "block", "channel", "tensor", "group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Format:
         row_bits: of one element of a dispatched row; 8 are float8_e4m3fn, with one float32 scale
             per `SCALE_BLOCK` channels.
         weight_scale: what shares a scale: nothing has one, blocks of `SCALE_BLOCK` x `SCALE_BLOCK`,
-            an output channel, or `group` inputs of an output channel.
+            an output channel, a whole expert's matrix, or `group` inputs of an output channel.
         group: inputs that share a scale where `weight_scale` is "group".
         zero_points: whether weights are stored with one per scale.
         operand: where the tensor cores take weights from. Narrower ones than rows are decoded in
@@ -56,8 +56,8 @@ class Format:
 BF16 = Format("bf16", 16, 16)
 FP8_BLOCK = Format("fp8_block", 8, 8, "block")
 FP8_CHANNEL = Format("fp8_channel", 8, 8, "channel")
-"""Also per tensor: the same scale for every channel."""
-FORMATS = {each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL)}
+FP8_TENSOR = Format("fp8_tensor", 8, 8, "tensor")
+FORMATS = {each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR)}
 """What the kernels compute."""
 
 

@@ -19,8 +19,10 @@ class ExpertWeights:
         w13: [L, 2I, H], gate rows then up rows, or taking turns where the activation says so; bf16
             (fp32 for the torch twin), or float8_e4m3fn.
         w2: [L, H, I], same dtype.
-        w13_scale: None, or float32: per block [L, ceil(2I/128), ceil(H/128)], per channel [L, 2I].
-        w2_scale: None, or float32: per block [L, ceil(H/128), ceil(I/128)], per channel [L, H].
+        w13_scale: None, or float32: per block [L, ceil(2I/128), ceil(H/128)], per channel [L, 2I],
+            per tensor [L].
+        w2_scale: None, or float32: per block [L, ceil(H/128), ceil(I/128)], per channel [L, H], per
+            tensor [L].
         format: how they are stored, and rows dispatched.
         activation: what is computed between them.
         w13_bias: None, or [L, 2I] float32.

@@ -60,12 +60,34 @@ class BatchedBackend:
         batched_modes: predicate; which of the instance's modes resolve to the batched layout.
         limits: what it can carry.
         explicit_flag: the flag that selects it explicitly, for messages.
+        module: what the host imports for it, at top level; "" where it needs nothing.
+        package: what to install for that module.
+        low_latency_only: the host builds it in ``--deepep-mode low_latency`` alone.
+        host_formats: expert weights that the host computes behind it, where only the host's
+            DeepGEMM reads its output; empty where ours do.
+        bf16_variable: the host's variable that makes every dispatch bf16; "" where each layer
+            chooses for itself, None where rows are FP8 whatever the layer.
+        whole_rows: the host holds the rows of a whole attention-DP group against T, although
+            attention TP scatters them;
+        whole_graphs: and here those of the largest decode graph only.
     """
 
     name: str
     batched_modes: Callable[[CapabilityFacts], frozenset[Mode]]
     limits: Limits
     explicit_flag: str = ""
+    module: str = ""
+    package: str = ""
+    low_latency_only: bool = False
+    host_formats: frozenset[str] = frozenset()
+    bf16_variable: str | None = ""
+    whole_rows: bool = False
+    whole_graphs: bool = False
+
+
+def unless_normal(facts: CapabilityFacts) -> frozenset[Mode]:
+    """Modes of a backend that is low latency in every forward, or not built at all."""
+    return frozenset() if facts.deepep_mode == "normal" else frozenset(Mode)
 
 
 @dataclass(frozen=True, slots=True)

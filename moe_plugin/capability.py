@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from .backends.deepep import DEEPEP
+from .backends import BUILT_IN
+from .backends.not_batched import NOT_BATCHED
 from .batched_backend import BatchedBackend, Capability, CapabilityFacts
 from .errors import ConfigError, explain
 from .registry import Registry
@@ -20,15 +21,18 @@ from .registry import Registry
 ENTRY_POINT_GROUP = "moe_plugin.backends"
 
 _BACKENDS: Registry[BatchedBackend] = Registry("batched-DP MoE backend")
-_BACKENDS.register(DEEPEP.name, DEEPEP)
+for _name, _backend in BUILT_IN.items():
+    _BACKENDS.register(_name, _backend)
 _discovered = False
 
 
 def register_backend(backend: BatchedBackend) -> BatchedBackend:
     """Register a backend globally, under ``backend.name``; returns it.
 
+    To put one in the place of a built-in, :func:`unregister_backend` that one first.
+
     Raises:
-        ConfigError: the name is taken by another backend.
+        ConfigError: the name is taken by another backend, built-in ones included.
     """
     return _BACKENDS.register(backend.name, backend)
 
@@ -69,9 +73,12 @@ def use_batched_dp_moe(facts: CapabilityFacts) -> Capability:
     for who, name in users:
         if name in _BACKENDS:
             return _answer(facts, who, _BACKENDS.get(name))
-    names = ", ".join(sorted({name for _, name in users}))
+    names = sorted({name for _, name in users})
+    why = "; ".join(f"{name}: {NOT_BATCHED[name]}" for name in names if name in NOT_BATCHED)
     return Capability(
-        False, f"all-to-all backend {names} is not batched (registered: {_BACKENDS.names()})"
+        False,
+        f"all-to-all backend {', '.join(names)} is not batched{f' ({why})' if why else ''}, "
+        f"registered are {_BACKENDS.names()}",
     )
 
 
@@ -110,6 +117,16 @@ def _discover() -> None:
                     got=f"{type(backend).__name__} from {entry.value}",
                     allowed="a BatchedBackend, or a callable returning one",
                     fix="correct or uninstall that distribution",
+                )
+            )
+        if backend.name in BUILT_IN:
+            raise ConfigError(
+                explain(
+                    f"batched backend {backend.name!r} of entry point {entry.value}",
+                    got="the name of a built-in backend",
+                    allowed=f"a name not in {list(BUILT_IN)}",
+                    fix="rename it or uninstall that distribution; code that means to replace a "
+                    "built-in calls unregister_backend and register_backend",
                 )
             )
         register_backend(backend)

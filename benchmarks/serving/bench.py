@@ -5,6 +5,7 @@
     rounds  alternating rounds of load against the servers that are up
     client  the host's own bench_serving, with random ids, against the servers that are up
     checks  idle ranks, unequal load and the plan of ours that is up; or a rank killed, by --kill
+    soak    random load on ours that is up: nothing may hang or be lost
     drift   whether the answers of those that are up get worse under load
     down    stop them by their process ids; what was compiled since they were ready
     pair    up, rounds and down in one
@@ -42,6 +43,7 @@ from drift import stage_drift
 from rank_checks import stage_checks
 from report import merge, summary
 from rounds import stage_rounds
+from soak import stage_soak
 from starting import stage_down, stage_up
 from stock import stage_stock
 from streams import STREAM_INTERVAL
@@ -65,6 +67,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "rounds": stage_rounds,
     "client": stage_client,
     "checks": stage_checks,
+    "soak": stage_soak,
     "drift": stage_drift,
     "down": stage_down,
     "pair": stage_pair,
@@ -115,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--more", nargs="+", default=[], help="up: more flags for every server")
     add("--points", nargs="+", default=["all"], help="such as chat, chat/64, chat@16; 64: short/64")
     add("--rounds", type=int, default=5)
-    add("--seconds", type=float, default=10.0, help="counted in one round")
+    add("--seconds", type=float, default=10.0, help="counted in one round; soak: at most")
+    add("--steps", type=int, default=10_000, help="soak: of every rank, if there is time")
     add("--lead", type=float, help="seconds of load before counting; default: the load's own")
     add("--warm", action="store_true", help="rounds: no warm-up, the servers had one")
     add("--seldom", nargs="*", default=[], help="variants in fewer rounds")

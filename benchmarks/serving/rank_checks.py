@@ -70,6 +70,9 @@ def _serving(server: Running, ranks: int, layers: int, longest: int) -> Checks:
         "64 concurrent prompts": partial(ask.check_mixed_prompts, server, 64, lengths, NEW_TOKENS),
         "idle ranks": partial(ask.check_idle_ranks, server, NEW_TOKENS),
         "unequal load": partial(ask.check_unequal_load, server, ranks, longest, NEW_TOKENS),
+        "same bits while others prefill": partial(
+            ask.check_same_bits, server, ranks, longest, 2 * NEW_TOKENS
+        ),
         "within the plan": partial(ask.check_within_plan, server, ranks, layers),
     }
 

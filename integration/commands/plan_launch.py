@@ -111,7 +111,8 @@ def resolve(record: Any, draw: Draw = table) -> dict[str, Any]:
     """
     with _warnings_of_ours() as warnings:
         plan, resolved = _resolve(record)
-    more = tuple(warning for warning in warnings if warning not in plan.notes)
+    said = (*plan.notes, plan.capability.reason)
+    more = tuple(w for w in warnings if not any(text and text in w for text in said))
     return report(replace(plan, notes=plan.notes + more), resolved, draw)
 
 

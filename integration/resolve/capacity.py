@@ -1,4 +1,4 @@
-"""The host's variable for T: what the user set, and what we export for the host to read."""
+"""The host's variables of a backend: what the user set, and what we export for it to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...planning.limits import Limits
 from ...planning.plan import Plan, Rejection, refusal
 
 HOST_TOKENS_PER_RANK = 128
-"""T of a host whose ``SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK`` is not set."""
+"""T of the host where a backend's capacity variable is not set; the same for all of ours."""
 _ours: dict[str, str] = {}
 """Variables that this process set by itself, so that a second resolution tells them apart."""
 
@@ -35,7 +35,7 @@ def user_tokens_per_rank(limits: Limits) -> int | None:
         raise refusal([error]) from None
 
 
-def withdraw_capacity() -> None:
+def withdraw_variables() -> None:
     """Take back what an earlier resolution in this process exported: it was not the user's."""
     for name, value in _ours.items():
         if os.environ.get(name) == value:
@@ -43,10 +43,18 @@ def withdraw_capacity() -> None:
     _ours.clear()
 
 
-def export_capacity(plan: Plan) -> None:
-    name = limits_of(get_backend(plan.capability.backend), plan.transport).capacity_variable
-    value = str(plan.max_dispatch_tokens_per_rank)
-    if name is not None and os.environ.get(name) != value:
-        # Workers inherit it; the host reads it when it builds its dispatchers.
-        _ours[name] = value
-        os.environ[name] = value
+def export_variables(plan: Plan, weight_format: str) -> None:
+    """Set what the host reads, in this process and in those that it starts.
+
+    T, which some backends are checked against during resolution and all read when dispatchers are
+    built; and bf16 rows for bf16 weights on our experts, where a variable decides for all layers.
+    """
+    backend = get_backend(plan.capability.backend)
+    _export(limits_of(backend, plan.transport).capacity_variable, plan.max_dispatch_tokens_per_rank)
+    if plan.runner == "moe_plugin" and weight_format == "unquantized":
+        _export(backend.bf16_variable, 1)
+
+
+def _export(name: str | None, value: int) -> None:
+    if name and os.environ.get(name) != str(value):
+        _ours[name] = os.environ[name] = str(value)

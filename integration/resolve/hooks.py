@@ -20,7 +20,7 @@ from ...errors import MoePluginError
 from ...planning.plan import Plan, refusal
 from ..attached_plan import attach_plan, plan_of
 from ..flags import requested
-from .capacity import export_capacity, withdraw_capacity
+from .capacity import export_variables, withdraw_variables
 from .fills import fills_of
 from .foresight import foresee
 from .installation import foreign_device, runtime_problems, schedulers_are_ray_actors
@@ -53,7 +53,7 @@ def install() -> None:
 
 
 def _before_graph_config(server_args: Any, previous: Step) -> None:
-    withdraw_capacity()
+    withdraw_variables()
     attach_plan(server_args, None)
     if requested(server_args).switch != "off":
         attach_plan(server_args, _ours(_plan_and_fill, server_args))
@@ -75,8 +75,9 @@ def _after_everything(server_args: Any, previous: Step) -> None:
     plan = verify(server_args, planned) if planned else _ours(_verify_unplanned, server_args)
     attach_plan(server_args, plan)
     if plan is None:
+        withdraw_variables()
         return
-    export_capacity(plan)
+    export_variables(plan, model_facts(server_args).weight_format)
     logger.info(
         "batched data-parallel MoE: %d tokens per rank, %s transport, %s experts, %s bytes of "
         "buffer and %s of workspace per rank",
@@ -129,7 +130,7 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
     if plan.errors:
         refuse_or_leave(server_args, plan.errors, plan)
         return None
-    if problems := runtime_problems():
+    if problems := runtime_problems(plan.capability.backend):
         leave_alone(server_args, problems)
         return None
     if chosen:
@@ -141,4 +142,6 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
         declare_resolution(server_args, SOURCE, **fills)
         listed = ", ".join(f"{name}={value}" for name, value in fills.items())
         logger.info("batched data-parallel MoE: filled %s", listed)
+    # Before the host's own checks of chunk and graphs against T, which two backends have.
+    export_variables(plan, model_facts(server_args).weight_format)
     return plan

@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from ...batched_backend import BatchedBackend
+from ...capability import backend_names, get_backend
 from ...envs import TRANSPORT
 from ...planning.compatibility import FLASHINFER_TILE
-from ...planning.facts import LaunchFacts
+from ...planning.facts import GRAPH_MULTIPLE, LaunchFacts
+from ...planning.limits import Limits
+from ...planning.row_budgets import ceil_to
 from ..flags import requested
 from .draft_facts import draft_has_routed_moe, draft_shape, draft_width
 from .host_environment import environment_bool, environment_int
@@ -25,8 +29,20 @@ def attn_dp_size(cfg: Any) -> int:
     return max(1, int(dp_groups))
 
 
-def transport_of(cfg: Any) -> str:
-    """``deepep`` or ``torch``: asked for, or DeepEP everywhere but on a CPU."""
+def backend_of(name: str) -> BatchedBackend:
+    """The backend registered under ``name``, or one without any property where none is."""
+    if name in backend_names():
+        return get_backend(name)
+    return BatchedBackend(name=name, batched_modes=lambda _: frozenset(), limits=Limits())
+
+
+def transport_of(cfg: Any, backend: str) -> str:
+    """Who moves the rows: the backend itself, or torch in the place of DeepEP.
+
+    torch where it was asked for, and on a CPU.
+    """
+    if backend != "deepep":
+        return backend
     asked = TRANSPORT.read()
     if asked != "auto":
         return asked
@@ -34,14 +50,16 @@ def transport_of(cfg: Any) -> str:
 
 
 def explicit_graph_max(server_args: Any, phase: str) -> int | None:
-    """Largest capture size that the user named for a phase, by flag, list or JSON."""
+    """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
+    prefills as the host rounds it (``apply_deepep_adjustments``)."""
     config = server_args.cuda_graph_config
     config = config.to_dict() if hasattr(config, "to_dict") else config or {}
     named = config.get(phase) if isinstance(config, dict) else None
     named = named if isinstance(named, dict) else {}
     sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
     if sizes:
-        return int(max(sizes))
+        largest = int(max(sizes))
+        return ceil_to(largest, GRAPH_MULTIPLE) if phase == "prefill" else largest
     largest = named.get("max_bs")
     if largest is None:
         largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
@@ -63,9 +81,15 @@ def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
     return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
 
 
-def dispatch_dtype(cfg: Any) -> tuple[str, str]:
+def dispatch_dtype(cfg: Any, backend: str) -> tuple[str, str]:
     """(dtype of dispatched rows that the user asked for, or ``auto``; flag or variable)."""
     flag, variable = "--deepep-dispatcher-output-dtype", "SGLANG_DEEPEP_BF16_DISPATCH"
+    own = backend_of(backend).bf16_variable
+    if own is None:
+        return "auto", flag  # which this backend does not read
+    if own:
+        asked = {None: "auto", False: "fp8", True: "bf16"}[environment_bool(own)]
+        return asked, own
     asked = getattr(cfg, "deepep_dispatcher_output_dtype", None) or "auto"
     if asked == "auto" and environment_bool(variable):
         return "bf16", variable
@@ -130,13 +154,14 @@ def launch_facts(
     request = requested(server_args)
     draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None)
     dp_groups = attn_dp_size(cfg)
-    dtype, dtype_source = dispatch_dtype(cfg)
+    a2a = backend_of(backend or cfg.moe_a2a_backend)
+    dtype, dtype_source = dispatch_dtype(cfg, a2a.name)
     return LaunchFacts(
-        a2a_backend=backend or cfg.moe_a2a_backend,
+        a2a_backend=a2a.name,
         deepep_mode=mode or cfg.deepep_mode,
         disaggregation_mode=cfg.disaggregation_mode,
         device=str(cfg.device),
-        transport=transport_of(cfg),
+        transport=transport_of(cfg, a2a.name),
         tp_size=cfg.tp_size,
         attn_dp_size=dp_groups,
         attn_cp_size=max(1, int(getattr(cfg, "attn_cp_size", 1) or 1)),
@@ -174,7 +199,9 @@ def launch_facts(
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=adapts_experts(cfg),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
-        whole_rows=bool(getattr(cfg, "disable_attn_tp_gather", False)) and dp_groups == 1,
+        whole_rows=a2a.whole_rows
+        or (bool(getattr(cfg, "disable_attn_tp_gather", False)) and dp_groups == 1),
+        whole_graphs=a2a.whole_graphs,
         chunk_alignment=chunk_alignment(cfg),
         diffusion=bool(getattr(cfg, "dllm_algorithm", None)),
         pipeline_warmup=environment_bool("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP") is True,
@@ -182,5 +209,5 @@ def launch_facts(
         dp_lm_head=bool(cfg.enable_dp_lm_head),
         tp_lm_head_all_to_all=bool(server_args.enable_tp_lm_head_all_to_all),
         separate_draft=_separate_draft(cfg),
-        draft_shape=draft_shape(server_args, cfg, backend or cfg.moe_a2a_backend),
+        draft_shape=draft_shape(server_args, cfg, a2a.name),
     )

@@ -55,7 +55,7 @@ def plan_for(
     capability = capability_for(server_args, cfg, backend, mode)
     if not capability.ok:
         return Plan(capability=capability)
-    limits = limits_of(get_backend(capability.backend), transport_of(cfg))
+    limits = limits_of(get_backend(capability.backend), transport_of(cfg, capability.backend))
     launch = launch_facts(
         server_args,
         cfg,

@@ -38,6 +38,7 @@ def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
         whole_head=bool(getattr(cfg, "enable_dp_lm_head", False)),
         draft_loaded=own,
         other_draft_bytes=other,
+        kv_token_cap=getattr(server_args, "max_total_tokens", None),
         groups_flag="--dp-size" if getattr(server_args, "enable_dp_attention", False) else "",
     )
 

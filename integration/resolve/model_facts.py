@@ -126,4 +126,23 @@ def weight_format(server_args: Any, model: Any) -> str:
     if name == "fp8":
         block = config.get("weight_block_size")
         return "fp8_tensor" if not block else f"fp8_block{'' if block == [128, 128] else block}"
+    if name == "compressed-tensors" and _is_fp8(config):
+        return "compressed-tensors_fp8"
     return str(name)
+
+
+def _is_fp8(config: dict[str, Any]) -> bool:
+    """Whether every group of a compressed-tensors checkpoint has FP8 weights and rows, with scales
+    that our experts read."""
+    groups = list((config.get("config_groups") or {}).values())
+    for group in groups:
+        weights, rows = group.get("weights") or {}, group.get("input_activations") or {}
+        for side in (weights, rows):
+            if (side.get("type"), side.get("num_bits")) != ("float", 8):
+                return False
+        kind = weights.get("strategy")
+        if kind == "block" and weights.get("block_structure") != [128, 128]:
+            return False
+        if kind not in ("block", "channel", "tensor"):
+            return False
+    return bool(groups)

@@ -35,13 +35,7 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
         fraction = math.floor((memory.mem_fraction_static - beside + 1e-9) * 1000) / 1000
         ours, taken = memory.buffer_bytes + memory.workspace_bytes, 0
     left = int(memory.usable_bytes * fraction) - memory.weights_bytes - taken
-    token = memory.kv_token_bytes
-    memory = replace(
-        memory,
-        mem_fraction_static=fraction,
-        kv_cache_bytes=left,
-        kv_cache_tokens=max(0, left) // token if token else 0,
-    )
+    memory = replace(memory, mem_fraction_static=fraction).with_room(left)
     declare_resolution(server_args, "moe_plugin", mem_fraction_static=fraction)
     return replace(plan, reserved_bytes=ours, memory=memory)
 

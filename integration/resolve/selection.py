@@ -1,13 +1,15 @@
-"""``--use-batched-dp-moe on`` selects a batched backend where the user chose none."""
+"""Which backend and mode: ``--use-batched-dp-moe on`` selects where the user chose none."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ...backends.not_batched import NOT_BATCHED
 from ...capability import backend_names
 from ...planning.plan import Rejection, refusal
 from ..flags import requested
 from .foresight import Foreseen
+from .launch_facts import backend_of
 from .refusals import refuse
 
 
@@ -21,6 +23,10 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
     """
     backend, mode = cfg.moe_a2a_backend, cfg.deepep_mode
     chosen = {}
+    # In mode `auto` the host raises when it builds these dispatchers.
+    low_latency_only = backend_of(backend).low_latency_only
+    if low_latency_only and mode == "auto":
+        mode = chosen["deepep_mode"] = "low_latency"
     if requested(server_args).switch != "on":
         if backend in backend_names() and _now(server_args) != backend:
             chosen["moe_a2a_backend"] = backend
@@ -31,7 +37,7 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
         backend = "deepep"
     if backend not in backend_names():
         refuse(server_args, _low_latency(cfg), [_other_backend(backend)])
-    if backend == "deepep" and mode == "normal":
+    if mode == "normal" and (backend == "deepep" or low_latency_only):
         refuse(server_args, cfg, [_normal_mode()])
     if _now(server_args) != backend:
         chosen["moe_a2a_backend"] = backend
@@ -54,7 +60,8 @@ def _low_latency(cfg: Any) -> Any:
 def _other_backend(backend: str) -> Rejection:
     return Rejection(
         "all-to-all backend",
-        got=f"--use-batched-dp-moe on with --moe-a2a-backend {backend}",
+        got=f"--use-batched-dp-moe on with --moe-a2a-backend {backend}: "
+        + NOT_BATCHED.get(backend, "not registered"),
         allowed=f"one of {backend_names()}",
         fix="--moe-a2a-backend deepep, or --use-batched-dp-moe off",
         changes=(("--moe-a2a-backend", "deepep"),),

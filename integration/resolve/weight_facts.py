@@ -19,8 +19,11 @@ _NOT_MODELLED = (
 _SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude")
 _EXPERTS_ONLY = frozenset({"mxfp4", "modelopt_fp4", "nvfp4", "petit_nvfp4"})
 _ONE_BYTE = frozenset(
-    {"fp8", "fp8_tensor", "w8a8_fp8", "w8a8_int8", "modelopt", "modelopt_fp8", "fbgemm_fp8"}
-)
+    {
+        "compressed-tensors_fp8", "fbgemm_fp8", "fp8", "fp8_tensor", "modelopt", "modelopt_fp8",
+        "w8a8_fp8", "w8a8_int8",
+    }
+)  # fmt: skip
 _PACKED = frozenset(
     {"awq", "awq_marlin", "gptq", "gptq_marlin", "moe_wna16", "compressed-tensors", "auto-round"}
 )

@@ -56,8 +56,7 @@ def announce(dispatcher: Any) -> None:
     """
     plan = current_plan()
     inners = getattr(dispatcher, "_inners", [dispatcher])
-    both = [getattr(inner, "_low_latency_dispatcher", None) for inner in inners]
-    found = [inner for inner in both if inner is not None]
+    found = [impl for inner in inners if (impl := implementation(inner)) is not None]
     if plan is None or not found:
         return
     if plan.transport == "torch":
@@ -71,8 +70,16 @@ def announce(dispatcher: Any) -> None:
 def after_memory_pools(result: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
     """AFTER hook on ``Scheduler.init_memory_pools``: now the buffer, before graphs."""
     while _announced:
-        _announced.pop()._get_buffer()
+        create = getattr(_announced.pop(), "_get_buffer", None)
+        if create is not None:  # pplx has made its own, when the weights' dtype told it of rows
+            create()
     return result
+
+
+def implementation(dispatcher: Any) -> Any:
+    """What dispatches in low latency behind the host's dispatcher; None where nothing does."""
+    found = getattr(dispatcher, "_low_latency_dispatcher", None)
+    return found if found is not None else getattr(dispatcher, "_impl", None)
 
 
 def _cpu_group() -> Any:

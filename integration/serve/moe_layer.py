@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...backends.deepep import DEEPEP
 from ...errors import UnsupportedError, explain
-from ...kernels.formats import BF16, FP8_BLOCK
-from ...kernels.weights import ExpertWeights
-from ...planning.compatibility import LEAVE_TEXT
 from ...planning.plan import Plan
 from ...runtime.config import BatchedMoEConfig
 from ...runtime.metadata import rows_to_launch_for
 from ...runtime.runner import BatchedMoERunner, make_moe_runner, warm_up
 from ...runtime.stats import STATS
-from ..resolve.launch_facts import deterministic, dispatch_dtype
+from ..resolve.launch_facts import backend_of, deterministic, dispatch_dtype
 from . import buffer
+from .dispatchers import guard_dispatchers
+from .expert_weights import expert_weights, layer_activation, loaded_format
 
 _RUNNER = "_moe_plugin_runner"
-_LIMITED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
 
 
@@ -36,8 +35,18 @@ def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwa
         _attach_runner(original, layer, plan, args, kwargs)
     else:
         original(layer, *args, **kwargs)
+    backend = _backend()
+    if backend != "deepep":
+        guard_dispatchers(layer.dispatcher, plan, backend)
     buffer.announce(layer.dispatcher)
     return None
+
+
+def _backend() -> str:
+    """The all-to-all of the model that is being built; a draft's may be another."""
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    return str(get_moe_a2a_backend().value)
 
 
 def _attach_runner(
@@ -54,9 +63,10 @@ def _attach_runner(
     layer.deprecate_flag = True
     runner = _make_runner(layer, plan)
     setattr(layer, _RUNNER, runner)
+    rows = loaded_format(layer)
     if layer.w13_weight.is_cuda:
-        warm_up(runner.config, expert_weights(layer).format)
-    if layer.w13_weight.dtype.itemsize > 1:
+        warm_up(runner.config, rows, layer_activation(layer))
+    if not rows.fp8_rows:
         # Unset, the host would quantise activations to FP8 for bf16 weights as well, such as those
         # of a layer that an FP8 checkpoint leaves out.
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
@@ -65,16 +75,21 @@ def _attach_runner(
 
 def _check_rows_in_bf16(layer: Any) -> None:
     """The user's flag wins over the layer's wish; most layers may be FP8, so no plan refuses it."""
-    asked, source = dispatch_dtype(buffer.host_config())
-    if asked not in ("auto", "bf16"):
-        raise UnsupportedError(
-            explain(
-                f"MoE layer {layer.layer_id}: dtype of dispatched rows",
-                got=f"{asked} ({source}) with {layer.w13_weight.dtype} weights",
-                allowed="bf16, which auto selects for each layer",
-                fix=f"remove {source}",
-            )
+    backend = _backend()
+    asked, source = dispatch_dtype(buffer.host_config(), backend)
+    each_layer = backend_of(backend).bf16_variable == ""
+    if asked == "bf16" or (each_layer and asked == "auto"):
+        return
+    raise UnsupportedError(
+        explain(
+            f"MoE layer {layer.layer_id}: dtype of dispatched rows",
+            got=f"{asked} ({source}) with {layer.w13_weight.dtype} weights"
+            if each_layer
+            else f"FP8 for every layer over {backend}, with {layer.w13_weight.dtype} weights",
+            allowed="bf16, which auto selects for each layer over DeepEP",
+            fix=f"remove {source}" if each_layer else DEEPEP.explicit_flag,
         )
+    )
 
 
 def around_moe_forward(
@@ -120,28 +135,18 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     expected_m = rows_to_launch_for(
         buffer.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts
     )
+    weights = expert_weights(layer)
+    if weights.w13.is_cuda:  # some models give the layer its limit after it was made
+        warm_up(runner.config, weights.format, weights.activation)
     output = runner.run_experts(
         dispatch_output.hidden_states,
         dispatch_output.hidden_states_scale,
         dispatch_output.masked_m,
-        expert_weights(layer),
+        weights,
         expected_m,
     )
     STATS.count_layer(layer.layer_id)
     return DeepEPLLCombineInput(output, dispatch_output.topk_ids, dispatch_output.topk_weights)
-
-
-def expert_weights(layer: Any) -> ExpertWeights:
-    """The layer's weights as our runner takes them; no copy."""
-    if layer.quant_config is None:  # asking a module for what it has not costs an exception
-        return ExpertWeights(layer.w13_weight, layer.w2_weight)
-    return ExpertWeights(
-        w13=layer.w13_weight,
-        w2=layer.w2_weight,
-        w13_scale=getattr(layer, "w13_weight_scale_inv", None),
-        w2_scale=getattr(layer, "w2_weight_scale_inv", None),
-        format=BF16 if layer.w13_weight.dtype.itemsize > 1 else FP8_BLOCK,
-    )
 
 
 def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
@@ -156,16 +161,7 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
                     fix="--use-batched-dp-moe off",
                 )
             )
-    scaled = [name for name in _LIMITED if getattr(moe, name, None)]
-    if scaled:
-        raise UnsupportedError(
-            explain(
-                f"MoE layer {layer.layer_id}: activation",
-                got=f"{moe.activation} with {', '.join(scaled)}",
-                allowed="plain silu: ours would leave the limit out",
-                fix=LEAVE_TEXT,
-            )
-        )
+    layer_activation(layer)  # refuses what ours would leave out
     config = BatchedMoEConfig(
         num_experts=layer.num_experts,
         num_ranks=layer.moe_ep_size,

@@ -60,7 +60,7 @@ def _fits_by_hand(server_args: Any, cfg: Any) -> bool:
     it always did, on the host's experts."""
     plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
     limits = limits_of(get_backend(plan.capability.backend), plan.transport)
-    if limits.capacity_variable is None or plan.transport != "deepep":
+    if limits.capacity_variable is None or plan.transport == "torch":
         return False
     tokens = environment_int(limits.capacity_variable) or HOST_TOKENS_PER_RANK
     unplanned = replace(plan, max_dispatch_tokens_per_rank=tokens)

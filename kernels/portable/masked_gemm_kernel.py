@@ -143,6 +143,9 @@ def masked_gemm_kernel(
         if W_SCALE == "channel":
             acc0 *= tl.load(s_w + e64 * w_rows + rows0)[:, None]
             acc1 *= tl.load(s_w + e64 * w_rows + rows1)[:, None]
+        if W_SCALE == "tensor":
+            acc0 *= tl.load(s_w + expert)
+            acc1 *= tl.load(s_w + expert)
         if b_w is not None:
             acc0 += tl.load(b_w + e64 * w_rows + rows0)[:, None]
             acc1 += tl.load(b_w + e64 * w_rows + rows1)[:, None]

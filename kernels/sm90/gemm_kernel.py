@@ -34,8 +34,8 @@ SECOND_REGISTERS = gl.constexpr(232)  # of the second warp group; the first has 
 class Variant:
     """What one launch computes.
 
-    W_SCALE: "none", "block" (ALIGNED: a tile's channels share one) or "channel". ALPHA, BETA,
-    LIMIT (0: none) and CLAMPED: of `formats.Activation`."""
+    W_SCALE: "none", "block" (ALIGNED: a tile's channels share one), "channel" or "tensor". ALPHA,
+    BETA, LIMIT (0: none) and CLAMPED: of `formats.Activation`."""
 
     SWAP_AB: gl.constexpr
     FUSED: gl.constexpr
@@ -86,7 +86,7 @@ def _block_scale(
 def _promote(acc, part, s_w, s_x, variant, W_AXIS: gl.constexpr):
     """acc + part * scales, with one multiply-add per element where the weight scale is scalar, or
     is left to the end."""
-    if variant.W_SCALE == "channel":
+    if variant.W_SCALE != "block":
         acc += part * gl.expand_dims(s_x, W_AXIS)
     elif variant.ALIGNED:
         acc += part * gl.expand_dims(s_x * s_w, W_AXIS)
@@ -169,6 +169,8 @@ def _finish_sum(
 ):  # fmt: skip
     """What a tile's channels have once, scale and bias; the first part of a depth brings the
     bias."""
+    if variant.W_SCALE == "tensor":
+        acc *= gl.load(w_scale + expert)
     if variant.W_SCALE == "channel" or w_bias is not None:
         rows = _weight_rows(job, col, SECOND, MMA, W_AXIS)
         at = expert.to(gl.int64) * job.w_rows + rows

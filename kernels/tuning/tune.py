@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from ..expert_layer import layer_problems, workspace_tensors
+from ..expert_layer import layer_problems, weight_specs, workspace_tensors
 from ..experts import run_layer
 from ..formats import SCALE_BLOCK
 from ..launch import (
@@ -25,7 +25,6 @@ from ..launch import (
     Launch,
     Shape,
     Tiles,
-    ceil_div,
     depth_split,
     encode_launch,
     hopper_tiles,
@@ -151,11 +150,10 @@ def random_layer(
     def same(*size: int) -> torch.Tensor:
         return torch.full(size, 0.02, device=device)
 
-    across, inner = ceil_div(hidden, SCALE_BLOCK), ceil_div(inter, SCALE_BLOCK)
     x_scale = same(experts, hidden // SCALE_BLOCK, shape.capacity).transpose(1, 2)
-    w13_scale = same(experts, ceil_div(2 * inter, SCALE_BLOCK), across)
-    weights = ExpertWeights(w13, w2, w13_scale, same(experts, across, inner), shape.format)
-    return x, x_scale, weights
+    wanted = weight_specs(shape)
+    scales = [same(*spec.shape) for spec in (wanted.w13_scale, wanted.w2_scale) if spec is not None]
+    return x, x_scale, ExpertWeights(w13, w2, *scales, format=shape.format)
 
 
 def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:

@@ -28,13 +28,17 @@ def low_latency_rdma_bytes(max_tokens: int, hidden: int, ranks: int, experts: in
     ``ranks`` has no influence: a rank keeps a slot for every expert and token of every peer.
     """
     del ranks
+    return layout_bytes(max_tokens, hidden, experts, signal=4)
+
+
+def layout_bytes(max_tokens: int, hidden: int, experts: int, *, signal: int) -> int:
+    """Bytes of a low-latency layout whose counters take ``signal`` bytes per expert."""
     scales = 4 * (hidden // 128)
     dispatch_msg = 16 + max(2 * hidden, hidden + scales)
     combine_msg = 2 * hidden + scales
     send = max(max_tokens * dispatch_msg, experts * max_tokens * combine_msg)
     recv = experts * max_tokens * max(dispatch_msg, combine_msg)
-    signals = ceil_to(4 * experts, 128)
-    total = 2 * send + 2 * recv + 2 * signals
+    total = 2 * (send + recv + ceil_to(signal * experts, 128))
     return (total + 128) // 128 * 128
 
 
@@ -110,6 +114,8 @@ DEEPEP = BatchedBackend(
     batched_modes=_batched_modes,
     explicit_flag="--moe-a2a-backend deepep --deepep-mode low_latency",
     limits=DEEPEP_LIMITS,
+    module="deep_ep",
+    package="sgl-deep-ep",
 )
 
 

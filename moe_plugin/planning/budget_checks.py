@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from ..batched_backend import Mode
 from .compatibility import FLASHINFER_TILE, LEAVE, LEAVE_TEXT
-from .facts import LaunchFacts, ModelFacts
+from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .integers import ceil_div, ceil_to, floor_to
 from .plan import Rejection
 from .row_budgets import (
@@ -18,6 +18,8 @@ from .row_budgets import (
 )
 
 ROWS = "rows per rank and forward"
+LEAST_PREFILL_GRAPH = 4
+"""Below it the host makes an empty list (``generate_prefill_cuda_graph_batch_sizes``)."""
 DRAFT_FLAGS = (
     "--speculative-num-steps",
     "--speculative-eagle-topk",
@@ -145,12 +147,12 @@ def nothing_to_capture(launch: LaunchFacts, phase: str, graph: int) -> Rejection
         return Rejection(
             f"captured {phase} batch",
             got=f"{flag} {graph}, which leaves graphs on and the host nothing to capture",
-            allowed=f">= 1, or {off}",
+            allowed=f"sizes that it captures, or {off}",
             fix=f"{off} in place of {flag}",
             changes=((flag, None), (off, "")),
         )
     if phase == "prefill":
-        least, why = 8, "of which the host captures none"
+        least, why = GRAPH_MULTIPLE, "of which the host captures none"
     else:
         least = launch.capture_multiple
         why = f"of which no batch divides over {launch.attn_tp_size} attention-TP ranks"
@@ -178,7 +180,7 @@ def _check_prefill(
     else:
         room = floor_to(room, page)
     graph = launch.cuda_graph_max_bs_prefill
-    if launch.prefill_graphs and graph is not None and graph <= 0:
+    if launch.prefill_graphs and graph is not None and graph < LEAST_PREFILL_GRAPH:
         errors.append(nothing_to_capture(launch, "prefill", graph))
     raw = launch.chunked_prefill_size
     chunk = room if raw is None else chunk_per_dp_group(raw, dp_groups)

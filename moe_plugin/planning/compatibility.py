@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..backends import BUILT_IN
 from ..batched_backend import Capability, Mode
+from ..capability import get_backend
+from .backend_experts import host_experts, rows_for_experts
 from .expert_choice import EXPERTS, Runner, choose_experts, dispatches_fp8, dotted
 from .facts import LaunchFacts, ModelFacts
 from .host_models import PLAIN_EXPERTS, REFUSED_BY_HOST, UNPROVEN, WRONG_SUMS
@@ -25,20 +28,24 @@ def choose_runner(
     model: ModelFacts, launch: LaunchFacts, capability: Capability
 ) -> tuple[Runner, list[Rejection]]:
     """Whose experts run this launch, and everything that neither can run."""
-    if capability.backend != "deepep":
-        # Another backend brings its own experts or takes ours: its distribution decides.
+    backend = get_backend(capability.backend)
+    if BUILT_IN.get(backend.name) is not backend:
+        # Another's backend brings its own experts or takes ours: its distribution decides.
         return "moe_plugin", []
+    if backend.host_formats:
+        return "host", host_experts(model, launch, backend) + _features(model, launch)
     if launch.transport == "torch":
         return "moe_plugin", _torch_transport(model, launch) + _features(model, launch)
     normal = Mode.EXTEND not in capability.modes
-    errors = _overlap(launch)
+    errors = _overlap(launch) if backend.name == "deepep" else []
     if errors:
         launch = replace(launch, single_batch_overlap=False)
     runner, unsupported = choose_experts(model, launch, normal=normal)
     if unsupported and launch.waterfill:
         without = choose_experts(model, replace(launch, waterfill=False), normal=normal)[1]
         unsupported = unsupported if without else [_waterfill()]
-    return runner, errors + unsupported + _features(model, launch)
+    errors += unsupported or rows_for_experts(model, launch, backend, runner)
+    return runner, errors + _features(model, launch)
 
 
 def _torch_transport(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
@@ -127,7 +134,7 @@ def _model(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
         model.architecture,
         "a model with a DeepEP forward (deepseek_v2, qwen3_moe, ...)",
     )
-    if name in REFUSED_BY_HOST:
+    if name in REFUSED_BY_HOST and launch.a2a_backend == "deepep":
         return [leave("model", f"{name}, which SGLang refuses with DeepEP", allowed)]
     if name in WRONG_SUMS and launch.tp_size > 1:
         got = f"{name}, whose MoE block in SGLang does not work on scattered tokens"

@@ -29,11 +29,11 @@ def dispatches_fp8(model: ModelFacts, launch: LaunchFacts) -> bool:
     if _own_problem(model, launch) == "":
         own = FORMATS[model.weight_format].own
         return own is not None and own.rows == "fp8"
-    host = _host(model, launch)
+    host = host_of(model, launch)
     return host is None or host.rows[0] == "fp8"
 
 
-def _host(model: ModelFacts, launch: LaunchFacts) -> HostExperts | None:
+def host_of(model: ModelFacts, launch: LaunchFacts) -> HostExperts | None:
     """The host's experts that this runner backend leads to."""
     known = FORMATS.get(model.weight_format)
     return known.host.get(launch.moe_runner_backend) if known else None
@@ -58,10 +58,10 @@ def _own_problem(model: ModelFacts, launch: LaunchFacts) -> str:
     return ""
 
 
-def _host_problem(model: ModelFacts, launch: LaunchFacts, *, normal: bool) -> str:
+def host_problem(model: ModelFacts, launch: LaunchFacts, *, normal: bool) -> str:
     """Why the host's experts fail here; empty where they run."""
     asked, weights = launch.moe_runner_backend, model.weight_format
-    host = _host(model, launch)
+    host = host_of(model, launch)
     if host is None:
         became = asked if launch.runner_typed or asked == "auto" else f"{asked}, its own choice"
         return f"the host's {became} computes no {weights} weights on low-latency rows"
@@ -107,27 +107,27 @@ def choose_experts(
     if not normal and not _own_problem(model, launch):
         own = FORMATS[model.weight_format].own
         assert own is not None
-        return "moe_plugin", _rows(model, launch, (own.rows,))
+        return "moe_plugin", asked_rows(model, launch, (own.rows,))
     foreign = launch.foreign_runner or model.weight_format not in FORMATS
     if foreign:
         return "host", [_unknown(model, launch)]
-    problem = _host_problem(model, launch, normal=normal)
+    problem = host_problem(model, launch, normal=normal)
     if problem:
         return "host", [_rejected(model, launch, problem, normal=normal)]
-    host = _host(model, launch)
+    host = host_of(model, launch)
     assert host is not None
-    errors = _rows(model, launch, host.rows)
+    errors = asked_rows(model, launch, host.rows)
     if not errors and normal:
-        errors = _rows(model, launch, host.normal_rows, " in normal dispatch")
+        errors = asked_rows(model, launch, host.normal_rows, " in normal dispatch")
     return "host", errors
 
 
 def _runs(model: ModelFacts, launch: LaunchFacts, *, normal: bool) -> bool:
     own = not normal and not _own_problem(model, launch)
-    return own or not _host_problem(model, launch, normal=normal)
+    return own or not host_problem(model, launch, normal=normal)
 
 
-def _rows(
+def asked_rows(
     model: ModelFacts, launch: LaunchFacts, able: tuple[str, ...], where: str = ""
 ) -> list[Rejection]:
     """The dtype that the user asked for, against those that the experts multiply."""

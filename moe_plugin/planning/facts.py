@@ -60,7 +60,7 @@ class LaunchFacts:
         deepep_mode: ``auto``, ``normal`` or ``low_latency``.
         disaggregation_mode: ``null``, ``prefill`` or ``decode``.
         device: ``cuda``, ``cpu``, ...
-        transport: ``deepep`` or ``torch``.
+        transport: the backend's name, or ``torch`` in DeepEP's place.
         tp_size: ranks of one pipeline stage; also the expert-parallel ranks.
         attn_dp_size: attention data-parallel groups inside them.
         attn_cp_size: attention context-parallel ranks inside one such group.
@@ -102,7 +102,8 @@ class LaunchFacts:
         lora: LoRA adapters of routed experts are served.
         waterfill: ``--enable-waterfill``.
         whole_rows: attention-TP ranks may all dispatch all of a group's rows
-            (``--disable-attn-tp-gather`` without attention DP).
+            (``--disable-attn-tp-gather`` without attention DP), or the host counts them so;
+        whole_graphs: or it counts those of the largest decode graph so.
         chunk_alignment: tokens that a prefill chunk must at least hold, or the scheduler refuses.
         diffusion: a diffusion LLM decodes blocks (``--dllm-algorithm``).
         pipeline_warmup: ``SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP`` is on.
@@ -161,6 +162,7 @@ class LaunchFacts:
     lora: bool = False
     waterfill: bool = False
     whole_rows: bool = False
+    whole_graphs: bool = False
     chunk_alignment: int = 1
     diffusion: bool = False
     pipeline_warmup: bool = False

@@ -26,12 +26,16 @@ _INTEGERS = {
     "--cuda-graph-max-bs-prefill": "cuda_graph_max_bs_prefill",
     "--ep-num-redundant-experts": "redundant_experts",
     "--page-size": "page_size",
+    "--tp-size": "tp_size",
+    "--attn-dp-size": "attn_dp_size",
+    "--pp-size": "pp_size",
 }
 _TEXTS = {
     "--deepep-mode": "deepep_mode",
     "--moe-runner-backend": "moe_runner_backend",
     "--deepep-dispatcher-output-dtype": "dispatch_dtype",
     "SGLANG_DEEPEP_BF16_DISPATCH": "dispatch_dtype",
+    "SGLANG_NIXL_EP_BF16_DISPATCH": "dispatch_dtype",
 }
 _SWITCHES = {
     "--enable-single-batch-overlap": "single_batch_overlap",
@@ -71,9 +75,11 @@ def complete(
 def _reconciled(found: list[Rejection]) -> list[Rejection]:
     """One value per flag: where two limits bind the same one, the value that satisfies both.
 
-    Budgets only ever have to shrink; tokens per rank and redundant experts only to grow.
+    Budgets only ever have to shrink; tokens per rank, redundant experts and ranks only to grow.
     """
-    grows = ("--batched-dp-moe-max-tokens", "--ep-num-redundant-experts")
+    grows = (
+        "--batched-dp-moe-max-tokens", "--ep-num-redundant-experts", "--tp-size", "--attn-dp-size",
+    )  # fmt: skip
     best: dict[str, int] = {}
     for name, value in (change for error in found for change in error.changes):
         if name in _INTEGERS and value is not None:

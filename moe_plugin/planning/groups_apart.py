@@ -36,9 +36,14 @@ def groups_apart(model: ModelFacts, launch: LaunchFacts, capability: Capability)
         return False
     if Mode.EXTEND not in capability.modes:
         return False  # prefill in normal mode: the groups take the same steps
-    if launch.moe_dense_tp_size == 1 and launch.dp_lm_head:
+    if typed_apart(launch):
         return True
     return launch.moe_dense_tp_size in (None, 1) and _may_fill(model, launch)
+
+
+def typed_apart(launch: LaunchFacts) -> bool:
+    """Whether the user typed both flags, or the host has resolved them so."""
+    return launch.moe_dense_tp_size == 1 and launch.dp_lm_head
 
 
 def _may_fill(model: ModelFacts, launch: LaunchFacts) -> bool:

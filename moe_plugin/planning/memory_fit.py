@@ -73,7 +73,7 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
     left = int(facts.usable_bytes * fraction) - weights
     prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
     host = with_guess(launch, facts, rule, prefill)
-    return Memory(
+    memory = Memory(
         device_bytes=facts.device_bytes,
         usable_bytes=facts.usable_bytes,
         weights_bytes=weights,
@@ -83,12 +83,12 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
         graphs_bytes=used.graphs,
         activations_bytes=used.activations,
         mem_fraction_static=fraction,
-        kv_cache_bytes=left,
-        kv_cache_tokens=max(0, left) // token if token else 0,
         kv_token_bytes=token,
         stock_fraction=round(stock, 3),
         host_fraction=round(1 - host / facts.device_bytes, 3),
+        kv_token_cap=facts.kv_token_cap,
     )
+    return memory.with_room(left)
 
 
 def needed(memory: Memory) -> int:
@@ -98,8 +98,8 @@ def needed(memory: Memory) -> int:
 
 
 def reserve(memory: Memory) -> int:
-    """What the host keeps back beside weights and KV cache."""
-    return memory.usable_bytes - int(memory.usable_bytes * memory.mem_fraction_static)
+    """What is left beside weights and KV cache."""
+    return memory.usable_bytes - memory.weights_bytes - memory.kv_cache_bytes
 
 
 def fits(memory: Memory, typed: float | None) -> bool:
@@ -110,7 +110,7 @@ def fits(memory: Memory, typed: float | None) -> bool:
         return memory.kv_cache_bytes > 0 and needed(memory) <= reserve(memory)
     if not memory.weights_source:
         return True
-    return memory.kv_cache_bytes >= memory.device_bytes // USEFUL_SHARE
+    return memory.kv_room_bytes >= memory.device_bytes // USEFUL_SHARE
 
 
 def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, bool]:
@@ -183,8 +183,10 @@ def _candidates(
 def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> Plan:
     """The largest T whose extra bytes take at most a tenth of the KV cache."""
     before, tokens = plan.memory, plan.max_dispatch_tokens_per_rank
-    if before is None or before.kv_cache_bytes <= 0 or not plan.bounds_prefill:
+    if before is None or before.kv_room_bytes <= 0 or not plan.bounds_prefill:
         return plan
+    if launch.chunked_prefill_size is not None or launch.disaggregation_mode == "decode":
+        return plan  # a larger T would buy no shorter prefill
     typed = launch.memory.fraction if launch.memory is not None else None
     for size in LARGER:
         graph = plan.cuda_graph_max_bs_decode or None
@@ -195,11 +197,11 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
         memory = measured(found, model, changed)
         extra = memory.buffer_bytes + memory.workspace_bytes
         extra -= before.buffer_bytes + before.workspace_bytes
-        extra = max(extra, before.kv_cache_bytes - memory.kv_cache_bytes)
-        if fits(memory, typed) and extra * GROWTH_SHARE <= before.kv_cache_bytes:
+        extra = max(extra, before.kv_room_bytes - memory.kv_room_bytes)
+        if fits(memory, typed) and extra * GROWTH_SHARE <= before.kv_room_bytes:
             reason = (
                 f"takes {gib(extra)} more than {tokens}: at most a tenth of the "
-                f"{gib(before.kv_cache_bytes)} of KV cache that {tokens} leaves"
+                f"{gib(before.kv_room_bytes)} of KV cache that {tokens} leaves"
             )
             return _because(replace(found, memory=memory), reason)
     return plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB, GIB = 1 << 20, 1 << 30
 CONTEXT_BYTES = 2 * GIB
@@ -25,6 +25,7 @@ class MemoryFacts:
         whole_head: ``--enable-dp-lm-head``.
         draft_loaded: multi-token-prediction layers of the checkpoint are loaded as the draft.
         other_draft_bytes: weights of a draft from another checkpoint.
+        kv_token_cap: ``--max-total-tokens``: most tokens of one DP group's KV cache; None without.
         groups_flag: the flag that the user typed attention-DP groups with, if not the present one.
     """
 
@@ -36,6 +37,7 @@ class MemoryFacts:
     whole_head: bool = False
     draft_loaded: bool = False
     other_draft_bytes: int = 0
+    kv_token_cap: int | None = None
     groups_flag: str = ""
 
     @property
@@ -58,7 +60,9 @@ class Memory:
         graphs_bytes: what the host keeps for captured graphs.
         activations_bytes: and for everything else that runs.
         mem_fraction_static: share of usable memory for weights and KV cache.
-        kv_cache_bytes: what is left for the KV cache; 0 or less where nothing is.
+        kv_token_cap: most tokens of it that the user allows (``--max-total-tokens``).
+        kv_room_bytes: what is left for the KV cache; 0 or less where nothing is.
+        kv_cache_bytes: what it takes of that: all, or what ``--max-total-tokens`` allows.
         kv_cache_tokens: the same in tokens of one DP group; 0 where not known.
         kv_token_bytes: one such token; 0 where not known.
         stock_fraction: the fraction that the host alone would choose for the user's flags.
@@ -74,8 +78,18 @@ class Memory:
     graphs_bytes: int
     activations_bytes: int
     mem_fraction_static: float
-    kv_cache_bytes: int
-    kv_cache_tokens: int
     kv_token_bytes: int
     stock_fraction: float
     host_fraction: float
+    kv_token_cap: int | None = None
+    kv_room_bytes: int = 0
+    kv_cache_bytes: int = 0
+    kv_cache_tokens: int = 0
+
+    def with_room(self, left: int) -> Memory:
+        """The same with ``left`` bytes for the KV cache, of which it takes what it may."""
+        cache, token = left, self.kv_token_bytes
+        if self.kv_token_cap is not None and token:
+            cache = min(left, self.kv_token_cap * token)
+        tokens = max(0, cache) // token if token else 0
+        return replace(self, kv_room_bytes=left, kv_cache_bytes=cache, kv_cache_tokens=tokens)

@@ -96,7 +96,7 @@ class Plan:
         errors: why it is refused.
         notes: things to know that refuse nothing.
         runner: whose experts run: ``moe_plugin`` or ``host``.
-        transport: ``deepep`` or ``torch``.
+        transport: the backend's name, or ``torch`` in DeepEP's place.
         ep_size: expert-parallel ranks.
         num_experts: physical experts, redundant ones included.
         hidden_size: row width, elements.

@@ -17,7 +17,7 @@ from .compatibility import choose_runner
 from .explain import explain_plan
 from .facts import LaunchFacts, ModelFacts
 from .fixes import complete
-from .groups_apart import groups_apart
+from .groups_apart import groups_apart, typed_apart
 from .integers import ceil_to, floor_to
 from .limits import Limits
 from .memory import workspace_bytes
@@ -60,8 +60,26 @@ def _replan(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> tuple[Rej
 def _plan_within_memory(
     model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
 ) -> Plan:
+    """The plan that memory allows. DP groups are kept apart where that is typed, or costs no T:
+    what each group then holds whole takes memory."""
+    if not groups_apart(model, launch, capability):
+        return _sized(model, launch, limits, capability, apart=False)
+    apart = _sized(model, launch, limits, capability, apart=True)
+    if launch.memory is None or typed_apart(launch):
+        return apart
+    joined = _sized(model, launch, limits, capability, apart=False)
+    smaller = apart.max_dispatch_tokens_per_rank < joined.max_dispatch_tokens_per_rank
+    return joined if smaller or len(apart.errors) > len(joined.errors) else apart
+
+
+def _sized(
+    model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability, *, apart: bool
+) -> Plan:
+    if launch.memory is not None and apart:
+        launch = replace(launch, memory=replace(launch.memory, whole_dense=True, whole_head=True))
+
     def build(changed: LaunchFacts) -> Plan:
-        return _plan_once(model, changed, limits, capability)
+        return replace(_plan_once(model, changed, limits, capability), groups_apart=apart)
 
     return within_memory(build, model, launch, limits)
 
@@ -123,7 +141,6 @@ def _plan_once(
         top_k=model.top_k,
         attn_tp_size=launch.attn_tp_size,
         dtype=model.dtype,
-        groups_apart=groups_apart(model, launch, capability),
     )
     return explain_plan(plan, launch, limits, budgets, source, most)
 

@@ -120,6 +120,14 @@ def decode_room(launch: LaunchFacts, tokens_per_rank: int) -> int:
     return tokens_per_rank * launch.attn_tp_size // launch.draft_width
 
 
+def graph_room(launch: LaunchFacts, tokens_per_rank: int) -> int:
+    """The same for a captured batch: DeepEP v2's check at start leaves attention TP out
+    (``arg_groups/moe_hook.py: validate_deepep_v2_dispatch_token_budget``)."""
+    if launch.whole_graphs:
+        return tokens_per_rank // launch.draft_width
+    return decode_room(launch, tokens_per_rank)
+
+
 def decode_requests(launch: LaunchFacts, tokens_per_rank: int) -> int:
     """The same at a size that the host can capture, in eights where they fit; 0 if none."""
     room = decode_room(launch, tokens_per_rank)
@@ -265,17 +273,20 @@ def _decode_graph(
         fits = decode_requests(launch, tokens_per_rank)
         default = decode_requests(launch, min(tokens_per_rank, graph_default))
         pooled = ceil_to(pool, launch.graph_multiple)
-        most_filled = min(fits, pooled, max(default, HOST_DECODE_GRAPH))
+        room = graph_room(launch, tokens_per_rank)
+        room = floor_to(room, launch.capture_multiple) or room
+        most_filled = min(fits, room, pooled, max(default, HOST_DECODE_GRAPH))
         value = max(1, min(most_filled, launch.decode_graph_cap or most_filled))
     clamp = pool if launch.max_running_requests is not None else None
     captured = captured_requests(launch, value, clamp)
-    rows = ceil_div(captured * launch.draft_width, launch.attn_tp_size)
+    rows = captured * launch.draft_width
+    rows = rows if launch.whole_graphs else ceil_div(rows, launch.attn_tp_size)
     shown = f"{value}" if captured == value else f"{value}, captured as {captured}"
     if clamp is not None and ceil_to(clamp, launch.host_alignment) < value:
         shown = f"{value} (clamped to {captured} by the request pool)"
-    room = decode_room(launch, tokens_per_rank)
+    room = graph_room(launch, tokens_per_rank)
     most: int | None = floor_to(room, launch.capture_multiple)
-    bound = "T x attention TP // draft width"
+    bound = f"T{'' if launch.whole_graphs else ' x attention TP'} // draft width"
     if clamp is not None and ceil_to(clamp, launch.host_alignment) <= room:
         most, bound = None, "the request pool clamps it"
     return RowBudget(
@@ -284,7 +295,8 @@ def _decode_graph(
         value=value,
         typed=launch.cuda_graph_max_bs_decode is not None,
         rows=rows,
-        arithmetic=f"{shown}{_drafts(launch)}{_over(launch, rows)}",
+        arithmetic=f"{shown}{_drafts(launch)}"
+        + (f" = {rows} rows" if launch.whole_graphs else _over(launch, rows)),
         most=most,
         step=launch.capture_multiple,
         bound=bound,

@@ -31,7 +31,7 @@ class OwnExperts:
     """
 
     rows: str
-    activations: frozenset[str] = frozenset({"silu"})
+    activations: frozenset[str] = frozenset({"silu", "silu, limited", "silu, clamped"})
     below: Capability | None = None
 
 
@@ -91,6 +91,7 @@ def _deep_gemm(rows: str, *, least: Capability | None = None, plain: bool = Fals
 
 
 _BLACKWELL = (10, 0)
+_OWN_FP8 = OwnExperts(rows="fp8", below=_BLACKWELL)
 _FP8 = _deep_gemm("fp8")
 _FP4 = _deep_gemm("fp8", least=_BLACKWELL)
 _HUMMING = HostExperts(
@@ -120,12 +121,21 @@ _ROWS = (
     WeightFormat(
         name="fp8_block",
         title="FP8 in blocks of 128x128",
-        own=OwnExperts(rows="fp8", below=_BLACKWELL),
+        own=_OWN_FP8,
         host={"auto": _FP8, "deep_gemm": _FP8},
     ),
     WeightFormat(
-        name="fp8_tensor", title="FP8 per tensor", host={"auto": _FP8, "deep_gemm": _FP8}
+        name="fp8_tensor",
+        title="FP8 per tensor",
+        own=_OWN_FP8,
+        host={"auto": _FP8, "deep_gemm": _FP8},
     ),
+    WeightFormat(
+        name="compressed-tensors_fp8",
+        title="FP8 of compressed-tensors: per channel, per tensor, or in blocks of 128x128",
+        own=_OWN_FP8,
+    ),
+    WeightFormat(name="w8a8_fp8", title="FP8 per channel (w8a8_fp8)", own=_OWN_FP8),
     WeightFormat(
         name="fp8_fp4",
         title="FP4 experts in an FP8 checkpoint",
@@ -176,7 +186,7 @@ _ROWS = (
             "blockwise_int8", "compressed-tensors", "gguf", "gptq", "gptq_marlin",
             "minimax_m3_nvfp4", "modelopt", "modelopt_fp8", "modelslim", "moe_wna16",
             "mxfp_w4a8", "nvfp4_online", "petit_nvfp4", "quark", "quark_int4fp8_moe",
-            "quark_mxfp4", "w8a8_fp8", "w8a8_int8",
+            "quark_mxfp4", "w8a8_int8",
         )
     ),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ..kernels.formats import Format
+from ..kernels.formats import SWIGLU, Activation, Format
 from ..kernels.launch import Shape
 from ..kernels.weights import ExpertWeights
 from .config import BatchedMoEConfig
@@ -132,7 +132,7 @@ def expected_rows(config: BatchedMoEConfig) -> range:
 
 
 @cache
-def warm_up(config: BatchedMoEConfig, weights: Format) -> int:
+def warm_up(config: BatchedMoEConfig, weights: Format, activation: Activation = SWIGLU) -> int:
     """Compile and load the GPU kernels of a layer shape, once per process; returns how many.
 
     Nothing is compiled while requests are served or a graph is captured.
@@ -146,6 +146,7 @@ def warm_up(config: BatchedMoEConfig, weights: Format) -> int:
         config.hidden_size,
         config.intermediate_size,
         weights,
+        activation,
     )
     kernels = warmup(shape, expected_rows(config))
     seconds = time.monotonic() - started

@@ -6,9 +6,11 @@ come after them. So one failed case does not keep the others from being run.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -24,6 +26,7 @@ from .world import Layer, World
 
 Case = Callable[[World], None]
 
+OWN_STEPS = 16  # in the case of that name, for each kind of layer
 LARGE_TENSORS = 4  # of a layer: rows, their scales, the result, and what lies between the GEMMs
 
 
@@ -251,11 +254,57 @@ def same_bits(world: World) -> None:
         results.append(("fp8" if fp8 else "bf16", *sent, out, full(), few()))
     for kind, among, alone, replayed, large, small in results:
         for one, other in ((alone[:live], among[:live]), (replayed, alone), (small, large[:live])):
-            if world.device.type == "cuda":
-                assert torch.equal(one, other), kind
-            else:  # a CPU's GEMM adds in an order that its size decides
-                torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-8)
+            _same(world, one, other, kind)
         assert not replayed[live:].any(), f"{kind}: rows that route nowhere"
+
+
+def own_graphs(world: World) -> None:
+    """Each rank replays a graph of its own size, runs eagerly or idles, whatever the others do; its
+    results have the same bits in every such step, with batch invariance on and off."""
+    capacity, rank = world.sizes.capacity, world.rank
+    counts, live = [capacity] * world.ranks, max(1, world.sizes.capacity // 4)
+    rng, results = random.Random(0), []
+    for fp8, invariant in product((False, True), repeat=2):
+        full, few, none, idle = (world.layer(world.case(counts, seed=61), fp8) for _ in range(4))
+        config = replace(world.config, batch_invariant=invariant)
+        for each, rows in ((full, capacity), (few, live), (none, live), (idle, 0)):
+            each.runner = make_moe_runner(config, world.device.type)
+            for name in ("x", "ids", "topk_weights"):
+                setattr(each, name, getattr(each, name)[:rows])
+        none.ids = torch.full_like(none.ids, -1)
+        graphs = {name: world.captured(each) for name, each in
+                  {"prefill": full, "decode": few, "idle": none}.items()}  # fmt: skip
+        eager = {"eager prefill": full, "eager decode": few, "eager idle": idle}
+        got: dict[str, list[torch.Tensor]] = {}
+        for _ in range(OWN_STEPS):
+            mode = [rng.choice([*graphs, *eager]) for _ in range(world.ranks)][rank]
+            if mode in eager:
+                out = eager[mode]()
+            else:
+                out, replay = graphs[mode]
+                replay()
+            got.setdefault(mode, []).append(out.clone())
+        results.append((full, invariant, got))
+    for full, invariant, got in results:
+        for mode, outs in got.items():
+            for out in outs[1:]:
+                _same(world, out, outs[0], mode)
+        for mode in {"prefill", "eager prefill"} & set(got):
+            full.check(got[mode][0], mode)
+        for mode in {"decode", "eager decode"} & set(got):
+            for prefill in {"prefill", "eager prefill"} & set(got):
+                rest = got[prefill][0]
+                full.check(torch.cat([got[mode][0], rest[live:]]), mode)
+                if invariant:
+                    _same(world, got[mode][0], rest[:live], f"{mode} and {prefill}")
+        assert not any(out.any() for mode in got if "idle" in mode for out in got[mode])
+
+
+def _same(world: World, one: torch.Tensor, other: torch.Tensor, what: str) -> None:
+    if world.device.type == "cuda":
+        assert torch.equal(one, other), what
+    else:  # a CPU's GEMM adds in an order that its size decides
+        torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-8)
 
 
 def buffer_bytes(world: World) -> None:
@@ -325,5 +374,6 @@ CASES: dict[str, Case] = {
     "graphs of two sizes": graphs_of_two_sizes,
     "two in flight": two_in_flight,
     "same bits": same_bits,
+    "own graphs": own_graphs,
     "soak": soak,
 }

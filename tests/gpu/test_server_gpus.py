@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from ..support import gpu_environment
+from ..support.random_load import RandomLoad
 from ..support.rank_killed import check_killed_rank_ends_the_server
 from ..support.server_checks import (
     check_idle_ranks,
     check_mixed_prompts,
+    check_same_bits,
     check_unequal_load,
     check_within_plan,
     forced_logprobs,
@@ -114,6 +116,19 @@ def test_idle_ranks(served: Server) -> None:
 def test_unequal_load(served: Server) -> None:
     """Long prompts on one rank only."""
     check_unequal_load(served, GPUS, 4000, 32)
+
+
+def test_same_bits_while_others_prefill(served: Server) -> None:
+    """Each group replays its own graphs."""
+    check_same_bits(served, GPUS, 4000, 64)
+
+
+def test_random_load(served: Server) -> None:
+    """A short one; stage `soak` of the serving bench makes 10,000 steps."""
+    found = RandomLoad(served, GPUS, longest=7900, new_tokens=200, clients=8 * GPUS).run(60, 10_000)
+    print(found)
+    assert not found["problems"]
+    assert min(found["steps"]) > 100
 
 
 def test_within_plan(served: Server) -> None:

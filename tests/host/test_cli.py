@@ -141,7 +141,7 @@ def test_sweep_trades_steps_against_bytes(models: dict[str, str], tmp_path: Path
 
 def test_sweep_pieces(tmp_path: Path) -> None:
     """Pure arithmetic and a plot that also works without a single point."""
-    assert prefill_steps(256, 1) == (8, 32, 128)
+    assert prefill_steps(256, 1) == (4, 32, 128)
     assert prefill_steps(256, 8) == (1, 4, 16)
     refused = Point(8, (1, 2, 3), 0, 0, 0, 0, None, "host")
     assert rows([refused])[1][-1] == "host"

@@ -16,7 +16,7 @@ from moe_plugin.planning.weight_formats import FORMATS
 from ..support.hosts import program, run_host
 
 _FP8 = {"fp8_block", "fp8_tensor", "fp8_fp4", "fp8_nvfp4"}
-MADE_HERE = {"unquantized", "humming_fp4", "mxfp4", "gptq", *_FP8}
+MADE_HERE = {"unquantized", "humming_fp4", "mxfp4", "gptq", "compressed-tensors_fp8", *_FP8}
 """Formats that are no method of the host's by name: several kinds of one, or none. ``mxfp4`` and
 ``gptq`` are registered under a condition."""
 ONLY_BUILT = {

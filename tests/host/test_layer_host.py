@@ -17,10 +17,13 @@ def test_ranks_that_the_host_does_not_tell_are_taken_to_hold_as_many() -> None:
 
 def test_rows_are_dispatched_in_the_dtype_of_the_layers_weights() -> None:
     """Layers that an FP8 checkpoint leaves in bf16 get bf16 rows, or say which flag forbids it."""
-    fp8, bf16, forced = host_result(program("dispatched_rows"))
-    assert (fp8, bf16) == (None, "bf16")
+    fp8, bf16, forced, *always, nixl_fp8 = host_result(program("dispatched_rows"))
+    assert (fp8, bf16, nixl_fp8) == (None, "bf16", None)
     assert "MoE layer 3" in forced
     assert "remove --deepep-dispatcher-output-dtype" in forced
+    for text, backend in zip(always, ("mooncake", "nixl"), strict=True):
+        assert f"FP8 for every layer over {backend}" in text
+        assert "Fix: --moe-a2a-backend deepep" in text
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +33,20 @@ def made() -> dict[str, Any]:
     return found
 
 
-def test_a_limited_activation_never_reaches_our_experts(made: dict[str, Any]) -> None:
+def test_an_activation_that_ours_do_not_compute_never_reaches_them(made: dict[str, Any]) -> None:
     """Whatever the model's config calls it: the layer knows."""
-    assert made["limited"].startswith("UnsupportedError MoE layer 3: activation")
-    assert "silu with swiglu_limit" in made["limited"]
-    assert "gemm1_alpha, gemm1_clamp_limit" in made["clamped"]
+    for case in ("scaled, unlimited", "limited twice"):
+        assert made[case].startswith("UnsupportedError MoE layer 3: activation")
+    assert "gemm1_alpha=1.7" in made["scaled, unlimited"]
+    assert "swiglu_limit=7.0" in made["limited twice"]
+    assert made["limited"]["type"] == made["clamped"]["type"] == "BatchedMoERunner"
+
+
+def test_activations_are_read_as_the_host_computes_them() -> None:
+    """Plain, DeepSeek-V4's, Step-3.5's and GigaChat's, gpt-oss's, MiniMax-M3's: largest error."""
+    errors = host_result(program("host_activations"))
+    assert set(errors) == {"plain", "limited", "clamped", "interleaved", "scaled"}
+    assert max(errors.values()) < 1e-5
 
 
 def test_limits_that_are_off_are_none(made: dict[str, Any]) -> None:

@@ -147,11 +147,12 @@ def test_what_the_host_logs_is_kept_apart(models: dict[str, str]) -> None:
     assert json.loads(quiet.stdout) == json.loads(verbose.stdout)
 
 
-def test_our_warnings_are_notes(models: dict[str, str]) -> None:
-    """Why a launch was left alone is part of the answer, not of a log that nobody sees."""
+def test_why_a_launch_was_left_alone_is_in_the_answer(models: dict[str, str]) -> None:
+    """Not in a log that nobody sees."""
     code, answer = plan_json("--model-path", models["deepseek-v3"], *LL, "--use-ray")
     assert code == 0
-    assert any("--use-ray" in note for note in answer["notes"]), answer["notes"]
+    assert answer["capability"]["use_batched_dp_moe"] is False
+    assert "--use-ray" in answer["capability"]["reason"]
     assert "--use-ray" in answer["text"]
 
 

@@ -15,12 +15,14 @@ HANDLE = 131_072 + 1_024 + 512
 rows, 128 ranges, and 128 counts in a block of the allocator's."""
 ALLOCATOR = 3 << 20
 """A MiB for each of three large tensors, likewise: the allocator does not split off less."""
+TOKENS = "--batched-dp-moe-max-tokens"
 
 
 def test_plan_for_an_h200_equals_the_live_one(tmp_path: Path) -> None:
     """Same flags, a config.json and no GPU here; the server of the record ran on the device."""
     model = write_config(tmp_path, QWEN3_30B_LAYERS, "bfloat16")
     argv = ["--target", "h200", "--model-path", str(model), "--use-batched-dp-moe", "on"]
+    argv += [TOKENS, "256"]
     code, planned = plan_json(*argv, "--attention-backend", "triton", "--sampling-backend=pytorch")
     assert code == 0
     (state,) = json.loads(RECORD.read_text())["states"]
@@ -28,8 +30,10 @@ def test_plan_for_an_h200_equals_the_live_one(tmp_path: Path) -> None:
     # The buffer's fixed cost was not known when the record was made: it is what it measured.
     told, taken = live.pop("rdma_device_bytes"), state["buffer_device_bytes"]
     assert told < taken <= planned["rdma_device_bytes"] <= taken + GRANULE
-    # Nor was the workspace whole; it is reserved twice.
-    grown = planned["workspace_bytes"] - live.pop("workspace_bytes")
+    # Nor was the workspace whole; it is reserved twice, and since then the buffer beside it.
+    workspace, reserved = live.pop("workspace_bytes"), live.pop("reserved_bytes")
+    grown = planned["workspace_bytes"] - workspace
     assert grown == HANDLE + ALLOCATOR
-    assert planned["reserved_bytes"] - live.pop("reserved_bytes") == 2 * grown
+    assert reserved == 2 * workspace
+    assert planned["reserved_bytes"] == reserved + 2 * grown + planned["rdma_device_bytes"]
     assert {name: planned[name] for name in live} == live

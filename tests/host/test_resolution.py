@@ -11,11 +11,13 @@ from ..support.resolving import LL, Launch, Worker
 CAPACITY = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
 ON = ("--use-batched-dp-moe", "on")
+T256 = ("--batched-dp-moe-max-tokens", "256")
+"""Unset, T would follow the memory that these small models leave."""
 
 
 def test_on_selects_deepep_and_fills_every_budget(launch: Launch) -> None:
     """One flag: backend, mode, chunk, graphs, running requests, capacity, all from T = 256."""
-    answer = launch(*TP8, "--use-batched-dp-moe", "on", log=True)
+    answer = launch(*TP8, *T256, "--use-batched-dp-moe", "on", log=True)
     assert answer["ok"], answer
     assert answer["resolved"]["moe_a2a_backend"] == "deepep"
     assert answer["resolved"]["deepep_mode"] == "low_latency"
@@ -41,7 +43,7 @@ def test_budgets_are_declared_before_the_host_parses_its_graph_flags(launch: Lau
 def test_auto_acts_only_when_the_resolved_configuration_is_batched(launch: Launch) -> None:
     """Default: untouched without DeepEP, planned with it."""
     assert launch(*TP8)["plan"] is None
-    assert launch(*TP8, *LL)["plan"]["max_dispatch_tokens_per_rank"] == 256
+    assert launch(*TP8, *LL)["plan"]["max_dispatch_tokens_per_rank"] >= 256
     assert launch(*TP8, *LL, model="qwen3-dense")["plan"] is None
     assert launch(*TP8, "--moe-a2a-backend", "deepep", "--deepep-mode", "normal")["plan"] is None
 
@@ -68,7 +70,7 @@ def test_explicit_values_that_work_are_kept(
     """And everything else is still filled."""
     answer = launch(*TP8, "--use-batched-dp-moe", "on", *flags)
     assert answer["resolved"][field] == value
-    assert answer["plan"]["max_dispatch_tokens_per_rank"] == 256
+    assert answer["plan"]["cuda_graph_max_bs_prefill"] == answer["prefill"]["max_bs"] > 0
 
 
 def test_explicit_graph_sizes_are_kept(launch: Launch) -> None:
@@ -125,7 +127,7 @@ def test_a_second_resolution_does_not_mistake_our_variable_for_the_users(
     first, second, third = worker.ask(
         [
             {"argv": [*base, *LL, "--chunked-prefill-size", "4096"], "keep": True},
-            {"argv": [*base, *LL], "keep": True},
+            {"argv": [*base, *LL, "--chunked-prefill-size", "2048"], "keep": True},
             {"argv": base},
         ]
     )
@@ -137,7 +139,7 @@ def test_a_second_resolution_does_not_mistake_our_variable_for_the_users(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--moe-a2a-backend", "mooncake"), "--moe-a2a-backend deepep"),
+        (("--moe-a2a-backend", "mori"), "--moe-a2a-backend deepep"),
         (("--moe-a2a-backend", "deepep", "--deepep-mode", "normal"), "--deepep-mode low_latency"),
     ],
 )
@@ -176,15 +178,16 @@ def test_old_spelling_of_attention_dp(launch: Launch) -> None:
 def test_prefill_buckets_stay_multiples_of_eight(launch: Launch, tp: int, dp: int) -> None:
     """Others can hang all-to-all capture; the host's re-clamp after the DP division makes them."""
     answer = launch("--tp-size", f"{tp}", "--attn-dp-size", f"{dp}", *LL)
-    assert answer["resolved"]["chunked_prefill_size"] == 256 * tp // dp
+    rows = answer["plan"]["max_dispatch_tokens_per_rank"] * tp // dp
+    assert answer["resolved"]["chunked_prefill_size"] == rows
     assert all(size % 8 == 0 for size in answer["prefill"]["bs"])
-    assert max(answer["prefill"]["bs"]) <= 256 * tp // dp
+    assert max(answer["prefill"]["bs"]) <= rows
 
 
 def test_speculation_divides_decode_budgets(launch: Launch, models: dict[str, str]) -> None:
     """EAGLE's default verifies 4 tokens per request."""
     answer = launch(
-        *(*TP8, *LL, "--speculative-algorithm", "EAGLE"),
+        *(*TP8, *LL, *T256, "--speculative-algorithm", "EAGLE"),
         *("--speculative-draft-model-path", models["qwen3"]),
     )
     assert answer["resolved"]["speculative_num_draft_tokens"] == 4
@@ -212,7 +215,7 @@ def test_draft_width_is_known_before_the_host_resolves_it(
 ) -> None:
     """Budgets are declared long before ``handle_speculative_decoding`` fills its own defaults."""
     draft = ("--speculative-draft-model-path", models["qwen3"])
-    answer = launch("--tp-size", "8", *LL, "--speculative-algorithm", *flags, *draft)
+    answer = launch("--tp-size", "8", *LL, *T256, "--speculative-algorithm", *flags, *draft)
     assert answer["ok"], answer["error"]
     assert answer["resolved"]["max_running_requests"] == 256 * 8 // width // 8 * 8
     assert answer["decode"]["max_bs"] * width <= 256 * 8
@@ -230,7 +233,7 @@ def test_a_draft_of_another_shape_is_refused(launch: Launch, models: dict[str, s
 
 def test_disaggregated_roles_bound_what_they_run(launch: Launch) -> None:
     """A prefill instance has no decode rows, a decode instance no prefill rows to refuse."""
-    prefill = launch(*TP8, *LL, "--disaggregation-mode", "prefill")["plan"]
+    prefill = launch(*TP8, *LL, *T256, "--disaggregation-mode", "prefill")["plan"]
     assert (prefill["chunked_prefill_size"], prefill["max_running_requests"]) == (2048, 0)
     decode = launch(
         *(*TP8, *LL, "--disaggregation-mode", "decode", "--chunked-prefill-size", "65536")
@@ -257,7 +260,7 @@ def test_config_file(launch: Launch, tmp_path: Path) -> None:
     config.write_text("tp-size: 8\nattn-dp-size: 8\nuse-batched-dp-moe: on\n")
     answer = launch("--config", str(config))
     assert answer["ok"], answer["error"]
-    assert answer["plan"]["max_dispatch_tokens_per_rank"] == 256
+    assert answer["plan"]["max_dispatch_tokens_per_rank"] >= 256
 
 
 def test_pages_bound_the_chunk_that_we_fill(launch: Launch) -> None:
@@ -270,7 +273,7 @@ def test_pages_bound_the_chunk_that_we_fill(launch: Launch) -> None:
 
 def test_mixed_chunks_leave_room_to_prefill(launch: Launch) -> None:
     """At running >= chunk the host's chunk would be zero or less."""
-    answer = launch(*TP8, *LL, "--enable-mixed-chunk")
+    answer = launch(*TP8, *LL, *T256, "--enable-mixed-chunk")
     assert answer["resolved"]["max_running_requests"] == 8 * 128
     answer = launch(
         *(*TP8, *ON, "--enable-mixed-chunk", "--chunked-prefill-size", "512"),
@@ -353,6 +356,13 @@ def test_sizes_that_leave_nothing_to_capture_are_refused(
     """
     answer = launch("--tp-size", "2", *LL, *flags)
     assert [error["changes"] for error in answer["errors"]] == [changes]
+
+
+def test_a_list_of_prefill_sizes_is_counted_as_the_host_rounds_it(launch: Launch) -> None:
+    """To eights, also where a largest size as small would leave nothing."""
+    answer = launch("--tp-size", "2", *LL, "--cuda-graph-bs-prefill", "2")
+    assert answer["prefill"]["bs"] == [8]
+    assert answer["plan"]["cuda_graph_max_bs_prefill"] == 8
 
 
 def test_mistyped_draft_steps_are_the_users(launch: Launch, models: dict[str, str]) -> None:

@@ -36,7 +36,7 @@ DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "fla
         ("qwen3-fp8", (*DP2, *LL, ROWS_FLAG, "bf16"), {}, f"remove {ROWS_FLAG}"),
         ("qwen3-fp8", (*DP2, *LL), BF16_ROWS, f"unset {next(iter(BF16_ROWS))}"),
         ("qwen3", (*DP2, *LL, ROWS_FLAG, "fp8"), {}, f"remove {ROWS_FLAG}"),
-        ("limited-bf16", (*DP2, *LL), {}, LEAVE),
+        ("limited-bf16", (*DP2, *LL, "--moe-runner-backend", "deep_gemm"), {}, LEAVE),
         ("fp4-experts", (*DP2, *LL), {}, "--moe-runner-backend humming"),
         ("qwen3", ("--tp-size", "2", *LL, "--model-impl", "transformers"), {}, LEAVE),
         ("qwen3", (*DP2, *ON, *ROLES, "--enable-pd-role-switch"), {}, "remove --enable-pd-role"),
@@ -59,10 +59,11 @@ def test_refused_before_anything_loads(
     assert fix in answer["errors"][0]["fix"], answer
 
 
-def test_limited_experts_stay_the_hosts(launch: Launch) -> None:
+@pytest.mark.parametrize("model", ["limited-fp8", "limited-bf16"])
+def test_limited_experts_are_ours(launch: Launch, model: str) -> None:
     """Within our budgets."""
-    plan = launch(*DP2, *LL, model="limited-fp8")["plan"]
-    assert plan["runner"] == "host"
+    plan = launch(*DP2, *LL, model=model)["plan"]
+    assert plan["runner"] == "moe_plugin"
     assert plan["max_dispatch_tokens_per_rank"] == 256
 
 

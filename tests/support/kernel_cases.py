@@ -99,7 +99,13 @@ def quantise_channels(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (w.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
 
-QUANTISE = {"block": quantise_blocks, "channel": quantise_channels}
+def quantise_tensors(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round [L, N, K] to float8_e4m3fn with one scale [L] per matrix."""
+    scale = w.float().abs().amax((1, 2)).clamp_min(1e-10) / 448.0
+    return (w.float() / scale[:, None, None]).to(torch.float8_e4m3fn), scale
+
+
+QUANTISE = {"block": quantise_blocks, "channel": quantise_channels, "tensor": quantise_tensors}
 
 
 def make_weights(

@@ -159,12 +159,19 @@ def layout_of(server_args: Any) -> dict[str, Any]:
     initialize_moe_config()
     view = resolved_view(server_args)
     mode = DeepEPMode(view.deepep_mode)
-    deepep = get_moe_a2a_backend().is_deepep()
-    batched = {
-        "extend": deepep and mode.resolve(True).is_low_latency(),
-        "decode": deepep and mode.resolve(False).is_low_latency(),
+    backend = get_moe_a2a_backend()
+    bounded = backend.is_deepep_v2()  # by T in every forward, whatever the mode
+    low_latency = backend.is_nixl() or backend.is_mooncake() or backend.is_pplx()
+    by_mode = backend.is_deepep() or low_latency
+    return {
+        "layer": get_moe_impl_class(None).__name__,
+        # Their dispatchers raise NotImplementedError for a mode that may be normal.
+        "builds": not (low_latency and mode.enable_normal()),
+        "batched": {
+            "extend": bounded or (by_mode and mode.resolve(True).is_low_latency()),
+            "decode": bounded or (by_mode and mode.resolve(False).is_low_latency()),
+        },
     }
-    return {"layer": get_moe_impl_class(None).__name__, "deepep": deepep, "batched": batched}
 
 
 def capability_of(server_args: Any) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
     log = io.StringIO()
     if "without" in case:  # an installation that lacks a module
         installation._checks_machine = True
-        hooks.runtime_problems = list  # model code of a GPU does not import without one
+        hooks.runtime_problems = (
+            lambda backend: []
+        )  # model code of a GPU does not import without one
         installation.find_spec = lambda name: None if name == case["without"] else find_spec(name)
     try:
         with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
@@ -89,7 +91,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
         installation.find_spec = find_spec
         answer["log"] = log.getvalue()[-4000:] if case.get("log") else ""
         if not case.get("keep"):
-            hooks.withdraw_capacity()
+            hooks.withdraw_variables()
             os.environ.clear()
             os.environ.update(_PRISTINE)
     return answer

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from moe_plugin.backends.deepep import NVSHMEM_GRANULE
 
@@ -53,6 +56,37 @@ def check_within_plan(server: Server, ranks: int, layers: int) -> None:
         if plan["rdma_buffer_bytes"]:
             planned = plan["rdma_device_bytes"]
             assert taken <= planned <= taken + NVSHMEM_GRANULE, f"{taken} taken, {planned} planned"
+
+
+def check_same_bits(server: Server, ranks: int, longest: int, new_tokens: int) -> None:
+    """A request gets the same tokens and log-probabilities, to the last bit, while other groups
+    prefill as it gets alone; its own group has nothing else to do."""
+    answer = partial(server.generate, SHORT_PROMPTS[0], new_tokens, routed_dp_rank=0)
+    answer()  # its prefix is cached from here on
+    alone = [answer() for _ in range(2)]
+    over, prefilled = threading.Event(), []
+
+    def prefill(rank: int) -> None:
+        rng = random.Random(rank)
+        while not over.is_set():
+            start = rng.randrange(1000)
+            text = long_prompt(start + rng.randint(1, longest))[start:]
+            server.generate(text, 1, routed_dp_rank=rank)
+            prefilled.append(rank)
+
+    with ThreadPoolExecutor(2 * ranks) as pool:
+        others = [pool.submit(prefill, rank) for rank in range(1, ranks) for _ in range(2)]
+        try:
+            among = [answer() for _ in range(8)]
+        finally:
+            over.set()
+        for other in others:
+            other.result()
+    assert set(prefilled) == set(range(1, ranks))
+    for field in ("tokens", "logprobs"):
+        expected = alone[0][field]
+        assert alone[1][field] == expected, f"{field}, twice alone"
+        assert [one[field] for one in among] == [expected] * len(among), f"{field} under load"
 
 
 def forced_logprobs(server: Server, prompts: Sequence[str]) -> list[float]:

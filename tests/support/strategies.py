@@ -58,11 +58,13 @@ def _budgets(draw: st.DrawFn, flags: dict[str, str | None], tp: int) -> None:
     scaled = st.one_of(st.sampled_from([-1, 1, 512, 4096, 8192, 32768]), tokens.map(tp.__mul__))
     _maybe(draw, flags, "--batched-dp-moe-max-tokens", tokens, 4)
     _maybe(draw, flags, "--chunked-prefill-size", scaled, 3)
-    _maybe(draw, flags, "--max-running-requests", st.integers(1, 6000), 3)
-    _maybe(draw, flags, "--cuda-graph-max-bs-decode", st.sampled_from([1, 7, 64, 128, 512]), 4)
-    _maybe(draw, flags, "--cuda-graph-max-bs-prefill", st.sampled_from([8, 100, 512, 2048]), 5)
+    _maybe(draw, flags, "--max-running-requests", st.integers(1, 20000), 3)
+    _maybe(draw, flags, "--cuda-graph-max-bs-decode", st.sampled_from([0, 1, 7, 64, 128, 512]), 4)
+    _maybe(
+        draw, flags, "--cuda-graph-max-bs-prefill", st.sampled_from([0, 3, 8, 100, 512, 2048]), 5
+    )
     _maybe(draw, flags, "--max-prefill-tokens", st.sampled_from([256, 2048, 65536]), 8)
-    _maybe(draw, flags, "--page-size", st.sampled_from([1, 16, 64]), 6)
+    _maybe(draw, flags, "--page-size", st.sampled_from([1, 16, 64, 2048]), 6)
 
 
 def _speculation(draw: st.DrawFn, flags: dict[str, str | None], dp: int) -> None:
@@ -106,7 +108,7 @@ def _rest(draw: st.DrawFn, flags: dict[str, str | None]) -> None:
         flags["--pp-size"] = "2"
         if draw(st.booleans()):
             flags["--enable-dynamic-chunking"] = ""
-    _maybe(draw, flags, "--ep-num-redundant-experts", st.sampled_from([2, 16, 32]), 8)
+    _maybe(draw, flags, "--ep-num-redundant-experts", st.sampled_from([2, 16, 32, 1000000]), 8)
 
 
 def command_line(launch: dict[str, Any], paths: dict[str, str]) -> list[str]:

@@ -199,24 +199,17 @@ LL = "--deepep-mode low_latency"
         ),
         (
             replace(QWEN, hidden_act="silu, limited"),
-            {},
-            "experts for the batched layout",
-            "unquantized weights, silu, limited",
-            LEAVE,
-        ),
-        (
-            replace(QWEN, hidden_act="silu, limited"),
             {"moe_runner_backend": "deep_gemm"},
-            "experts for the batched layout",
+            "MoE runner",
             "leaves the limit of Qwen3MoeForCausalLM out",
-            LEAVE,
+            "--moe-runner-backend auto",
         ),
         (
             replace(V3, hidden_act="silu, clamped"),
-            {},
-            "experts for the batched layout",
+            {"moe_runner_backend": "deep_gemm"},
+            "MoE runner",
             "leaves the clamp of DeepseekV3ForCausalLM out",
-            LEAVE,
+            "--moe-runner-backend auto",
         ),
         (
             replace(V3, weight_format="fp8_fp4"),
@@ -325,14 +318,22 @@ def test_refusals_are_complete() -> None:
     ]
 
 
-@pytest.mark.parametrize("runner", ["auto", "deep_gemm"])
-def test_host_runner_where_it_works(runner: str) -> None:
-    """Explicit DeepGEMM and per-tensor FP8 keep the host's experts inside our budgets."""
-    model = replace(QWEN, weight_format="fp8_tensor" if runner == "auto" else "unquantized")
-    found = plan(model, moe_runner_backend=runner)
+@pytest.mark.parametrize("weights", ["fp8_tensor", "unquantized"])
+def test_host_runner_where_it_works(weights: str) -> None:
+    """Explicit DeepGEMM keeps the host's experts inside our budgets."""
+    model, asked = replace(QWEN, weight_format=weights), {"moe_runner_backend": "deep_gemm"}
+    found = plan(model, **asked)
     assert (found.verdict, found.runner) == ("ok", "host")
-    assert plan(model, moe_runner_backend=runner, has_deep_gemm=False).verdict == "refused"
-    assert plan(model, moe_runner_backend=runner, compute_capability=(8, 0)).verdict == "refused"
+    assert plan(model, **asked, has_deep_gemm=False).verdict == "refused"
+    assert plan(model, **asked, compute_capability=(8, 0)).verdict == "refused"
+
+
+@pytest.mark.parametrize("weights", ["fp8_tensor", "compressed-tensors_fp8", "w8a8_fp8"])
+@pytest.mark.parametrize("act", ["silu", "silu, limited", "silu, clamped"])
+def test_every_fp8_format_runs_on_ours(weights: str, act: str) -> None:
+    """Rows in FP8, scaled per 128 channels."""
+    found = plan(replace(QWEN, weight_format=weights, hidden_act=act))
+    assert (found.verdict, found.runner) == ("ok", "moe_plugin")
 
 
 def test_our_experts_need_no_deep_gemm() -> None:
@@ -423,6 +424,7 @@ def test_graphs_of_size_zero_are_refused_and_not_filled(phase: str) -> None:
     flag, off = f"--cuda-graph-max-bs-{phase}", f"--disable-{phase}-cuda-graph"
     assert error.changes == ((flag, None), (off, ""))
     assert error.fix == f"{off} in place of {flag}"
+    assert one_error(plan(cuda_graph_max_bs_prefill=3)).fix == "--cuda-graph-max-bs-prefill 8"
     switched_off = plan(**{f"cuda_graph_max_bs_{phase}": 0, f"{phase}_graphs": False})
     assert (switched_off.verdict, getattr(switched_off, f"cuda_graph_max_bs_{phase}")) == ("ok", 0)
 

@@ -71,9 +71,17 @@ BOTH = {
         "hidden_states_scale: got",
     ),
     "other device": (lambda c: {"masked_m": c["masked_m"].to("meta")}, "device of masked_m"),
+    "a bias that the activation has not": (
+        of_weights(w2_bias=lambda _: torch.zeros(3, HIDDEN)),
+        "w2_bias: got a tensor",
+    ),
+    "no bias": (
+        of_weights(activation=lambda a: replace(a, bias=True)),
+        "w13_bias: got nothing",
+    ),
 }
 FP8 = {
-    "scales of fewer blocks": (of_weights(w13_scale=lambda s: s[:, :, :-1]), "w13_scale: got"),
+    "fewer scales": (of_weights(w13_scale=lambda s: s[..., :-1]), "w13_scale: got"),
     "double scales": (of_weights(w2_scale=lambda s: s.double()), "w2_scale: got .*float64"),
     "strided scales": (of_weights(w13_scale=strided), "strides of w13_scale"),
     "no scales": (of_weights(w2_scale=lambda _: None), "w2_scale: got nothing"),

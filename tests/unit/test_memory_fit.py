@@ -68,7 +68,7 @@ def parts(found: Plan) -> int:
 @pytest.mark.parametrize("ranks", [16, 32, 64])
 def test_what_is_ours_to_size_shrinks_until_it_fits(ranks: int) -> None:
     """DeepSeek-V3 on H100s: graphs first, then T; and the sum is within the device."""
-    found = plan(V3_FP8, ranks)
+    found = plan(V3_FP8, ranks, moe_dense_tp_size=ranks)
     memory = found.memory
     assert found.verdict == "ok"
     assert memory is not None
@@ -81,7 +81,7 @@ def test_what_is_ours_to_size_shrinks_until_it_fits(ranks: int) -> None:
 
 def test_a_smaller_t_says_what_it_makes_room_for() -> None:
     """In the ledger, where people look for the reason."""
-    found = plan(V3_FP8, 16)
+    found = plan(V3_FP8, 16, moe_dense_tp_size=16)
     assert found.max_dispatch_tokens_per_rank == 128
     assert found.budgets[0].source == "derived"
     assert "256 leave too little beside 55.09 GiB of weights" in found.budgets[0].arithmetic
@@ -93,7 +93,7 @@ def test_weights_that_do_not_fit_are_refused_with_ranks_that_hold_them() -> None
     found = plan(V3_FP8, 8)
     (error,) = found.errors
     assert error.limit == "device memory"
-    assert "93.34 GiB of weights" in error.got
+    assert "95.82 GiB of weights" in error.got
     assert error.fix == "--tp-size 16 --attn-dp-size 16"
     assert plan(V3_FP8, 16).verdict == "ok"
     assert error.changes == (("--tp-size", "16"), ("--attn-dp-size", "16"))
@@ -133,7 +133,7 @@ def test_a_fraction_that_leaves_too_little_gets_a_smaller_t_or_one_that_works() 
     assert plan(V3_FP8, 16, H200, fraction=float(value or 0)).verdict == "ok"
     assert plan(V3_FP8, 16, H200, fraction=0.5).verdict == "ok"
     small = plan(V3_FP8, 16, H200, fraction=0.39)
-    assert "55.09 GiB of weights" in small.errors[0].got
+    assert "57.75 GiB of weights" in small.errors[0].got
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,8 @@ def test_t_grows_where_it_costs_a_tenth_of_the_kv_cache_at_most() -> None:
     assert 0 < lost <= fixed.memory.kv_cache_bytes / 10
     assert grown.cuda_graph_max_bs_decode == fixed.cuda_graph_max_bs_decode == 256
     assert plan(QWEN_235B_FP8, 8).max_dispatch_tokens_per_rank == 256
+    chunk = plan(QWEN_30B_BF16, 4, H200, chunked_prefill_size=512)
+    assert chunk.max_dispatch_tokens_per_rank == 256  # a larger T would buy nothing
 
 
 @pytest.mark.parametrize("unknown", [{"memory": None}, {"weights": None}])
@@ -226,3 +228,41 @@ def test_topology_of_a_launch() -> None:
     divided = Topology(ranks=16, whole_embedding=True, whole_dense=True, whole_head=True)
     assert whole.weights_bytes == V3_FP8.weights.per_rank(divided)  # type: ignore[union-attr]
     assert SimpleNamespace(**plan(V3_FP8, 16).as_dict()["memory"]).device_bytes == H100
+
+
+def test_a_cap_on_tokens_leaves_the_rest_to_the_buffer() -> None:
+    """``--max-total-tokens`` bounds the KV cache whatever the fraction: what it does not take is
+    there for the buffer, and T grows as it would without it."""
+    refused = plan(QWEN_30B_BF16, 4, fraction=0.95)
+    found = plan(QWEN_30B_BF16, 4, fraction=0.95, kv_token_cap=65536)
+    assert [error.limit for error in refused.errors] == ["device memory"]
+    assert found.verdict == "ok"
+    assert found.memory is not None
+    assert found.memory.kv_cache_tokens == 65536
+    assert found.max_dispatch_tokens_per_rank == 1024
+    assert parts(found) <= found.memory.usable_bytes
+
+
+def test_what_each_dp_group_holds_whole_is_counted() -> None:
+    """The LM head that is filled to be a group's own is there once per rank."""
+    memory = plan(QWEN_30B_BF16, 4).memory
+    typed = plan(QWEN_30B_BF16, 4, whole_dense=True, whole_head=True).memory
+    joined = plan(QWEN_30B_BF16, 4, moe_dense_tp_size=4).memory
+    assert memory is not None
+    assert typed is not None
+    assert joined is not None
+    assert memory.weights_bytes == typed.weights_bytes > joined.weights_bytes
+
+
+def test_dp_groups_are_joined_where_what_each_holds_whole_costs_tokens() -> None:
+    """Own dense layers and heads save what joining the rows takes, here more than they cost; where
+    they cost T the flags are not filled."""
+    apart, joined = plan(V3_FP8, 16), plan(V3_FP8, 16, moe_dense_tp_size=16)
+    assert apart.groups_apart
+    assert not joined.groups_apart
+    assert apart.max_dispatch_tokens_per_rank > joined.max_dispatch_tokens_per_rank
+    assert parts(apart) <= H100
+    tight = plan(V3_FP8, 16, 76 * 1024 * MIB)
+    whole = plan(V3_FP8, 16, 76 * 1024 * MIB, moe_dense_tp_size=1, dp_lm_head=True)
+    assert tight.verdict == "ok"
+    assert tight.max_dispatch_tokens_per_rank >= whole.max_dispatch_tokens_per_rank

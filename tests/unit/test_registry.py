@@ -92,21 +92,21 @@ def test_prefill_only_instance_in_low_latency_mode_extends_only() -> None:
 def test_third_party_backend_answers_with_its_own_limits() -> None:
     """Registered from code: the predicate and the limits are the backend's."""
     backend = BatchedBackend(
-        name="nixl", batched_modes=lambda _facts: DECODE, limits=Limits(default_max_tokens=64)
+        name="mori", batched_modes=lambda _facts: DECODE, limits=Limits(default_max_tokens=64)
     )
     register_backend(backend)
     try:
-        answer = use_batched_dp_moe(CapabilityFacts(a2a_backend="nixl"))
-        assert (answer.ok, answer.modes, answer.backend) == (True, DECODE, "nixl")
-        assert get_backend("nixl").limits.default_max_tokens == 64
+        answer = use_batched_dp_moe(CapabilityFacts(a2a_backend="mori"))
+        assert (answer.ok, answer.modes, answer.backend) == (True, DECODE, "mori")
+        assert get_backend("mori").limits.default_max_tokens == 64
         assert register_backend(backend) is backend  # the same object again is harmless
         with pytest.raises(ConfigError, match="already registered"):
             register_backend(
-                BatchedBackend(name="nixl", batched_modes=lambda _facts: BOTH, limits=Limits())
+                BatchedBackend(name="mori", batched_modes=lambda _facts: BOTH, limits=Limits())
             )
     finally:
-        unregister_backend("nixl")
-    assert "nixl" not in backend_names()
+        unregister_backend("mori")
+    assert "mori" not in backend_names()
 
 
 def test_unknown_names_list_what_exists() -> None:

@@ -1,7 +1,7 @@
 """The guard at the point of use: no more than T tokens enter a dispatch, on any rank.
 
-DeepEP's own check is a C++ assert on the one rank that is over; its peers then wait for it until
-they time out. Where the host knows every rank's tokens, all ranks raise the same Python error.
+The libraries' own check is an assert on the one rank that is over; its peers then wait for it
+until they time out. Where the host knows every rank's tokens, all ranks raise the same error.
 """
 
 from __future__ import annotations
@@ -37,15 +37,49 @@ def check_tokens(tokens: int, max_num_tokens: int, where: str) -> None:
         )
 
 
-class GuardedTransport:
-    """A transport that refuses batches above its capacity and records what it carried.
+class RowGuard:
+    """Refuses batches above T, before anything is sent, and records what passes.
 
     Args:
-        inner: the transport that moves the tokens; every other attribute is its own.
         max_num_tokens: T.
         metadata: () -> tokens per rank in the current forward, or None when unknown.
         mode: () -> name of the current forward mode, for the record.
         stats: where rows are recorded.
+    """
+
+    def __init__(
+        self,
+        max_num_tokens: int,
+        *,
+        metadata: Callable[[], DPMetadata | None] = lambda: None,
+        mode: Callable[[], str] = lambda: "all",
+        stats: Stats = STATS,
+    ) -> None:
+        self.max_num_tokens = max_num_tokens
+        self._metadata = metadata
+        self._mode = mode
+        self._stats = stats
+
+    def check(self, rows: int) -> None:
+        """Let a dispatch of ``rows`` tokens of this rank pass.
+
+        Raises:
+            BudgetError: this rank, or another one in this forward, has more than T.
+        """
+        metadata = self._metadata()
+        busiest = max(rows, metadata.max_tokens if metadata is not None else 0)
+        where = "on this rank" if rows == busiest else "on the busiest rank"
+        check_tokens(busiest, self.max_num_tokens, where)
+        self._stats.dispatches += 1
+        self._stats.record_rows(self._mode(), rows, busiest)
+
+
+class GuardedTransport(RowGuard):
+    """A transport behind a guard.
+
+    Args:
+        inner: the transport that moves the tokens; every other attribute is its own.
+        max_num_tokens: T. This and the rest as in :class:`RowGuard`.
     """
 
     def __init__(
@@ -57,11 +91,8 @@ class GuardedTransport:
         mode: Callable[[], str] = lambda: "all",
         stats: Stats = STATS,
     ) -> None:
+        super().__init__(max_num_tokens, metadata=metadata, mode=mode, stats=stats)
         self.inner = inner
-        self.max_num_tokens = max_num_tokens
-        self._metadata = metadata
-        self._mode = mode
-        self._stats = stats
 
     def low_latency_dispatch(
         self,
@@ -72,13 +103,7 @@ class GuardedTransport:
         **options: Any,
     ) -> tuple[Any, torch.Tensor, Any, Any, Hook]:
         """As the inner transport's, after the check."""
-        rows = x.shape[0]
-        metadata = self._metadata()
-        busiest = max(rows, metadata.max_tokens if metadata is not None else 0)
-        where = "on this rank" if rows == busiest else "on the busiest rank"
-        check_tokens(busiest, self.max_num_tokens, where)
-        self._stats.dispatches += 1
-        self._stats.record_rows(self._mode(), rows, busiest)
+        self.check(x.shape[0])
         return self.inner.low_latency_dispatch(
             x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, **options
         )

@@ -16,7 +16,8 @@ class Layer:
     quant_config = object()  # of the checkpoint, which may leave this layer out
 
     def __init__(self, dtype):
-        self.w13_weight = torch.empty(1, dtype=dtype)
+        self.w13_weight = torch.empty(2, 256, 128, dtype=dtype)
+        self.w13_weight_scale_inv = torch.empty(2, 2, 1)
         self.asked = None
         self.dispatcher = self
 
@@ -24,9 +25,10 @@ class Layer:
         self.asked = config["dispatcher_output_dtype"]
 
 
-def asked(dtype, flag="auto"):
+def asked(dtype, flag="auto", backend="deepep"):
     """What a layer of this dtype asks for under the host's flag, or the refusal."""
     layer = Layer(dtype)
+    moe_layer._backend = lambda: backend
     buffer.host_config = lambda: SimpleNamespace(deepep_dispatcher_output_dtype=flag)
     try:
         moe_layer._attach_runner(lambda *args: None, layer, None, (), {})
@@ -36,4 +38,13 @@ def asked(dtype, flag="auto"):
 
 
 moe_layer._make_runner = lambda layer, plan: None
-emit([asked(torch.float8_e4m3fn), asked(torch.bfloat16), asked(torch.bfloat16, "fp8")])
+emit(
+    [
+        asked(torch.float8_e4m3fn),
+        asked(torch.bfloat16),
+        asked(torch.bfloat16, "fp8"),
+        asked(torch.bfloat16, backend="mooncake"),
+        asked(torch.bfloat16, backend="nixl"),
+        asked(torch.float8_e4m3fn, backend="nixl"),
+    ]
+)

@@ -39,7 +39,9 @@ def made(deterministic=False, **limits):
 emit(
     {
         "limited": made(swiglu_limit=10.0),
-        "clamped": made(gemm1_alpha=1.7, gemm1_clamp_limit=7.0),
+        "clamped": made(gemm1_clamp_limit=7.0),
+        "scaled, unlimited": made(gemm1_alpha=1.7),
+        "limited twice": made(gemm1_clamp_limit=7.0, swiglu_limit=7.0),
         "no limits": made(swiglu_limit=None, gemm1_clamp_limit=0),
         "deterministic": made(deterministic=True),
     }
