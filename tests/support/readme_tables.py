@@ -22,18 +22,18 @@ _ACTIVATIONS = {
 
 
 def weight_formats() -> str:
-    """Per format, whose experts compute it."""
-    lines = [
-        "| weights of the experts | the plugin's experts | SGLang's experts, inside the budgets |",
-        "|---|---|---|",
-    ]
+    """Whose experts compute what; formats of one answer share a row."""
+    titles: dict[tuple[str, str], list[str]] = {}
     refused = []
     for row in FORMATS.values():
         if row.own is None and not row.host:
             refused.append(row.title)
-            continue
-        lines.append(f"| {row.title} | {_own(row.own)} | {_host(row.host)} |")
-    lines += [
+        else:
+            titles.setdefault((_own(row.own), _host(row.host)), []).append(row.title)
+    lines = [
+        "| weights of the experts | the plugin's experts | SGLang's experts, inside the budgets |",
+        "|---|---|---|",
+        *(f"| {'; '.join(names)} | {own} | {host} |" for (own, host), names in titles.items()),
         "",
         "Refused, since SGLang's own MoE layer fails with them behind DeepEP: "
         + f"{', '.join(refused)}.",
@@ -44,7 +44,9 @@ def weight_formats() -> str:
 def _own(experts: OwnExperts | None) -> str:
     if experts is None:
         return "–"
-    words = [_ACTIVATIONS.get(name, name) for name in sorted(experts.activations)]
+    # By length, so that the plain activation comes before its variants.
+    names = sorted(experts.activations, key=lambda name: (len(name), name))
+    words = [_ACTIVATIONS.get(name, name) for name in names]
     return ", ".join(words) + (f"; before {_sm(experts.below)}" if experts.below else "")
 
 
