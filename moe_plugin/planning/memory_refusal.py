@@ -126,7 +126,7 @@ def _chunks(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> 
         if total < chunk:
             yield (
                 (("--chunked-prefill-size", str(total)),),
-                replace(launch, chunked_prefill_size=total, group_chunk=None),
+                replace(launch, chunked_prefill_size=total, dp_group_chunk=None),
             )
 
 
