@@ -152,8 +152,9 @@ def random_layer(
 
     x_scale = same(experts, hidden // SCALE_BLOCK, shape.capacity).transpose(1, 2)
     wanted = weight_specs(shape)
-    scales = [same(*spec.shape) for spec in (wanted.w13_scale, wanted.w2_scale) if spec is not None]
-    return x, x_scale, ExpertWeights(w13, w2, *scales, format=shape.format)
+    w13_scale = same(*wanted.w13_scale.shape) if wanted.w13_scale is not None else None
+    w2_scale = same(*wanted.w2_scale.shape) if wanted.w2_scale is not None else None
+    return x, x_scale, ExpertWeights(w13, w2, w13_scale, w2_scale, format=shape.format)
 
 
 def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
