@@ -9,13 +9,14 @@ PINS := constraints.txt
 STAMP := $(VENV)/.installed-$(shell sha256sum $(PINS) | cut -c1-16)
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/python -P -m pytest
 
-.PHONY: help demo test test-fast test-slow test-gpu bench-kernels bench-gpu lint types wheel pins install clean
+.PHONY: help demo test test-fast test-slow test-gpu bench-kernels bench-gpu lint types docs wheel release pins install clean
 
 help:
 	@echo "make demo       serve a small MoE model on CPU through the plugin and check it against the host"
 	@echo "make test       the whole CPU test suite"
 	@echo "make test-fast  without real servers; make test-slow: property tests at full size, older hosts"
 	@echo "make lint       formatting, lint, types"
+	@echo "make docs       the README's generated tables; make release: build, check and tag a version"
 
 # About 11 GB: SGLang pins CUDA builds of torch, also where there is no GPU.
 $(STAMP): $(PINS)
@@ -28,6 +29,8 @@ $(STAMP): $(PINS)
 
 # Editable installs are cheap and always redone: the environment may be shared by checkouts.
 install: $(STAMP)
+	@if $(BIN)/python -m pip show --quiet moe-plugin 2>/dev/null; then \
+	    $(BIN)/python -m pip uninstall --quiet --yes moe-plugin; fi # its name until 0.1.0
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check \
 	    -e . -e tests/cpu_platform 2>&1 | { grep -i error || true; }
 
@@ -68,8 +71,15 @@ bench-gpu: install
 test-gpu: install
 	$(PYTEST) -m gpu
 
+# Tables of the README that stand for code.
+docs: install
+	$(BIN)/python -P tests/support/readme_tables.py
+
 wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+release:
+	PYTHON=$(PYTHON) .ci/release
 
 pins: install
 	{ sed -n '/^#/p' $(PINS); $(BIN)/python -m pip freeze --all --exclude-editable \

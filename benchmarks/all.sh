@@ -26,7 +26,6 @@ if step kernels-check kernels check; then
     step kernels-compile kernels compile
 fi
 step transport transport
-step attention attention
 step up up --cold --variants a b c
 step checks checks
 step drift drift

@@ -9,7 +9,7 @@ stage=$2
 shift 2
 out=${OUT:-/tmp/out}
 mkdir -p "$out"
-wheel=$(ls -t dist/moe_plugin-*.whl | head -1) # the newest
+wheel=$(ls -t dist/sglang_moe_plugin-*.whl | head -1) # the newest
 # One folder per wheel: servers that outlive a command import from it.
 site=${TMPDIR:-/tmp}/moe-plugin-site-$(sha256sum "$wheel" | cut -c1-16)
 [ -d "$site" ] || python3 -m zipfile -e "$wheel" "$site"

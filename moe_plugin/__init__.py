@@ -37,7 +37,7 @@ from .capability import (
 from .errors import BudgetError, ConfigError, HostMismatchError, MoePluginError, UnsupportedError
 from .planning.limits import DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP, Limits
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP",

@@ -25,7 +25,7 @@ from .finding import Finding, State
 
 NOT_ACTIVE = 2
 PACKAGES = (
-    "moe-plugin",
+    "sglang-moe-plugin",
     "sglang",
     "torch",
     "triton",

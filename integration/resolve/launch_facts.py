@@ -10,8 +10,8 @@ from ...capability import backend_names, get_backend
 from ...envs import TRANSPORT
 from ...planning.compatibility import FLASHINFER_TILE
 from ...planning.facts import GRAPH_MULTIPLE, LaunchFacts
+from ...planning.integers import ceil_to
 from ...planning.limits import Limits
-from ...planning.row_budgets import ceil_to
 from ..flags import requested
 from .draft_facts import draft_has_routed_moe, draft_shape, draft_width
 from .host_environment import environment_bool, environment_int
@@ -58,8 +58,8 @@ def explicit_graph_max(server_args: Any, phase: str) -> int | None:
     named = named if isinstance(named, dict) else {}
     sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
     if sizes:
-        largest = int(max(sizes))
-        return ceil_to(largest, GRAPH_MULTIPLE) if phase == "prefill" else largest
+        most = int(max(sizes))
+        return ceil_to(most, GRAPH_MULTIPLE) if phase == "prefill" else most
     largest = named.get("max_bs")
     if largest is None:
         largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)

@@ -14,7 +14,8 @@ NVSHMEM_GRANULE = 512 << 20
 """DeepEP sets ``NVSHMEM_CUMEM_GRANULARITY=2**29``: the heap grows in steps of 512 MiB."""
 
 NVSHMEM_FIXED_BYTES = 4480 << 20
-"""Bound of what creating a buffer takes beyond its granules; docs/gpu.md has the likely reason.
+"""Bound of what creating a buffer takes beyond its granules. benchmarks/results/README.md has
+the likely reason.
 
 Measured in servers with T = 256, 128 experts, hidden 2048: one rank 4240 MiB on an H200 and 4246
 MiB on an H100, two ranks 4298 and 4354 MiB (benchmarks/results/*serving*.json). In processes that

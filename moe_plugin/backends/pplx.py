@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..batched_backend import BatchedBackend, unless_normal
+from ..planning.integers import ceil_to
 from ..planning.limits import Limits
-from ..planning.row_budgets import ceil_to
 
 ONE_HOST = 8
 """Ranks up to which the kernels within one host are taken to be used."""

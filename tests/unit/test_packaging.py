@@ -1,14 +1,22 @@
-"""The wheel: what is in it, and that it works without the checkout."""
+"""The distribution: what is in it, its name and version, and that it works without the checkout."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import tomllib
 import zipfile
+from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+
+import moe_plugin
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 from ..support.hosts import host_result, program
 
@@ -50,6 +58,26 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
     subprocess.run([*command, str(source)], check=True, capture_output=True)
     return next(out.glob("*.whl"))
+
+
+def test_name_and_version(wheel: Path) -> None:
+    """One source of the version; found under a name of its own, used under the short ones."""
+    assert wheel.name == f"sglang_moe_plugin-{moe_plugin.__version__}-py3-none-any.whl"
+    info = f"sglang_moe_plugin-{moe_plugin.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        headers = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
+        points = archive.read(f"{info}/entry_points.txt").decode().splitlines()
+    assert (headers["Name"], headers["Version"]) == ("sglang-moe-plugin", moe_plugin.__version__)
+    assert headers["Description-Content-Type"] == "text/markdown"
+    assert "moe-plugin = moe_plugin.cli.main:main" in points
+    assert "moe_plugin = moe_plugin.integration.plugin:register" in points
+
+
+def test_the_changelog_has_this_version() -> None:
+    """`make release` takes its notes from there; what is not released yet stands above."""
+    heads = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heads[0] == "Unreleased"
+    assert ".dev" in moe_plugin.__version__ or moe_plugin.__version__ in heads
 
 
 def test_wheel_has_no_foreign_top_level(wheel: Path) -> None:
