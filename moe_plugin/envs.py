@@ -133,4 +133,17 @@ TRANSPORT = Variable(
     _choice("auto", "deepep", "torch"),
     "auto (DeepEP on GPUs, torch on CPU), deepep, or torch (torch.distributed; development).",
 )
-VARIABLES: tuple[Variable[Any], ...] = (DISABLE, USE_BATCHED_DP_MOE, MAX_TOKENS, TRANSPORT)
+MIXED_CHUNKS = Variable(
+    "MOE_PLUGIN_MIXED_CHUNKS",
+    True,
+    parse_bool,
+    "0: do not let decode rows ride along with prefill chunks (SGLang's --enable-mixed-chunk) "
+    "unless that is typed.",
+)
+VARIABLES: tuple[Variable[Any], ...] = (
+    DISABLE,
+    USE_BATCHED_DP_MOE,
+    MAX_TOKENS,
+    TRANSPORT,
+    MIXED_CHUNKS,
+)

@@ -29,4 +29,6 @@ def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
             fills["moe_dense_tp_size"] = 1
         if not cfg.enable_dp_lm_head:
             fills["enable_dp_lm_head"] = True
+    if plan.mixed_chunk and not cfg.enable_mixed_chunk:
+        fills["enable_mixed_chunk"] = True
     return {name: value for name, value in fills.items() if hasattr(cfg, name)}

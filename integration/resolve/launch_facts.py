@@ -7,7 +7,7 @@ from typing import Any
 
 from ...batched_backend import BatchedBackend
 from ...capability import backend_names, get_backend
-from ...envs import TRANSPORT
+from ...envs import MIXED_CHUNKS, TRANSPORT
 from ...planning.compatibility import FLASHINFER_TILE
 from ...planning.facts import GRAPH_MULTIPLE, LaunchFacts
 from ...planning.integers import ceil_to
@@ -120,6 +120,14 @@ def chunk_alignment(cfg: Any) -> int:
     return environment_int(FLASHINFER_TILE) or 4096
 
 
+def _may_mix_chunks(cfg: Any) -> bool:
+    """Whether nothing in the launch refuses mixed chunks, or was not looked at with them."""
+    names = ("enable_lora", "enable_hisparse", "enable_layernorm_sp", "dllm_algorithm")
+    if deterministic(cfg) or any(getattr(cfg, name, None) for name in names):
+        return False
+    return MIXED_CHUNKS.read() and getattr(cfg, "attn_cp_size", 1) in (None, 1)
+
+
 def compute_capability(cfg: Any) -> tuple[int, int] | None:
     """(major, minor) of the CUDA device, or None off CUDA."""
     if not str(cfg.device).startswith("cuda"):
@@ -172,6 +180,7 @@ def launch_facts(
         draft_a2a_backend=draft_backend,
         two_batch_overlap=cfg.enable_two_batch_overlap,
         mixed_chunk=cfg.enable_mixed_chunk,
+        may_mix_chunks=_may_mix_chunks(cfg),
         dynamic_chunking=bool(getattr(cfg, "enable_dynamic_chunking", False)),
         max_prefill_tokens=cfg.max_prefill_tokens,
         page_size=max(1, int(cfg.page_size or 1)),

@@ -72,6 +72,7 @@ class LaunchFacts:
         draft_a2a_backend: all-to-all backend of the draft; None follows the target's.
         two_batch_overlap: the host splits batches in two.
         mixed_chunk: decode rows ride along with prefill chunks.
+        may_mix_chunks: they may by default: nothing else of the launch speaks against it.
         dynamic_chunking: the host resizes chunks under pipeline parallelism.
         max_prefill_tokens: the host's cap of a prefill batch, tokens (never None there).
         page_size: KV-cache page, tokens; the host wants chunks in whole pages.
@@ -134,6 +135,7 @@ class LaunchFacts:
     draft_a2a_backend: str | None = None
     two_batch_overlap: bool = False
     mixed_chunk: bool = False
+    may_mix_chunks: bool = False
     dynamic_chunking: bool = False
     max_prefill_tokens: int = 16384
     page_size: int = 1

@@ -105,6 +105,8 @@ class Plan:
         dtype: activation dtype by torch name.
         groups_apart: nothing of the model but the all-to-all joins the DP groups, so that each
             replays its own graph: ``--moe-dense-tp-size 1 --enable-dp-lm-head``, typed or filled.
+        mixed_chunk: decode rows ride along with prefill chunks: ``--enable-mixed-chunk``, typed or
+            filled.
     """
 
     capability: Capability
@@ -133,6 +135,7 @@ class Plan:
     attn_tp_size: int = 1
     dtype: str = "bfloat16"
     groups_apart: bool = False
+    mixed_chunk: bool = False
 
     @property
     def verdict(self) -> Literal["ok", "refused"]:

@@ -22,6 +22,7 @@ from .integers import ceil_to, floor_to
 from .limits import Limits
 from .memory import workspace_bytes
 from .memory_refusal import within_memory
+from .mixed_chunks import may_mix
 from .plan import Budget, Plan, Rejection, Source
 from .row_budgets import RowBudget, row_budgets
 from .transport_checks import check_model, check_tokens_per_rank, token_multiple
@@ -62,8 +63,28 @@ def _replan(model: ModelFacts, launch: LaunchFacts, limits: Limits) -> tuple[Rej
 def _plan_within_memory(
     model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
 ) -> Plan:
-    """The plan that memory allows. DP groups are kept apart where that is typed, or costs no T:
-    what each group then holds whole takes memory."""
+    """The plan that memory allows, with mixed chunks where they are the default."""
+    plan = _plan_apart(model, launch, limits, capability)
+    if not may_mix(model, launch, plan):
+        return plan
+    decided = replace(
+        launch,
+        mixed_chunk=True,
+        default_tokens=plan.max_dispatch_tokens_per_rank,
+        decode_graph_cap=plan.cuda_graph_max_bs_decode or None,
+    )
+    mixed = _plan_apart(model, decided, limits, capability)
+    smaller = mixed.max_dispatch_tokens_per_rank < plan.max_dispatch_tokens_per_rank
+    if mixed.errors or smaller:
+        return plan
+    return replace(mixed, budgets=(*plan.budgets[:1], *mixed.budgets[1:]))  # T has its reason there
+
+
+def _plan_apart(
+    model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
+) -> Plan:
+    """DP groups are kept apart where that is typed, or costs no T: what each group then holds whole
+    takes memory."""
     if not groups_apart(model, launch, capability):
         return _sized(model, launch, limits, capability, apart=False)
     apart = _sized(model, launch, limits, capability, apart=True)
@@ -145,6 +166,7 @@ def _plan_once(
         top_k=model.top_k,
         attn_tp_size=launch.attn_tp_size,
         dtype=model.dtype,
+        mixed_chunk=launch.mixed_chunk,
     )
     return explain_plan(plan, launch, limits, budgets, source, most)
 

@@ -64,6 +64,8 @@ def render(plan: Plan, draw: Callable[[Sequence[Sequence[str]]], str] = table) -
         lines.append(
             "each DP group replays its own graph: --moe-dense-tp-size 1 --enable-dp-lm-head"
         )
+    if plan.mixed_chunk:
+        lines.append("decode rows ride along with prefill chunks: --enable-mixed-chunk")
     if plan.memory is not None:
         lines += _memory(plan.memory)
     if plan.prompt_steps:

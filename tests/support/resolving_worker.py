@@ -25,6 +25,7 @@ FIELDS = (
     "ep_size",
     "moe_dense_tp_size",
     "enable_dp_lm_head",
+    "enable_mixed_chunk",
     "cuda_graph_max_bs_decode",
     "cuda_graph_max_bs_prefill",
     "speculative_num_draft_tokens",

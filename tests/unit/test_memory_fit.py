@@ -266,3 +266,26 @@ def test_dp_groups_are_joined_where_what_each_holds_whole_costs_tokens() -> None
     whole = plan(V3_FP8, 16, 76 * 1024 * MIB, moe_dense_tp_size=1, dp_lm_head=True)
     assert tight.verdict == "ok"
     assert tight.max_dispatch_tokens_per_rank >= whole.max_dispatch_tokens_per_rank
+
+
+def test_decoding_requests_ride_along_where_it_was_seen_to_pay() -> None:
+    """T, its reason and the graphs stay; running requests leave half a chunk. Not with latent
+    attention, a small T, a typed chunk, speculation, or where the launch speaks against it."""
+    alone, mixed = plan(QWEN_30B_BF16, 4), plan(QWEN_30B_BF16, 4, may_mix_chunks=True)
+    assert not alone.mixed_chunk
+    assert mixed.mixed_chunk
+    assert mixed.budgets[0] == alone.budgets[0]
+    assert mixed.max_dispatch_tokens_per_rank == 1024
+    assert mixed.cuda_graph_max_bs_decode == alone.cuda_graph_max_bs_decode == 256
+    assert mixed.max_running_requests == 4 * 512
+    for against in (
+        {"max_tokens": 256},
+        {"chunked_prefill_size": 4096},
+        {"draft_width": 2},
+        {"prefill_graphs": False},
+        {"disaggregation_mode": "decode"},
+        {"moe_dense_tp_size": 4},
+        {"two_batch_overlap": True},
+    ):
+        assert not plan(QWEN_30B_BF16, 4, may_mix_chunks=True, **against).mixed_chunk, against
+    assert not plan(V3_FP8, 32, H200, may_mix_chunks=True).mixed_chunk
