@@ -119,8 +119,11 @@ def lane_count(experts: int) -> int:
 
 
 def tma_ready(problem: Problem) -> bool:
-    """Whether the tensors can be described to the copy engine: dense rows, 16-byte aligned."""
+    """Whether the tensors can be described to the copy engine: dense rows, 16-byte aligned, and
+    more than one row of capacity, which Triton would turn from an argument into a constant."""
     tensors = [problem.x, problem.w]
+    if problem.x.shape[1] == 1:
+        return False
     if problem.x_scale is not None:
         scale = problem.x_scale
         capacity, per_row = problem.x.shape[1], scale.shape[2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,8 @@ TABLES = [
 ]
 """Headings of the records' page, and the record of the first table below each."""
 OURS = "c"
+DEFAULT = "c+mixed"
+"""Measured before mixed chunks were the default."""
 HEAD = "| concurrent requests | stock by hand, tokens/s |"
 
 
@@ -79,15 +80,28 @@ def test_tables_of_throughput(heading: str, results: str) -> None:
     assert [last[0], *last[3:]] == ["together", *found[:2], f"ratio {found[2]}"]
 
 
-def test_readme_has_the_same_ratios() -> None:
-    """Each row against the record that it links."""
-    rows = rows_below("README.md", "## Results", "| GPUs |")
-    assert len(rows) == 3
-    for _, _, tokens, first, link in rows:
-        (name,) = re.findall(r"results/(.+\.json)", link)
-        ratios = report.summary(load(name))["ratios"][f"{OURS}/b"]
-        found = [interval(ratios[m]["together"]) for m in ("tokens_per_s", "ttft_ms")]
-        assert [tokens, first] == [text.replace(" [", " times [") for text in found], name
+def test_readme_has_the_same_figures() -> None:
+    """Medians of every point, ratios with their intervals, and the sentences below the table."""
+    record = load("2026-11-28-h100x4-serving-fp8.json")
+    found = report.summary(record)["ratios"]
+    over = found[f"{DEFAULT}/g"]
+    *points, last = rows_below("README.md", "## Results", "| load / requests |")
+    assert [row[0] for row in points] == list(dict.fromkeys(r["point"] for r in record["rounds"]))
+    for point, *cells in points:
+        medians = [
+            median(by_round(record["rounds"], v, point, "tokens_per_s").values())
+            for v in ("g", "t", DEFAULT)
+        ]
+        ratios = [interval(over[metric][point]) for metric in ("tokens_per_s", "itl_p95_ms")]
+        assert cells == [*(f"{value:,.0f}" for value in medians), *ratios], point
+    assert last[4:] == [interval(over[m]["together"]) for m in ("tokens_per_s", "itl_p95_ms")]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    over_tp = found[f"{DEFAULT}/t"]
+    assert f"tensor parallelism together {interval(over_tp['tokens_per_s']['together'])}" in text
+    first = [f"{each['ttft_p95_ms']['together']['ratio']:.2f}" for each in (over, over_tp)]
+    assert f"is higher: {first[0]} and {first[1]} times these two" in text
+    by_hand = report.summary(load("2026-11-24-h100-serving.json"))["ratios"][f"{OURS}/b"]
+    assert f"one H100, bf16: {interval(by_hand['tokens_per_s']['together'])}" in text
 
 
 def test_readme_says_what_an_all_to_all_costs_one_gpu() -> None:

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from moe_plugin.kernels import launch as launches
-from moe_plugin.kernels.expert_layer import region_spec, regions, workspace_tensors
+from moe_plugin.kernels.expert_layer import (
+    layer_specs,
+    region_spec,
+    regions,
+    workspace_tensors,
+)
 from moe_plugin.kernels.formats import BF16, FORMATS, FP8_BLOCK, Format
 from moe_plugin.kernels.launch import (
     SM90_SHARED_BYTES,
@@ -23,6 +28,7 @@ from moe_plugin.kernels.launch import (
     row_tile,
     table_key,
 )
+from moe_plugin.kernels.problem import tma_ready
 from moe_plugin.kernels.tuning import tune
 from moe_plugin.kernels.workspace import launch_workspace, workspace_bytes, workspace_layout
 from tests.support.kernel_cases import MODELS
@@ -182,3 +188,15 @@ def test_tuner_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert set(json.loads(path.read_text())["launches"]) == {
         table_key(shape, rows) for rows in (8, 16, 32)
     }
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("capacity", [1, 2, 4, 17, 64])
+def test_capacities_that_the_copy_engine_cannot_take_go_elsewhere(
+    fmt: Format, capacity: int
+) -> None:
+    """One row would become a constant of the kernel; the scales of FP8 rows need whole fours."""
+    shape = Shape(4, capacity, 512, 256, fmt)
+    device = Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
+    gate_up, _ = layer_specs(shape, pick_launch(shape, 1, device), device)
+    assert tma_ready(gate_up) is (capacity > 1 and (not fmt.fp8_rows or capacity % 4 == 0))
