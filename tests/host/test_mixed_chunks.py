@@ -1,4 +1,4 @@
-"""`--enable-mixed-chunk`: filled where it was seen to pay, left where a launch speaks against it."""
+"""`--enable-mixed-chunk`: filled where it was seen to pay, left where something speaks against."""
 
 from __future__ import annotations
 
