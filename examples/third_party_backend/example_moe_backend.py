@@ -29,7 +29,7 @@ def backend() -> BatchedBackend:
         explicit_flag="--moe-a2a-backend mori",
         limits=Limits(
             name="the example's all-to-all",
-            default_max_tokens=128,  # where nothing is typed and memory is short
+            default_max_tokens=128,  # where nothing is typed
             max_tokens=512,
             hidden_sizes=frozenset({2048, 7168}),
             buffer_bytes=buffer_bytes,

@@ -33,7 +33,7 @@ def installed(models: dict[str, str], tmp_path: Path) -> Iterator[Worker]:
 
 
 def test_budgets_follow_its_limits(installed: Worker, models: dict[str, str]) -> None:
-    """T up to its limit where memory allows, refused above, and a hidden size that it lacks."""
+    """T is its default, refused above its limit; and a hidden size that it lacks."""
     argv = ["--model-path", models["qwen3"], *FLAGS]
     good, over, hidden = installed.ask(
         [
@@ -43,8 +43,8 @@ def test_budgets_follow_its_limits(installed: Worker, models: dict[str, str]) ->
         ]
     )
     assert good["plan"], good["log"]
-    assert good["plan"]["max_dispatch_tokens_per_rank"] == 512
-    assert good["plan"]["rdma_buffer_bytes"] == 2 * 2 * 512 * 2048 * 128
+    assert good["plan"]["max_dispatch_tokens_per_rank"] == 128
+    assert good["plan"]["rdma_buffer_bytes"] == 2 * 2 * 128 * 2048 * 128
     assert good["resolved"]["max_running_requests"] == 8 * 512
     assert "512 (made up for this example)" in over["error"]
     assert "hidden size" in hidden["error"]
