@@ -15,6 +15,8 @@ from typing import Any
 
 COMPILED = ("sgl_kernel", "deep_gemm", "deep_ep", "flashinfer")
 """SGLang pins them for CUDA, so that a target has them, whether this machine does or not."""
+ABSENT = frozenset({"sgl_kernel.scalar_type"})
+"""Values that the host compares, and has names of its own for where they do not import."""
 
 
 class _AnyType(type):
@@ -55,7 +57,7 @@ class _Finder(MetaPathFinder, Loader):
         path: Sequence[str] | None = None,  # noqa: ARG002
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in self._names:
+        if fullname.partition(".")[0] not in self._names or fullname in ABSENT:
             return None
         return ModuleSpec(fullname, self, is_package=True)
 

@@ -133,7 +133,10 @@ def dispatcher(backend: str) -> Any:
 def layer(backend: str) -> Any:
     made = dispatcher(backend)
     outer = made if backend == "deepep_v2" else SimpleNamespace(_inners=[made])
-    return SimpleNamespace(layer_id=0, dispatcher=outer, quant_config=None)
+    runner = SimpleNamespace(activation="silu")
+    return SimpleNamespace(
+        layer_id=0, dispatcher=outer, quant_config=None, moe_runner_config=runner
+    )
 
 
 def topk(case: MoECase, rows: int = ROWS) -> Any:
