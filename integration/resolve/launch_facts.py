@@ -49,13 +49,18 @@ def transport_of(cfg: Any, backend: str) -> str:
     return "torch" if cfg.device == "cpu" else "deepep"
 
 
-def explicit_graph_max(server_args: Any, phase: str) -> int | None:
-    """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
-    prefills as the host rounds it (``apply_deepep_adjustments``)."""
+def _named_graphs(server_args: Any, phase: str) -> dict[str, Any]:
+    """What ``--cuda-graph-config`` says of a phase."""
     config = server_args.cuda_graph_config
     config = config.to_dict() if hasattr(config, "to_dict") else config or {}
     named = config.get(phase) if isinstance(config, dict) else None
-    named = named if isinstance(named, dict) else {}
+    return named if isinstance(named, dict) else {}
+
+
+def explicit_graph_max(server_args: Any, phase: str) -> int | None:
+    """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
+    prefills as the host rounds it (``apply_deepep_adjustments``)."""
+    named = _named_graphs(server_args, phase)
     sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
     if sizes:
         most = int(max(sizes))
@@ -73,7 +78,8 @@ def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
     if getattr(server_args, "_cuda_graph_config_locked", None) is not None:
         config = cfg.cuda_graph_config
         return config is not None and getattr(config, phase).backend != "disabled"
-    backend = getattr(cfg, f"cuda_graph_backend_{phase}", None)
+    named = _named_graphs(server_args, phase)
+    backend = named.get("backend") or getattr(cfg, f"cuda_graph_backend_{phase}", None)
     if backend is not None:  # named, it wins over the flag for both phases
         return bool(backend != "disabled")
     if getattr(cfg, "disable_cuda_graph", False):
@@ -98,7 +104,9 @@ def dispatch_dtype(cfg: Any, backend: str) -> tuple[str, str]:
 
 def deterministic(cfg: Any) -> bool:
     """Whether a token must get the same bits in any batch."""
-    return bool(getattr(cfg, "enable_deterministic_inference", False))
+    # The host turns the second into the first, after we have planned.
+    on_policy = getattr(cfg, "rl_on_policy_target", None) is not None
+    return on_policy or bool(getattr(cfg, "enable_deterministic_inference", False))
 
 
 def prefill_attention(cfg: Any) -> str | None:
@@ -122,9 +130,11 @@ def chunk_alignment(cfg: Any) -> int:
 
 def _may_mix_chunks(cfg: Any) -> bool:
     """Whether nothing in the launch refuses mixed chunks, or was not looked at with them."""
-    names = ("enable_lora", "enable_hisparse", "enable_layernorm_sp", "dllm_algorithm")
+    names = ("enable_lora", "lora_paths", "enable_hisparse", "enable_layernorm_sp")
     if deterministic(cfg) or any(getattr(cfg, name, None) for name in names):
         return False
+    if getattr(cfg, "cuda_graph_backend_prefill", None) not in (None, "breakable", "full"):
+        return False  # the host asserts one of these
     return MIXED_CHUNKS.read() and getattr(cfg, "attn_cp_size", 1) in (None, 1)
 
 
@@ -181,6 +191,7 @@ def launch_facts(
         two_batch_overlap=cfg.enable_two_batch_overlap,
         mixed_chunk=cfg.enable_mixed_chunk,
         may_mix_chunks=_may_mix_chunks(cfg),
+        resolved=late,
         dynamic_chunking=bool(getattr(cfg, "enable_dynamic_chunking", False)),
         max_prefill_tokens=cfg.max_prefill_tokens,
         page_size=max(1, int(cfg.page_size or 1)),

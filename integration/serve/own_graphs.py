@@ -48,7 +48,8 @@ def around_all_gather(original: Callable[..., None], info: Any, *args: Any, **kw
     if groups_are_apart():
         if not _speculates():
             info.can_run_decode_cuda_graph = decode
-        info.can_run_prefill_cuda_graph = prefill
+        if info.num_tokens > 0:  # an idle group votes yes, and would prefill dummies
+            info.can_run_prefill_cuda_graph = prefill
     return None
 
 

@@ -74,6 +74,7 @@ class LaunchFacts:
         mixed_chunk: decode rows ride along with prefill chunks.
         may_mix_chunks: they may by default: nothing else of the launch speaks against it.
         dynamic_chunking: the host resizes chunks under pipeline parallelism.
+        resolved: the host has resolved everything: nothing is filled any more.
         max_prefill_tokens: the host's cap of a prefill batch, tokens (never None there).
         page_size: KV-cache page, tokens; the host wants chunks in whole pages.
         decode_graphs: decode CUDA graphs are captured.
@@ -136,6 +137,7 @@ class LaunchFacts:
     two_batch_overlap: bool = False
     mixed_chunk: bool = False
     may_mix_chunks: bool = False
+    resolved: bool = False
     dynamic_chunking: bool = False
     max_prefill_tokens: int = 16384
     page_size: int = 1

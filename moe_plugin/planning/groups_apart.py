@@ -47,7 +47,7 @@ def typed_apart(launch: LaunchFacts) -> bool:
 
 
 def _may_fill(model: ModelFacts, launch: LaunchFacts) -> bool:
-    if launch.tp_lm_head_all_to_all or launch.attn_cp_size > 1:
+    if launch.resolved or launch.tp_lm_head_all_to_all or launch.attn_cp_size > 1:
         return False
     if launch.disaggregation_mode == "decode":
         return False  # nothing prefills there, and the host shares the LM head in a way of its own

@@ -23,11 +23,12 @@ def may_mix(model: ModelFacts, launch: LaunchFacts, plan: Plan) -> bool:
     """Whether the plan may let the host mix, where the user did not ask for it."""
     return (
         launch.may_mix_chunks
-        and not launch.mixed_chunk
+        and not (launch.mixed_chunk or launch.resolved)
         and plan.groups_apart
         and not plan.errors
         and plan.max_dispatch_tokens_per_rank >= LEAST_TOKENS
         and launch.prefill_graphs
+        and launch.pp_size == 1  # the host captures no prefill graphs of several stages
         and launch.chunked_prefill_size is None
         and launch.disaggregation_mode == "null"
         and launch.draft_width == 1

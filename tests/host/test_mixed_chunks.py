@@ -6,6 +6,7 @@ import pytest
 
 from ..support.resolving import LL, Launch
 
+NO_PREFILL_GRAPHS = '{"prefill": {"backend": "disabled"}}'
 DP8 = ("--tp-size", "8", "--attn-dp-size", "8")
 
 
@@ -17,7 +18,9 @@ DP8 = ("--tp-size", "8", "--attn-dp-size", "8")
         ("qwen3", (*DP8, *LL), {"MOE_PLUGIN_MIXED_CHUNKS": "0"}, False),
         ("qwen3", (*DP8, *LL, "--enable-mixed-chunk"), {"MOE_PLUGIN_MIXED_CHUNKS": "0"}, True),
         ("qwen3", (*DP8, *LL, "--enable-deterministic-inference"), {}, False),
+        ("qwen3", (*DP8, *LL, "--rl-on-policy-target", "fsdp"), {}, False),
         ("qwen3", (*DP8, *LL, "--batched-dp-moe-max-tokens", "256"), {}, False),
+        ("qwen3", (*DP8, *LL, "--cuda-graph-config", NO_PREFILL_GRAPHS), {}, False),
         ("qwen3", (*DP8, *LL, "--moe-dense-tp-size", "8"), {}, False),
         ("qwen3", ("--tp-size", "8", *LL), {}, False),
         ("deepseek-v3", (*DP8, *LL), {}, False),

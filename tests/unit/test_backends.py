@@ -14,6 +14,8 @@ from moe_plugin.capability import use_batched_dp_moe
 from moe_plugin.planning.facts import LaunchFacts, ModelFacts
 from moe_plugin.planning.plan import Plan
 from moe_plugin.planning.planner import make_plan
+from moe_plugin.runtime.stats import Stats
+from moe_plugin.runtime.transports.guarded import RowGuard
 
 BOTH = frozenset(Mode)
 OTHERS = [name for name in BUILT_IN if name != "deepep"]
@@ -175,3 +177,11 @@ def test_a_built_ins_name_is_not_for_other_distributions(monkeypatch: pytest.Mon
 def plan_of_theirs() -> Plan:
     """bf16 weights with a runner that the built-in would refuse: theirs to decide."""
     return plan("nixl", "unquantized", moe_runner_backend="deep_gemm")
+
+
+def test_a_guard_that_sees_no_combines_counts_no_dispatches() -> None:
+    """Only DeepEP's transport counts both: one alone would look like a combine that is missing."""
+    stats = Stats()
+    RowGuard(128, stats=stats).check(4)
+    stats.check_calls()
+    assert stats.max_rows == {"all": 4}

@@ -286,6 +286,18 @@ def test_decoding_requests_ride_along_where_it_was_seen_to_pay() -> None:
         {"disaggregation_mode": "decode"},
         {"moe_dense_tp_size": 4},
         {"two_batch_overlap": True},
+        {"pp_size": 2},
+        {"resolved": True},
     ):
         assert not plan(QWEN_30B_BF16, 4, may_mix_chunks=True, **against).mixed_chunk, against
     assert not plan(V3_FP8, 32, H200, may_mix_chunks=True).mixed_chunk
+
+
+def test_nothing_is_filled_into_a_resolved_launch() -> None:
+    """Where memory kept the groups joined, the plan of the resolved launch says so too."""
+    early = plan(V3_FP8, 16, 76 * 1024 * MIB)
+    late = {"default_tokens": early.max_dispatch_tokens_per_rank, "resolved": True}
+    assert not early.groups_apart
+    assert not plan(V3_FP8, 16, 76 * 1024 * MIB, **late).groups_apart
+    typed = {"moe_dense_tp_size": 1, "dp_lm_head": True}
+    assert plan(V3_FP8, 16, H200, **late, **typed).groups_apart

@@ -70,7 +70,6 @@ class RowGuard:
         busiest = max(rows, metadata.max_tokens if metadata is not None else 0)
         where = "on this rank" if rows == busiest else "on the busiest rank"
         check_tokens(busiest, self.max_num_tokens, where)
-        self._stats.dispatches += 1
         self._stats.record_rows(self._mode(), rows, busiest)
 
 
@@ -102,8 +101,9 @@ class GuardedTransport(RowGuard):
         num_experts: int,
         **options: Any,
     ) -> tuple[Any, torch.Tensor, Any, Any, Hook]:
-        """As the inner transport's, after the check."""
+        """As the inner transport's, after the check, and counted like the combine."""
         self.check(x.shape[0])
+        self._stats.dispatches += 1
         return self.inner.low_latency_dispatch(
             x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, **options
         )
