@@ -89,6 +89,5 @@ def test_every_rank_makes_the_same_calls(ranks: int, tmp_path: Path) -> None:
     steps = [path.read_text().split() for path in modes.iterdir()]
     assert len(steps) == ranks
     mixtures = {frozenset(step) for step in zip(*steps, strict=False)}
-    assert {"EXTEND", "DECODE"} in mixtures
-    assert {"EXTEND", "IDLE"} in mixtures
-    assert {"DECODE", "IDLE"} in mixtures
+    for pair in ({"EXTEND", "DECODE"}, {"EXTEND", "IDLE"}, {"DECODE", "IDLE"}):
+        assert any(pair <= step for step in mixtures), (pair, mixtures)
