@@ -27,7 +27,7 @@ _ACTIVATION_LIMITS = (
     "activation_situ_beta",
 )  # fmt: skip
 _CLAMP_ALONE = frozenset({"Step3p5ForCausalLM", "BailingMoeV3ForCausalLM", "GigaChat35ForCausalLM"})
-"""Models that give the experts ``gemm1_clamp_limit`` alone: the host's DeepGEMM ignores it."""
+"""Models whose experts clamp by ``gemm1_clamp_limit``, which the host's DeepGEMM ignores."""
 _ONLINE_HUMMING = "SGLANG_HUMMING_ONLINE_QUANT_CONFIG"
 _TRANSFORMERS = "TransformersMoEForCausalLM"
 _INTERMEDIATE = ("moe_intermediate_size", "moe_hidden_size", "intermediate_size")

@@ -43,9 +43,11 @@ def expert_weights(layer: Any) -> ExpertWeights:
 
 def loaded_format(layer: Any) -> Format:
     """The format that the layer has once its weights are loaded; they may still be placeholders."""
+    method = getattr(layer, "quant_method", None)
+    if getattr(method, "is_fp4_expert", False) and getattr(method, "dequant_fp4_to_fp8", False):
+        return FP8_BLOCK  # the host turns FP4 into FP8 blocks as it loads it
     if layer.w13_weight.dtype.itemsize == 1:
         return _scale(layer, "w13", layer.w13_weight)[0]
-    method = getattr(layer, "quant_method", None)
     if type(method).__name__ != "Fp8MoEMethod":
         return BF16
     # Weights of a bf16 checkpoint that the host quantises as it loads them.
@@ -98,18 +100,19 @@ def _activation(
     interleaved: bool,
 ) -> Activation | None:  # fmt: skip
     """As the host's Triton fused MoE reads these. A scaled SwiGLU adds one to up, whatever
-    ``gemm1_beta`` is; it alone looks at ``gate_up_interleaved``, whose default is true."""
+    ``gemm1_beta`` is; it alone looks at ``gate_up_interleaved``, whose default is true. Where a
+    clamp and a limit are both set (GigaChat-3.5), the clamp holds."""
     if name != "silu":
         return None
     clamp, limit = clamp or None, limit or None
     if alpha is not None:
-        if clamp is None or limit is not None or beta not in (None, 1.0):
+        if clamp is None or beta not in (None, 1.0):
             return None
         return Activation(alpha=alpha, beta=1.0, limit=clamp, interleaved=interleaved)
     if beta:
         return None
     if clamp is not None:
-        return None if limit is not None else Activation("swiglu_clamped", limit=clamp)
+        return Activation("swiglu_clamped", limit=clamp)
     return Activation(limit=limit)
 
 

@@ -162,6 +162,15 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
                 )
             )
     layer_activation(layer)  # refuses what ours would leave out
+    if getattr(layer, "w13_weight_bias", None) is not None:
+        raise UnsupportedError(
+            explain(
+                f"MoE layer {layer.layer_id}: biases",
+                got="experts with biases",
+                allowed="experts without: ours are not handed any",
+                fix="--use-batched-dp-moe off",
+            )
+        )
     config = BatchedMoEConfig(
         num_experts=layer.num_experts,
         num_ranks=layer.moe_ep_size,

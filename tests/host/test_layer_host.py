@@ -35,11 +35,12 @@ def made() -> dict[str, Any]:
 
 def test_an_activation_that_ours_do_not_compute_never_reaches_them(made: dict[str, Any]) -> None:
     """Whatever the model's config calls it: the layer knows."""
-    for case in ("scaled, unlimited", "limited twice"):
+    for case in ("scaled, unlimited", "two added to up"):
         assert made[case].startswith("UnsupportedError MoE layer 3: activation")
     assert "gemm1_alpha=1.7" in made["scaled, unlimited"]
-    assert "swiglu_limit=7.0" in made["limited twice"]
-    assert made["limited"]["type"] == made["clamped"]["type"] == "BatchedMoERunner"
+    assert "gemm1_beta=2.0" in made["two added to up"]
+    for case in ("limited", "clamped", "clamped and limited"):
+        assert made[case]["type"] == "BatchedMoERunner"
 
 
 def test_activations_are_read_as_the_host_computes_them() -> None:

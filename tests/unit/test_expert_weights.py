@@ -9,8 +9,19 @@ import pytest
 import torch
 
 from moe_plugin.errors import UnsupportedError
-from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
-from moe_plugin.kernels.formats import BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, Format
+from moe_plugin.integration.serve.expert_weights import (
+    expert_weights,
+    layer_activation,
+    loaded_format,
+)
+from moe_plugin.kernels.formats import (
+    BF16,
+    FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    Activation,
+    Format,
+)
 
 EXPERTS, HIDDEN, INTER = 3, 256, 192
 FP8 = torch.float8_e4m3fn
@@ -75,3 +86,21 @@ def test_bf16_weights_that_the_host_will_quantise(name: str, block: bool, fmt: F
 def test_scales_of_another_kind_are_refused(scale: torch.Tensor | None) -> None:
     with pytest.raises(UnsupportedError, match=r"MoE layer 4: scales of w13: got .*Fix: "):
         expert_weights(layer(FP8, w13_weight_scale=scale))
+
+
+def test_fp4_that_the_host_turns_into_fp8_is_fp8_before_it_is_loaded() -> None:
+    """Placeholders are packed bytes with scales of their own until then."""
+    method = SimpleNamespace(is_fp4_expert=True, dequant_fp4_to_fp8=True)
+    host = layer(FP8, quant_method=method)
+    host.w13_weight = torch.zeros(EXPERTS, 2 * INTER, HIDDEN // 2, dtype=torch.int8)
+    host.w13_weight_scale_inv = torch.zeros(EXPERTS, 2 * INTER, HIDDEN // 32)
+    assert loaded_format(host) == FP8_BLOCK
+
+
+def test_a_clamp_holds_beside_a_limit() -> None:
+    """GigaChat-3.5 sets both, the clamp after its layers are made."""
+    host = layer(FP8)
+    host.moe_runner_config.swiglu_limit = 7.0
+    assert layer_activation(host) == Activation(limit=7.0)
+    host.moe_runner_config.gemm1_clamp_limit = 7.0
+    assert layer_activation(host) == Activation("swiglu_clamped", limit=7.0)

@@ -41,7 +41,8 @@ emit(
         "limited": made(swiglu_limit=10.0),
         "clamped": made(gemm1_clamp_limit=7.0),
         "scaled, unlimited": made(gemm1_alpha=1.7),
-        "limited twice": made(gemm1_clamp_limit=7.0, swiglu_limit=7.0),
+        "clamped and limited": made(gemm1_clamp_limit=7.0, swiglu_limit=7.0),
+        "two added to up": made(gemm1_alpha=1.7, gemm1_clamp_limit=7.0, gemm1_beta=2.0),
         "no limits": made(swiglu_limit=None, gemm1_clamp_limit=0),
         "deterministic": made(deterministic=True),
     }
