@@ -45,6 +45,6 @@ def test_budgets_follow_its_limits(installed: Worker, models: dict[str, str]) ->
     assert good["plan"], good["log"]
     assert good["plan"]["max_dispatch_tokens_per_rank"] == 128
     assert good["plan"]["rdma_buffer_bytes"] == 2 * 2 * 128 * 2048 * 128
-    assert good["resolved"]["max_running_requests"] == 8 * 512
+    assert good["resolved"]["max_running_requests"] == 8 * 128
     assert "512 (made up for this example)" in over["error"]
     assert "hidden size" in hidden["error"]
