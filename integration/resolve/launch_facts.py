@@ -156,7 +156,6 @@ def launch_facts(
     *,
     backend: str | None = None,
     mode: str | None = None,
-    host_tokens_per_rank: int | None = None,
     late: bool = False,
 ) -> LaunchFacts:
     """Facts of the launch as far as resolution has come.
@@ -166,7 +165,6 @@ def launch_facts(
         cfg: the host's live view of it.
         backend: all-to-all backend to plan for; the view's by default.
         mode: deepep mode to plan for; the view's by default.
-        host_tokens_per_rank: the host's variable for T as the *user* set it.
         late: the host has resolved everything: the view's chunk is one DP group's.
     """
     request = requested(server_args)
@@ -200,7 +198,6 @@ def launch_facts(
         required=request.switch == "on",
         max_tokens=request.max_tokens,
         max_tokens_source=request.max_tokens_source,
-        host_tokens_per_rank=host_tokens_per_rank,
         qp_depth=environment_int("NVSHMEM_QP_DEPTH"),
         chunked_prefill_size=server_args.chunked_prefill_size,
         dp_group_chunk=cfg.chunked_prefill_size if late else None,

@@ -10,6 +10,7 @@ from typing import Any
 from ...backends.deepep import limits_of
 from ...batched_backend import Capability, CapabilityFacts
 from ...capability import backend_names, get_backend, use_batched_dp_moe
+from ...planning.facts import LaunchFacts, ModelFacts
 from ...planning.fixes import applied
 from ...planning.plan import Change, Plan
 from ...planning.planner import make_plan
@@ -22,12 +23,25 @@ from .model_facts import model_facts
 
 def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capability:
     """The capability's answer for a backend and mode, on this model and launch."""
+    return _answer(_facts(server_args, cfg, backend, mode), backend)
+
+
+def _facts(
+    server_args: Any, cfg: Any, backend: str, mode: str, *, late: bool = False
+) -> tuple[ModelFacts, LaunchFacts] | None:
+    """Model and launch; None where no backend of theirs is registered: then no model is worth a
+    look, and its config may not even be readable here."""
     draft_backend = getattr(cfg, "speculative_moe_a2a_backend", None) or backend
     if not {backend, draft_backend} & set(backend_names()):
-        # No model is worth a look: its config may not even be readable here.
+        return None
+    launch = launch_facts(server_args, cfg, backend=backend, mode=mode, late=late)
+    return model_facts(server_args), launch
+
+
+def _answer(facts: tuple[ModelFacts, LaunchFacts] | None, backend: str) -> Capability:
+    if facts is None:
         return use_batched_dp_moe(CapabilityFacts(a2a_backend=backend))
-    model = model_facts(server_args)
-    launch = launch_facts(server_args, cfg, backend=backend, mode=mode)
+    model, launch = facts
     return use_batched_dp_moe(launch.capability_facts(model))
 
 
@@ -52,19 +66,14 @@ def plan_for(
         changes: fixes that the plan takes for done.
         planned: what was planned before: memory is not asked twice.
     """
-    capability = capability_for(server_args, cfg, backend, mode)
-    if not capability.ok:
+    facts = _facts(server_args, cfg, backend, mode, late=late)
+    capability = _answer(facts, backend)
+    if facts is None or not capability.ok:
         return Plan(capability=capability)
     limits = limits_of(get_backend(capability.backend), transport_of(cfg, capability.backend))
-    launch = launch_facts(
-        server_args,
-        cfg,
-        backend=backend,
-        mode=mode,
-        host_tokens_per_rank=user_tokens_per_rank(limits),
-        late=late,
-    )
-    model, launch = applied(model_facts(server_args), launch, limits, list(changes))
+    model, launch = facts
+    launch = replace(launch, host_tokens_per_rank=user_tokens_per_rank(limits))
+    model, launch = applied(model, launch, limits, list(changes))
     if planned is None:
         launch = replace(launch, memory=memory_facts(server_args, cfg, model.dtype))
     else:
