@@ -3,9 +3,9 @@
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
 costs the host where no graph is replayed), split (the second GEMM's depth split or not, with one or
-two experts), compile (seconds to compile and load all kernels of a plan, from an empty cache and
-from a filled one). `check` comes first: `all.sh` and `make bench-kernels` time nothing after a red
-one.
+two experts), wide (a launch captured for few rows that gets many), compile (seconds to compile and
+load all kernels of a plan, from an empty cache and from a filled one). `check` comes first:
+`all.sh` and `make bench-kernels` time nothing after a red one.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
 from split import FEW_EXPERTS, time_splits
 from verdict import ceilings_sound, verdict
+from wide import LIVE_ROWS, time_wide
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.formats import FORMATS, Format
@@ -54,6 +55,7 @@ from moe_plugin.kernels.tuning.tune import (
     tune_cell,
 )
 
+STAGES = ("check", "sweep", "bars", "eager", "split", "wide", "compile")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 EAGER_ROWS = (1, 64)
 SPLIT_ROWS = (1, 8, 32, 64, 128, 256)
@@ -293,6 +295,23 @@ def run_split(
             (out / "kernels-split.json").write_text(json.dumps(result, indent=1))
 
 
+def run_wide(
+    out: Path, models: list[int], formats: Sequence[Format], rows: Sequence[int],
+    routings: list[str], watchdog: Watchdog,
+) -> None:  # fmt: skip
+    """Launches chosen for decode, given the rows that other DP groups' prefill brings."""
+    result: dict[str, Any] = {"environment": environment(), "cells": []}
+    for index in models:
+        for fmt in formats:
+            watchdog(f"wide {MODELS[index].name} {fmt.name}")
+            cells = time_wide(index, fmt, rows, routings)
+            result["cells"] += cells
+            for cell in cells:
+                over = {captured: round(ratio, 2) for captured, ratio in cell["over"].items()}
+                print(*(cell[k] for k in ("model", "format", "routing", "rows")), over, flush=True)
+            (out / "kernels-wide.json").write_text(json.dumps(result, indent=1))
+
+
 WARM_UP = """
 import sys, time
 import torch
@@ -337,7 +356,9 @@ def run_compile(out: Path, models: list[int], formats: Sequence[Format]) -> None
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "split", "compile"))
+    parser.add_argument(
+        "stage", choices=("check", "sweep", "bars", "eager", "split", "wide", "compile")
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
@@ -346,7 +367,7 @@ def main() -> None:
     parser.add_argument("--fused-rows", type=int, nargs="*", default=[8, 64, 512])
     args = parser.parse_args()
     # Both baselines compile when first called: the host's fused MoE took half a minute.
-    watchdog = Watchdog(120 if args.stage == "bars" else 30)
+    watchdog = Watchdog(120 if args.stage in ("bars", "wide") else 30)
     torch.manual_seed(0)
     formats = [FORMATS[name] for name in args.formats]
     where = args.out, args.models, formats
@@ -358,6 +379,8 @@ def main() -> None:
         run_eager(*where, args.rows or EAGER_ROWS, watchdog)
     elif args.stage == "split":
         run_split(args.out, formats, args.rows or SPLIT_ROWS, watchdog)
+    elif args.stage == "wide":
+        run_wide(*where, args.rows or LIVE_ROWS, args.routings, watchdog)
     elif args.stage == "compile":
         run_compile(*where)
     else:

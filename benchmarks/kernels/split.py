@@ -13,7 +13,6 @@ from moe_plugin.kernels.tuning.tune import Buffers, measure
 FEW_EXPERTS = {
     "DeepSeek-V3, 1 expert": (1, 7168, 2048),
     "DeepSeek-V3, 2 experts": (2, 7168, 2048),
-    "Mixtral, 1 expert": (1, 4096, 14336),
 }
 CAPACITY = 8192  # rows; float32 parts take capacity x split x hidden x 4 bytes of each expert
 SPLITS = (1, 2, 4)

@@ -73,7 +73,7 @@ def _of_one(label: str, model: str, dtype: str, cells: list[Cell]) -> Iterator[B
     for bar in _least(f"{label}: share of the stream, rows <= {FEW}, at least", few, share, bound):
         plain = min(c["read_us"] / c["us"] for c in few)
         yield replace(bar, note=f"; {plain:.3f} of a plain read of the weights in two launches")
-    if not model.startswith("Mixtral"):
+    if not model.endswith("EP128"):
         bound = (SMALL_RATIO if small else RATIO)[dtype]
         faster = [c for c in against if c["rows"] <= FEW]
         yield from _least(f"{label}: over DeepGEMM, rows <= {FEW}, at least", faster, ratio, bound)

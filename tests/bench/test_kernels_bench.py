@@ -67,10 +67,10 @@ def test_a_slow_h100_voids_the_run() -> None:
 
 
 def test_means_that_a_batch_can_have() -> None:
-    deepseek, mixtral = 0, 3
+    deepseek, spread = 0, 3
     assert reachable_rows(deepseek, TOKENS) == 64  # 8 ranks x 256 tokens x top-8 / 256 experts
     assert reachable_rows(deepseek, MORE_TOKENS) == 256
-    assert reachable_rows(mixtral, TOKENS) == 512
+    assert reachable_rows(spread, TOKENS) == 1024  # every token of 128 ranks
 
 
 def test_bytes_count_live_experts_and_rows_once() -> None:

@@ -124,8 +124,9 @@ def test_same_bits_while_others_prefill(served: Server) -> None:
 
 
 def test_random_load(served: Server) -> None:
-    """A short one; stage `soak` of the serving bench makes 10,000 steps."""
-    found = RandomLoad(served, GPUS, longest=7900, new_tokens=200, clients=8 * GPUS).run(60, 10_000)
+    """10,000 steps, or as many as two minutes hold; stage `soak` of the serving bench is longer."""
+    load = RandomLoad(served, GPUS, longest=7900, new_tokens=200, clients=8 * GPUS)
+    found = load.run(120, 10_000)
     print(found)
     assert not found["problems"]
     assert min(found["steps"]) > 100

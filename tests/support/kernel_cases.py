@@ -43,7 +43,7 @@ MODELS = (
     Model("DeepSeek-V3 EP8", 8, 32, 7168, 2048, 8),
     Model("Qwen3-235B EP8", 8, 16, 4096, 1536, 8),
     Model("Qwen3-30B EP2", 2, 64, 2048, 768, 8),
-    Model("Mixtral EP8", 8, 1, 4096, 14336, 2),
+    Model("DeepSeek-V3 EP128", 128, 2, 7168, 2048, 8),
 )
 
 

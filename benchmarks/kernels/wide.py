@@ -1,0 +1,39 @@
+"""What a launch captured for few rows costs when its experts get many, as a decode graph does that
+is replayed while other DP groups prefill."""
+
+from collections.abc import Sequence
+
+import torch
+from cases import model_shape
+from kernel_cases import MODELS, ROUTINGS
+
+from moe_plugin.kernels.formats import Format
+from moe_plugin.kernels.launch import encode_launch, pick_launch
+from moe_plugin.kernels.problem import device_of
+from moe_plugin.kernels.tuning.tune import Buffers, measure
+
+CAPTURED_ROWS = (8, 16, 32, 64)
+LIVE_ROWS = (64, 128, 256, 512, 1024)
+
+
+def time_wide(
+    index: int, weights: Format, rows: Sequence[int], routings: Sequence[str]
+) -> list[dict[str, object]]:
+    """Microseconds of a layer by the rows that its launch was chosen for, over the rows it gets."""
+    shape = model_shape(index, weights, max(rows))
+    buffers = Buffers.create(shape)
+    device, cells = device_of(buffers.out), []
+    for live in rows:
+        for routing in routings:
+            counts = ROUTINGS[routing](shape.experts, live, shape.capacity)
+            masked_m = torch.tensor(counts, dtype=torch.int32, device="cuda")
+            us = {}
+            for captured in dict.fromkeys((*CAPTURED_ROWS, live)):
+                launch = pick_launch(shape, captured, device)
+                us[captured] = 1e6 * measure(buffers, masked_m, launch)
+            cells.append({
+                "model": MODELS[index].name, "format": weights.name, "rows": live,
+                "routing": routing, "us": us, "launch": encode_launch(launch),
+                "over": {c: us[c] / us[live] for c in CAPTURED_ROWS},
+            })  # fmt: skip
+    return cells
