@@ -12,8 +12,8 @@ from .workspace import Region, WorkspaceLayout, launch_workspace
 
 
 def regions(layout: WorkspaceLayout) -> tuple[Region | None, ...]:
-    """act, parts, arrivals and act_scale, in the order that `layer_problems` takes them."""
-    return layout.act, layout.parts, layout.arrivals, layout.act_scale
+    """act and act_scale, in the order that `layer_problems` takes them."""
+    return layout.act, layout.act_scale
 
 
 def region_spec(region: Region | None) -> Spec | None:
@@ -26,7 +26,7 @@ def region_spec(region: Region | None) -> Spec | None:
 def workspace_tensors(
     layout: WorkspaceLayout, device: torch.device | str
 ) -> list[torch.Tensor | None]:
-    """Freshly allocated act, parts, arrivals and act_scale, in one allocation."""
+    """Freshly allocated act and act_scale, in one allocation."""
     memory = torch.empty(layout.total, dtype=torch.uint8, device=device)
 
     def view(region: Region | None) -> torch.Tensor | None:
@@ -45,14 +45,14 @@ def layer_problems(
 ) -> tuple[Problem, Problem]:  # fmt: skip
     """Both GEMMs of one layer; `between` as `workspace_tensors` makes it, `scale_group` the
     channels of the activation that share a scale."""
-    act, parts, arrivals, act_scale = between
+    act, act_scale = between
     gate_up = Problem(
         x, x_scale, weights.w13, weights.w13_scale, weights.w13_bias, masked_m, act, act_scale,
-        weights.format, weights.activation, SCALE_BLOCK, None, arrivals,
+        weights.format, weights.activation, SCALE_BLOCK,
     )  # fmt: skip
     down = Problem(
         act, act_scale, weights.w2, weights.w2_scale, weights.w2_bias, masked_m, out, None,
-        weights.format, None, scale_group, parts, arrivals,
+        weights.format, None, scale_group,
     )  # fmt: skip
     return gate_up, down
 

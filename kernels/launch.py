@@ -5,7 +5,7 @@ knows the shape; elsewhere a heuristic decides.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -64,10 +64,10 @@ class Tiles:
     """One launch. `block_n` counts the rows of each of a program's two weight tiles.
 
     Experts with more than `block_m` live rows are cut into tiles of `block_m_busy` rows. `swap_ab`
-    makes weights the wide operand; `split_k` programs share the depth of one tile; weights are
-    fetched `burst` steps of `block_k` channels at a time (one, where the depth does not divide into
-    bursts). The `warps` that multiply form one or two `warp_groups`; two, with 64 rows each, only
-    for tiles of 128 rows as the wide operand. A multiprocessor has room for `per_sm` programs.
+    makes weights the wide operand; weights are fetched `burst` steps of `block_k` channels at a
+    time (one, where the depth does not divide into bursts). The `warps` that multiply form one or
+    two `warp_groups`; two, with 64 rows each, only for tiles of 128 rows as the wide operand. A
+    multiprocessor has room for `per_sm` programs.
     """
 
     block_n: int
@@ -78,7 +78,6 @@ class Tiles:
     warps: int = 4
     per_sm: int = 1
     swap_ab: bool = True
-    split_k: int = 1
     burst: int = 1
     warp_groups: int = 1
 
@@ -121,7 +120,6 @@ def hopper_tiles(
     warps: int = 4,
     per_sm: int = 1,
     swap_ab: bool = True,
-    split_k: int = 1,
     burst: int = 1,
     warp_groups: int = 1,
 ) -> Tiles:
@@ -133,9 +131,8 @@ def hopper_tiles(
     burst = burst if stages >= 2 * burst else 1
     stages = stages // burst * burst
     return Tiles(
-        block_n, block_m, block_m_busy, block_k, stages, warps, per_sm, swap_ab, split_k, burst,
-        warp_groups,
-    )  # fmt: skip
+        block_n, block_m, block_m_busy, block_k, stages, warps, per_sm, swap_ab, burst, warp_groups
+    )
 
 
 def row_tile(expected_m: int) -> int:
@@ -143,57 +140,47 @@ def row_tile(expected_m: int) -> int:
     return next((rows for rows in ROW_TILES if rows >= expected_m), ROW_TILES[-1])
 
 
-def depth_split(experts: int, hidden: int) -> int:
-    """Programs that share one tile of the second GEMM: few experts have too few tiles for every
-    multiprocessor. Depends on the shape alone, so that the bits do not depend on the routing."""
-    tiles = experts * ceil_div(hidden, 128)
-    return 4 if tiles <= 33 else 2 if tiles <= 66 else 1
-
-
-def weights_wide(shape: Shape, expected_m: int, split_k: int) -> Launch:
+def weights_wide(shape: Shape, expected_m: int) -> Launch:
     """Few rows: 8 rows cost 8. With the fewest, few experts are live as a rule, and their tiles
     are narrow so that there are more of them."""
     rows = row_tile(expected_m)
     fp8 = shape.format.fp8_rows
     if fp8 and rows == 8:
         gate_up = hopper_tiles(64, rows, 64, 128, True, burst=2)
-        down = hopper_tiles(64, rows, 64, 64, True, per_sm=2, split_k=split_k)
+        down = hopper_tiles(64, rows, 64, 64, True, per_sm=2)
         return Launch(True, gate_up, down)
     if fp8:
         tiles = hopper_tiles(128, rows, 64, 128, True, 8, burst=2)
-        return Launch(True, tiles, replace(tiles, split_k=split_k))
-    # A taller tile for hot experts costs stages, which only the shortest tile misses, and spills
-    # where parts of a split depth are stored.
+        return Launch(True, tiles, tiles)
+    # A taller tile for hot experts costs stages, which only the shortest tile misses.
     busy = 64 if rows == 8 else 128
     gate_up = hopper_tiles(64, rows, busy, 64, False, burst=2)
-    busy = busy if split_k == 1 else 64
-    return Launch(True, gate_up, hopper_tiles(64, rows, busy, 64, False, split_k=split_k, burst=2))
+    return Launch(True, gate_up, gate_up)
 
 
-def some_rows(shape: Shape, split_k: int) -> Launch:
+def some_rows(shape: Shape) -> Launch:
     """Rows are the wide operand, and memory still binds."""
     if shape.format.fp8_rows:
         tiles = hopper_tiles(128, 64, 64, 128, True, 8, swap_ab=False, burst=2)
     else:
         tiles = hopper_tiles(64, 128, 128, 64, False, 8, swap_ab=False, burst=2, warp_groups=2)
-    return Launch(True, tiles, replace(tiles, split_k=split_k))
+    return Launch(True, tiles, tiles)
 
 
-def many_rows(shape: Shape, expected_m: int, split_k: int, sms: int) -> Launch:
+def many_rows(shape: Shape, expected_m: int, sms: int) -> Launch:
     """Multiplying binds: the tiles that fill the multiprocessors best."""
     row_tiles = shape.experts * ceil_div(expected_m, 128)
 
-    def block_n(width: int, parts: int, fused: bool) -> int:
+    def block_n(width: int, fused: bool) -> int:
         def waves(block: int) -> int:
             across = ceil_div(width, block if fused else 2 * block)
-            return ceil_div(row_tiles * across * parts, sms)
+            return ceil_div(row_tiles * across, sms)
 
         return 64 if waves(64) * HALF_TILE_COST < waves(128) else 128
 
     fp8 = shape.format.fp8_rows
-    parts = split_k if expected_m <= 256 else 1
-    first = block_n(shape.inter, 1, True)
-    second = block_n(shape.hidden, parts, False)
+    first = block_n(shape.inter, True)
+    second = block_n(shape.hidden, False)
     if fp8 and expected_m <= 256 and first == 128:
         gate_up = hopper_tiles(128, 64, 128, 128, True, 8, swap_ab=False)
     else:
@@ -202,7 +189,7 @@ def many_rows(shape: Shape, expected_m: int, split_k: int, sms: int) -> Launch:
         gate_up = hopper_tiles(first, 128, 128, depth, fp8, 8, 1, False, warp_groups=groups)
     depth = first if fp8 else 64
     groups = 2 if fp8 or second == 64 else 1
-    down = hopper_tiles(second, 128, 128, depth, fp8, 8, 1, False, parts, warp_groups=groups)
+    down = hopper_tiles(second, 128, 128, depth, fp8, 8, 1, False, warp_groups=groups)
     return Launch(True, gate_up, down)
 
 
@@ -217,12 +204,11 @@ def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
     if not device.has_wgmma:
         return portable_launch(shape, expected_m)
-    split_k = depth_split(shape.experts, shape.hidden)
     if expected_m <= (FEW_ROWS_FP8 if shape.format.fp8_rows else FEW_ROWS_BF16):
-        return weights_wide(shape, expected_m, split_k)
+        return weights_wide(shape, expected_m)
     if expected_m <= SOME_ROWS:
-        return some_rows(shape, split_k)
-    return many_rows(shape, expected_m, split_k, device.sms)
+        return some_rows(shape)
+    return many_rows(shape, expected_m, device.sms)
 
 
 def table_path(device_name: str) -> Path:

@@ -79,8 +79,6 @@ class Problem:
     format: Format
     activation: Activation | None
     x_scale_group: int
-    partial: Any = None  # float32 parts of a split depth, and
-    counters: Any = None  # int32 arrivals, cleared by the fused launch
 
     @property
     def fused(self) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from .launch import Device, Launch, Shape, ceil_div, depth_split
+from .launch import Device, Launch, Shape, ceil_div
 
 MIN_SCALE_GROUP = 64
 """The narrowest re-quantisation scale group that a launch may choose."""
@@ -34,20 +34,16 @@ class WorkspaceLayout:
 
     Attributes:
         act: [L, M, I], in `dtype`, or float8_e4m3fn where it is re-quantised.
-        parts: [L * M, split_k, H] float32 of a second GEMM whose depth is split, or None.
-        arrivals: int32 counters of their arrival, or None.
         act_scale: [L, M, ceil(I / scale group)] float32, column-major, or None.
     """
 
     act: Region
-    parts: Region | None
-    arrivals: Region | None
     act_scale: Region | None
     total: int
 
 
 def workspace_layout(
-    shape: Shape, scale_group: int | None, split_k: int, dtype: str = "bfloat16"
+    shape: Shape, scale_group: int | None, dtype: str = "bfloat16"
 ) -> WorkspaceLayout:
     """Where everything lies. `scale_group`: channels of the activation that share a scale; None
     where it is not re-quantised."""
@@ -55,37 +51,26 @@ def workspace_layout(
     act = Region(
         0, (experts, capacity, shape.inter), dtype if scale_group is None else "float8_e4m3fn"
     )
-    end, parts, arrivals, act_scale = act.end, None, None, None
-    if split_k > 1:
-        parts = Region(end, (experts * capacity, split_k, shape.hidden), "float32")
-        tiles = experts * ceil_div(capacity, 8) * ceil_div(shape.hidden, 2 * MIN_SCALE_GROUP)
-        # Rounded up to four, so that the scales after them stay aligned.
-        arrivals = Region(parts.end, (ceil_div(tiles, 4) * 4,), "int32")
-        end = arrivals.end
+    end, act_scale = act.end, None
     if scale_group is not None:
         size = (experts, capacity, ceil_div(shape.inter, scale_group))
         act_scale = Region(end, size, "float32", columns=True)
         end = act_scale.end
-    return WorkspaceLayout(act, parts, arrivals, act_scale, end)
+    return WorkspaceLayout(act, act_scale, end)
 
 
 def launch_workspace(shape: Shape, launch: Launch, device: Device) -> WorkspaceLayout:
     """Of one launch; GPUs without fp8 keep the activation in bf16."""
     quantises = shape.format.fp8_rows and device.has_fp8
-    return workspace_layout(
-        shape, launch.gate_up.block_n if quantises else None, launch.down.split_k
-    )
+    return workspace_layout(shape, launch.gate_up.block_n if quantises else None)
 
 
 def workspace_bytes(shape: Shape, dtype: str = "bfloat16") -> int:
     """The most bytes that a layer allocates beyond its output, whatever the launch.
 
     The activation between the two GEMMs (`dtype`, or FP8 with one float32 scale per row and
-    `MIN_SCALE_GROUP` channels), and where the depth of the second is split its float32 parts. Only
-    live rows are ever touched. GPUs without FP8 keep the activation in bf16; GPUs other than SM90
-    split no GEMM.
+    `MIN_SCALE_GROUP` channels). Only live rows are ever touched. GPUs without FP8 keep the
+    activation in bf16.
     """
     scale_group = MIN_SCALE_GROUP if shape.format.fp8_rows else None
-    return workspace_layout(
-        shape, scale_group, depth_split(shape.experts, shape.hidden), dtype
-    ).total
+    return workspace_layout(shape, scale_group, dtype).total

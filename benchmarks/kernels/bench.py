@@ -2,10 +2,9 @@
 
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
-costs the host where no graph is replayed), split (the second GEMM's depth split or not, with one or
-two experts), wide (a launch captured for few rows that gets many), compile (seconds to compile and
-load all kernels of a plan, from an empty cache and from a filled one). `check` comes first:
-`all.sh` and `make bench-kernels` time nothing after a red one.
+costs the host where no graph is replayed), wide (a launch captured for few rows that gets many),
+compile (seconds to compile and load all kernels of a plan, from an empty cache and from a filled
+one). `check` comes first: `all.sh` and `make bench-kernels` time nothing after a red one.
 """
 
 import argparse
@@ -37,7 +36,6 @@ from deepgemm import layer_call
 from eager import time_eager
 from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
-from split import FEW_EXPERTS, time_splits
 from verdict import ceilings_sound, verdict
 from wide import LIVE_ROWS, time_wide
 
@@ -55,10 +53,9 @@ from moe_plugin.kernels.tuning.tune import (
     tune_cell,
 )
 
-STAGES = ("check", "sweep", "bars", "eager", "split", "wide", "compile")
+STAGES = ("check", "sweep", "bars", "eager", "wide", "compile")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 EAGER_ROWS = (1, 64)
-SPLIT_ROWS = (1, 8, 32, 64, 128, 256)
 
 
 class Watchdog:
@@ -99,7 +96,7 @@ def run_checks(formats: Sequence[Format], watchdog: Watchdog) -> bool:
         (128, 256, 384, (0, 1, 128, 33)),  # fewer tiles than programs
         (64, 1152, 176, (5, 0, 64, 17, 1)),  # ragged channels, scale blocks that straddle tiles
         (512, 2048, 1024, (64, 0, 300, 512, 7, 1, 129, 40)),  # many tiles per program
-        (256, 1024, 2048, (77,)),  # depth split
+        (256, 1024, 2048, (77,)),  # one expert
     )
     for capacity, hidden, inter, counts in small:
         for fmt in formats:
@@ -282,19 +279,6 @@ def run_eager(
                 (out / "kernels-eager.json").write_text(json.dumps(result, indent=1))
 
 
-def run_split(
-    out: Path, formats: Sequence[Format], rows: Sequence[int], watchdog: Watchdog
-) -> None:
-    """Layers of one or two experts, with every split of the second GEMM's depth."""
-    result: dict[str, Any] = {"environment": environment(), "cells": []}
-    for name in FEW_EXPERTS:
-        for fmt in formats:
-            watchdog(f"split {name} {fmt.name}")
-            result["cells"] += time_splits(name, fmt, rows)
-            print(*result["cells"][-len(rows) :], sep="\n", flush=True)
-            (out / "kernels-split.json").write_text(json.dumps(result, indent=1))
-
-
 def run_wide(
     out: Path, models: list[int], formats: Sequence[Format], rows: Sequence[int],
     routings: list[str], watchdog: Watchdog,
@@ -356,9 +340,7 @@ def run_compile(out: Path, models: list[int], formats: Sequence[Format]) -> None
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "stage", choices=("check", "sweep", "bars", "eager", "split", "wide", "compile")
-    )
+    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "wide", "compile"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
@@ -377,8 +359,6 @@ def main() -> None:
         run_sweep(*where, args.rows or ROW_COUNTS, watchdog)
     elif args.stage == "eager":
         run_eager(*where, args.rows or EAGER_ROWS, watchdog)
-    elif args.stage == "split":
-        run_split(args.out, formats, args.rows or SPLIT_ROWS, watchdog)
     elif args.stage == "wide":
         run_wide(*where, args.rows or LIVE_ROWS, args.routings, watchdog)
     elif args.stage == "compile":

@@ -44,40 +44,16 @@ def _store_layout(shape, w_axis, warps, bits):
 
 
 @gluon.jit
-def _places(
-    job, row, rows, col, pitch, LAYOUT: gl.constexpr, SHAPE: gl.constexpr, W_AXIS: gl.constexpr
-):
-    """Offsets of a tile's elements from its first row, and which of them are live."""
-    cols = col + gl.arange(0, SHAPE[W_AXIS], gl.SliceLayout(1 - W_AXIS, LAYOUT))
-    at = gl.arange(0, SHAPE[1 - W_AXIS], gl.SliceLayout(W_AXIS, LAYOUT))
-    offsets = gl.expand_dims(cols, 1 - W_AXIS) + gl.expand_dims(at * pitch, W_AXIS)
-    live = gl.expand_dims(cols < job.width, 1 - W_AXIS) & gl.expand_dims(row + at < rows, W_AXIS)
-    return offsets, live
-
-
-@gluon.jit
 def _write(tile, out, job, row, rows, col, W_AXIS: gl.constexpr):
     """Store a tile's live rows to row-major `out`, given at the tile's first row."""
     BITS: gl.constexpr = out.dtype.element_ty.primitive_bitwidth
     LAYOUT: gl.constexpr = _store_layout(tile.shape, W_AXIS, gl.num_warps(), BITS)
-    offsets, live = _places(job, row, rows, col, job.width, LAYOUT, tile.shape, W_AXIS)
+    cols = col + gl.arange(0, tile.shape[W_AXIS], gl.SliceLayout(1 - W_AXIS, LAYOUT))
+    at = gl.arange(0, tile.shape[1 - W_AXIS], gl.SliceLayout(W_AXIS, LAYOUT))
+    offsets = gl.expand_dims(cols, 1 - W_AXIS) + gl.expand_dims(at * job.width, W_AXIS)
+    live = gl.expand_dims(cols < job.width, 1 - W_AXIS) & gl.expand_dims(row + at < rows, W_AXIS)
     tile = gl.convert_layout(tile.to(out.dtype.element_ty), LAYOUT)
     gl.store(out + offsets, tile, mask=live)
-
-
-@gluon.jit
-def _add_parts(parts, out, job, row, rows, col, tile, W_AXIS: gl.constexpr):
-    """Sum a tile's parts in a fixed order, whoever finished last, and write it."""
-    MMA: gl.constexpr = tile.type.layout
-    pitch = job.width * job.SPLIT_K
-    offsets, live = _places(job, row, rows, col, pitch, MMA, tile.shape, W_AXIS)
-    total = gl.zeros(tile.shape, gl.float32, MMA)
-    for part in range(job.SPLIT_K):
-        # Other programs wrote these: L1 must not answer.
-        total += gl.load(
-            parts + part * job.width + offsets, mask=live, other=0.0, cache_modifier=".cg"
-        )
-    _write(total, out, job, row, rows, col, W_AXIS)
 
 
 @gluon.jit
@@ -120,28 +96,9 @@ def write_activation(
 
 
 @gluon.jit
-def deposit(
-    acc0, acc1, job, out, partial, counters, expert, n, part, row, rows, MMA: gl.constexpr,
-    W_AXIS: gl.constexpr,
-):  # fmt: skip
-    """Write both tiles; where the depth is split, the last part to arrive adds them up."""
-    first = expert.to(gl.int64) * job.capacity + row
+def write_products(acc0, acc1, job, out, expert, n, row, rows, W_AXIS: gl.constexpr):
+    """Both tiles as they are."""
     col = n * job.STEP
-    base = out + first * job.width
-    if job.SPLIT_K == 1:
-        _write(acc0, base, job, row, rows, col, W_AXIS)
-        _write(acc1, base, job, row, rows, col + job.second, W_AXIS)
-    elif row < rows:  # a group whose rows are all past the count would arrive at another's counter
-        pitch = job.width * job.SPLIT_K
-        parts = partial + first * pitch
-        mine = parts + part * job.width
-        offsets, live = _places(job, row, rows, col, pitch, MMA, acc0.shape, W_AXIS)
-        gl.store(mine + offsets, acc0, mask=live)
-        offsets, live = _places(job, row, rows, col + job.second, pitch, MMA, acc0.shape, W_AXIS)
-        gl.store(mine + offsets, acc1, mask=live)
-        gl.barrier()
-        # Counted within the expert: with an odd capacity two experts share eight rows.
-        at = (expert * ((job.capacity + 7) // 8) + row // 8) * job.tiles_n + n
-        if gl.atomic_add(counters + at, 1, sem="acq_rel", scope="gpu") == job.SPLIT_K - 1:
-            _add_parts(parts, base, job, row, rows, col, acc0, W_AXIS)
-            _add_parts(parts, base, job, row, rows, col + job.second, acc1, W_AXIS)
+    base = out + (expert.to(gl.int64) * job.capacity + row) * job.width
+    _write(acc0, base, job, row, rows, col, W_AXIS)
+    _write(acc1, base, job, row, rows, col + job.second, W_AXIS)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import formats
-from .epilogue import Variant, deposit, write_activation
+from .epilogue import Variant, write_activation, write_products
 from .ring import Job, Ring, Schedule, gdc_launch, gdc_wait, produce
 
 SCALE_BLOCK = gl.constexpr(formats.SCALE_BLOCK)
@@ -79,7 +79,7 @@ def _promote(acc, part, s_w, s_x, variant, W_AXIS: gl.constexpr):
 
 @gluon.jit
 def _multiply_fp8(
-    ring, job, variant, stage, phase, first, last, w_scale, expert, col, WARP_GROUP: gl.constexpr,
+    ring, job, variant, stage, phase, w_scale, expert, col, WARP_GROUP: gl.constexpr,
     MMA: gl.constexpr, SHAPE: gl.constexpr,
 ):  # fmt: skip
     """Both tiles' products; every step of 128 (or 64) channels is scaled into float32 sums."""
@@ -94,7 +94,7 @@ def _multiply_fp8(
         base = w_scale + expert.to(gl.int64) * job.scale_rows * job.scale_cols
         scale0 = _block_scale(base, job, col, 0, variant.ALIGNED, MMA, W_AXIS)
         scale1 = _block_scale(base, job, col, 1, variant.ALIGNED, MMA, W_AXIS)
-    for k in range(first, last):
+    for k in range(job.steps_k):
         s_w0 = 1.0
         s_w1 = 1.0
         if variant.W_SCALE == "block":
@@ -123,34 +123,32 @@ def _multiply_fp8(
 
 @gluon.jit
 def _multiply_bf16(
-    ring, stage, phase, first, last, WARP_GROUP: gl.constexpr, SWAP_AB: gl.constexpr,
+    ring, job, stage, phase, WARP_GROUP: gl.constexpr, SWAP_AB: gl.constexpr,
     MMA: gl.constexpr, SHAPE: gl.constexpr,
 ):  # fmt: skip
     HEIGHT: gl.constexpr = SHAPE[1 if SWAP_AB else 0]
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
-    for k in range(first, last):
+    for k in range(job.steps_k):
         mbarrier.wait(ring.full.index(stage), phase)
         x = ring.rows(stage, HEIGHT, WARP_GROUP)
         acc0 = _mma(ring.w0.index(stage), x, acc0, True, SWAP_AB)
         acc1 = _mma(ring.w1.index(stage), x, acc1, True, SWAP_AB)
         # These two stay in flight; the step before has finished with its stage.
         acc0, acc1 = warpgroup_mma_wait(2, deps=(acc0, acc1))
-        mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > first)
+        mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
         stage, phase = ring.advance(stage, phase)
     acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
-    # A part without steps (a split that does not divide them) has taken no stage to give back.
-    mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=last > first)
+    mbarrier.arrive(ring.empty.index(ring.before(stage)))
     return acc0, acc1, stage, phase
 
 
 @gluon.jit
 def _finish_sum(
-    acc, job, variant, w_scale, w_bias, expert, col, part, SECOND: gl.constexpr,
-    MMA: gl.constexpr, W_AXIS: gl.constexpr,
+    acc, job, variant, w_scale, w_bias, expert, col, SECOND: gl.constexpr, MMA: gl.constexpr,
+    W_AXIS: gl.constexpr,
 ):  # fmt: skip
-    """What a tile's channels have once, scale and bias; the first part of a depth brings the
-    bias."""
+    """What a tile's channels have once: scale and bias."""
     if variant.W_SCALE == "tensor":
         acc *= gl.load(w_scale + expert)
     if variant.W_SCALE == "channel" or w_bias is not None:
@@ -159,10 +157,7 @@ def _finish_sum(
         if variant.W_SCALE == "channel":
             acc *= gl.expand_dims(gl.load(w_scale + at), 1 - W_AXIS)
         if w_bias is not None:
-            bias = gl.load(w_bias + at)
-            if job.SPLIT_K > 1:
-                bias = gl.where(part == 0, bias, 0.0)
-            acc += gl.expand_dims(bias, 1 - W_AXIS)
+            acc += gl.expand_dims(gl.load(w_bias + at), 1 - W_AXIS)
     return acc
 
 
@@ -175,88 +170,73 @@ def _mma_layout(shape, warps, bits):
 
 @gluon.jit
 def _finish_tile(
-    ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out, out_scale, partial,
-    counters, BLOCK_M: gl.constexpr, WARP_GROUP: gl.constexpr,
+    ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out, out_scale,
+    BLOCK_M: gl.constexpr, WARP_GROUP: gl.constexpr,
 ):  # fmt: skip
     """Multiply this group's share of one tile of BLOCK_M rows and write it."""
     W_AXIS: gl.constexpr = 0 if variant.SWAP_AB else 1
     HEIGHT: gl.constexpr = BLOCK_M // ring.WARP_GROUPS
     SHAPE: gl.constexpr = [job.BLOCK_N, HEIGHT] if variant.SWAP_AB else [HEIGHT, job.BLOCK_N]
     MMA: gl.constexpr = _mma_layout(SHAPE, gl.num_warps(), 8 if ring.FP8 else 16)
-    expert, n, part, row, rows = schedule.locate(tile)
+    expert, n, row, rows = schedule.locate(tile)
     row += WARP_GROUP * HEIGHT
-    first, last = job.share(part)
     col = n * job.STEP
     if ring.FP8:
         acc0, acc1, stage, phase = _multiply_fp8(
-            ring, job, variant, stage, phase, first, last, w_scale, expert, col, WARP_GROUP, MMA,
-            SHAPE,
-        )  # fmt: skip
+            ring, job, variant, stage, phase, w_scale, expert, col, WARP_GROUP, MMA, SHAPE
+        )
     else:
         acc0, acc1, stage, phase = _multiply_bf16(
-            ring, stage, phase, first, last, WARP_GROUP, variant.SWAP_AB, MMA, SHAPE
+            ring, job, stage, phase, WARP_GROUP, variant.SWAP_AB, MMA, SHAPE
         )
-    acc0 = _finish_sum(acc0, job, variant, w_scale, w_bias, expert, col, part, 0, MMA, W_AXIS)
-    acc1 = _finish_sum(acc1, job, variant, w_scale, w_bias, expert, col, part, 1, MMA, W_AXIS)
+    acc0 = _finish_sum(acc0, job, variant, w_scale, w_bias, expert, col, 0, MMA, W_AXIS)
+    acc1 = _finish_sum(acc1, job, variant, w_scale, w_bias, expert, col, 1, MMA, W_AXIS)
     if variant.FUSED:
         write_activation(
             acc0, acc1, job, variant, out, out_scale, expert, n, row, rows, ring.FP8, MMA, W_AXIS
         )
     else:
-        deposit(acc0, acc1, job, out, partial, counters, expert, n, part, row, rows, MMA, W_AXIS)
+        write_products(acc0, acc1, job, out, expert, n, row, rows, W_AXIS)
     return stage, phase
 
 
 @gluon.jit
 def _consume(
-    ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial, counters, to_clear,
-    WARP_GROUP: gl.constexpr,
+    ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, WARP_GROUP: gl.constexpr
 ):  # fmt: skip
     """Multiply and write every tile of this program."""
-    THREADS: gl.constexpr = 32 * gl.num_warps()
-    if variant.FUSED and WARP_GROUP == 0 and counters is not None:
-        # The launch after this one counts arrivals from zero.
-        LINE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        lanes = gl.arange(0, THREADS, LINE)
-        for at in range(gl.program_id(0) * THREADS, to_clear, gl.num_programs(0) * THREADS):
-            gl.store(counters + at + lanes, 0, mask=at + lanes < to_clear)
-    if not variant.FUSED and job.SPLIT_K > 1:
-        # A part without steps waits for no rows, and must not arrive before counters are cleared.
-        gdc_wait()
     schedule = Schedule.create(counts_ptr, job, gl.num_warps())
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), schedule.total, gl.num_programs(0)):
         # Two equal paths would be merged behind their last product, which then waits too early.
         if job.BLOCK_M_BUSY > job.BLOCK_M:
-            _expert, _n, _part, _row, rows = schedule.locate(tile)
+            _expert, _n, _row, rows = schedule.locate(tile)
             if rows > job.BLOCK_M:
                 stage, phase = _finish_tile(
                     ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out,
-                    out_scale, partial, counters, job.BLOCK_M_BUSY, WARP_GROUP,
+                    out_scale, job.BLOCK_M_BUSY, WARP_GROUP,
                 )  # fmt: skip
             else:
                 stage, phase = _finish_tile(
                     ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out,
-                    out_scale, partial, counters, job.BLOCK_M, WARP_GROUP,
+                    out_scale, job.BLOCK_M, WARP_GROUP,
                 )  # fmt: skip
         else:
             stage, phase = _finish_tile(
                 ring, job, variant, schedule, tile, stage, phase, w_scale, w_bias, out, out_scale,
-                partial, counters, job.BLOCK_M_BUSY, WARP_GROUP,
+                job.BLOCK_M_BUSY, WARP_GROUP,
             )  # fmt: skip
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "experts", "tiles_n", "w_rows", "steps_k", "scale_rows", "scale_cols", "to_clear"
-    ]
-)  # fmt: skip
+    do_not_specialize=["experts", "tiles_n", "w_rows", "steps_k", "scale_rows", "scale_cols"]
+)
 def experts_kernel(
-    w_desc, x_desc, busy_desc, s_desc, w_scale, w_bias, counts_ptr, out, out_scale, partial,
-    counters, to_clear, experts, capacity, tiles_n, w_rows, steps_k, scale_rows, scale_cols, width,
+    w_desc, x_desc, busy_desc, s_desc, w_scale, w_bias, counts_ptr, out, out_scale,
+    experts, capacity, tiles_n, w_rows, steps_k, scale_rows, scale_cols, width,
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_M_BUSY: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LANES: gl.constexpr, SPLIT_K: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LANES: gl.constexpr,
     BURST: gl.constexpr, WARP_GROUPS: gl.constexpr, FP8: gl.constexpr, SWAP_AB: gl.constexpr,
     FUSED: gl.constexpr, W_SCALE: gl.constexpr, ALIGNED: gl.constexpr, CHAINED: gl.constexpr,
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, CLAMPED: gl.constexpr,
@@ -274,7 +254,7 @@ def experts_kernel(
         second = width
     job = Job(
         experts, capacity, tiles_n, w_rows, second, steps_k, scale_rows, scale_cols, width, step,
-        BLOCK_N, BLOCK_M, BLOCK_M_BUSY, BLOCK_K, LANES, SPLIT_K, BURST, UP_COLUMN,
+        BLOCK_N, BLOCK_M, BLOCK_M_BUSY, BLOCK_K, LANES, BURST, UP_COLUMN,
     )  # fmt: skip
     if FUSED:
         # Counts and rows come from the launch before; what does not depend on it is done by now.
@@ -286,8 +266,8 @@ def experts_kernel(
             [
                 (
                     _consume,
-                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial,
-                     counters, to_clear, gl.constexpr(0)),
+                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale,
+                     gl.constexpr(0)),
                 ),
                 (produce, (ring, job, w_desc, x_desc, busy_desc, s_desc, counts_ptr, CHAINED)),
             ],
@@ -299,13 +279,13 @@ def experts_kernel(
             [
                 (
                     _consume,
-                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial,
-                     counters, to_clear, gl.constexpr(0)),
+                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale,
+                     gl.constexpr(0)),
                 ),
                 (
                     _consume,
-                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale, partial,
-                     counters, to_clear, gl.constexpr(1)),
+                    (ring, job, variant, counts_ptr, w_scale, w_bias, out, out_scale,
+                     gl.constexpr(1)),
                 ),
                 (produce, (ring, job, w_desc, x_desc, busy_desc, s_desc, counts_ptr, CHAINED)),
             ],

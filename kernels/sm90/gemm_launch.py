@@ -26,19 +26,18 @@ def _prepare(
     if fp8:  # a table written by hand may say otherwise, and the result would be wrong
         got = f"steps of {tiles.block_k} channels, rows scaled by {p.x_scale_group}"
         assert tiles.block_k == p.x_scale_group, got
-    to_clear = p.counters.numel() if p.fused and p.counters is not None else 0
     steps = triton.cdiv(depth, tiles.block_k)
-    burst = tiles.burst if steps % (tiles.split_k * tiles.burst) == 0 else 1
+    burst = tiles.burst if steps % tiles.burst == 0 else 1
     alpha, beta, limit, clamped = p.epilogue()
     arguments = (
-        *_descriptors(p, tiles), p.w_scale, p.w_bias, p.masked_m, p.out, p.out_scale, p.partial,
-        p.counters, to_clear, experts, capacity, tiles_n, w_rows, steps, *p.block_grid(), p.width,
+        *_descriptors(p, tiles), p.w_scale, p.w_bias, p.masked_m, p.out, p.out_scale,
+        experts, capacity, tiles_n, w_rows, steps, *p.block_grid(), p.width,
         tiles.block_n, tiles.block_m, tiles.block_m_busy, tiles.block_k, tiles.stages,
-        lane_count(experts), tiles.split_k, burst, tiles.warp_groups, fp8, tiles.swap_ab, p.fused,
+        lane_count(experts), burst, tiles.warp_groups, fp8, tiles.swap_ab, p.fused,
         p.format.weight_scale, not fp8 or aligned, chained, alpha, beta, limit or 0.0, clamped,
         depth if p.interleaved else 0,
     )  # fmt: skip
-    bound = experts * triton.cdiv(capacity, tiles.block_m) * tiles_n * tiles.split_k
+    bound = experts * triton.cdiv(capacity, tiles.block_m) * tiles_n
     options = {
         "num_warps": tiles.warps // tiles.warp_groups,
         # Four more warps than multiply hold the one that streams; all share the registers.

@@ -16,8 +16,8 @@ def _add(a, b):
 @gluon.aggregate
 class Job:
     """Sizes of one launch. Weight tile `n` of an expert starts at row `n * STEP`, its second half
-    `second` rows later; each of SPLIT_K programs takes a share of the `steps_k` steps. What stores
-    need to be 16 bytes wide is a constant or specialised: capacity, width and STEP.
+    `second` rows later. What stores need to be 16 bytes wide is a constant or specialised:
+    capacity, width and STEP.
 
     Where gate and up rows take turns (UP_COLUMN > 0), two weight rows are described as one of twice
     the depth: the second tile's rows are the first one's, from column UP_COLUMN on. What the last
@@ -38,7 +38,6 @@ class Job:
     BLOCK_M_BUSY: gl.constexpr
     BLOCK_K: gl.constexpr
     LANES: gl.constexpr
-    SPLIT_K: gl.constexpr
     BURST: gl.constexpr
     UP_COLUMN: gl.constexpr
 
@@ -60,13 +59,6 @@ class Job:
             row = channel + self.second
         return row
 
-    @gluon.jit
-    def share(self, part):
-        """First and last step of one part; the host makes sure that a part is whole bursts."""
-        per_part = (self.steps_k + self.SPLIT_K - 1) // self.SPLIT_K
-        first = part * per_part
-        return first, gl.minimum(self.steps_k, first + per_part)
-
 
 @gluon.aggregate
 class Schedule:
@@ -80,7 +72,6 @@ class Schedule:
     total: gl.tensor
     BLOCK_M: gl.constexpr
     BLOCK_M_BUSY: gl.constexpr
-    SPLIT_K: gl.constexpr
 
     @gluon.jit
     def create(counts_ptr, job, WARPS: gl.constexpr):
@@ -89,15 +80,13 @@ class Schedule:
         counts = gl.load(counts_ptr + lanes, mask=lanes < job.experts, other=0)
         counts = gl.minimum(gl.maximum(counts, 0), job.capacity)
         heights = gl.where(counts > job.BLOCK_M, job.BLOCK_M_BUSY, job.BLOCK_M)
-        tiles = (counts + heights - 1) // heights * (job.tiles_n * job.SPLIT_K)
+        tiles = (counts + heights - 1) // heights * job.tiles_n
         ends = gl.associative_scan(tiles, 0, _add)
-        return Schedule(
-            counts, ends, lanes, gl.sum(tiles, 0), job.BLOCK_M, job.BLOCK_M_BUSY, job.SPLIT_K
-        )
+        return Schedule(counts, ends, lanes, gl.sum(tiles, 0), job.BLOCK_M, job.BLOCK_M_BUSY)
 
     @gluon.jit
     def locate(self, tile):
-        """(expert, weight tile, share of the depth, first row, live rows)"""
+        """(expert, weight tile, first row, live rows)"""
         passed = self.ends <= tile
         expert = gl.sum(passed.to(gl.int32), 0)
         first = gl.max(gl.where(passed, self.ends, 0), 0)
@@ -107,7 +96,7 @@ class Schedule:
         local = tile - first
         across = local // row_tiles
         row = (local - across * row_tiles) * height
-        return expert, across // self.SPLIT_K, across % self.SPLIT_K, row, rows
+        return expert, across, row, rows
 
 
 @gluon.aggregate
@@ -210,13 +199,12 @@ def gdc_launch():
 @gluon.jit
 def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase, early):
     """Fetch one tile's stages; the weights of the first `early` of them are already under way."""
-    expert, n, part, row, _rows = schedule.locate(tile)
+    expert, n, row, _rows = schedule.locate(tile)
     row0 = job.first_row(expert, n)
     x_row = expert * job.capacity + row
     scale_at = expert * job.steps_k * job.capacity + row
-    first, last = job.share(part)
-    for k in range(first, last, job.BURST):
-        if k >= first + early:
+    for k in range(0, job.steps_k, job.BURST):
+        if k >= early:
             ring.fetch_weights(
                 w_desc, x_desc, s_desc, job, stage, phase, row0, row0 + job.second, k
             )
@@ -228,13 +216,12 @@ def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase
 @gluon.jit
 def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
     """Fetch the first tile's weights, as many stages as the ring has; returns how many."""
-    expert, n, part, _row, _rows = schedule.locate(tile)
+    expert, n, _row, _rows = schedule.locate(tile)
     row0 = job.first_row(expert, n)
-    first, last = job.share(part)
-    early = gl.minimum(last - first, ring.STAGES)
+    early = gl.minimum(job.steps_k, ring.STAGES)
     for k in range(0, early, job.BURST):
         ring.fetch_weights(
-            w_desc, x_desc, s_desc, job, k, gl.to_tensor(1), row0, row0 + job.second, first + k
+            w_desc, x_desc, s_desc, job, k, gl.to_tensor(1), row0, row0 + job.second, k
         )
     return early
 
@@ -250,7 +237,7 @@ def produce(ring, job, w_desc, x_desc, busy_desc, s_desc, counts_ptr, CHAINED: g
     if CHAINED:
         # The previous launch still computes the activations; the weights do not depend on it.
         if tile < schedule.total:
-            _e, _n, _part, _row, rows = schedule.locate(tile)
+            _e, _n, _row, rows = schedule.locate(tile)
             if rows > job.BLOCK_M:
                 early = _stream_early(ring, job, w_desc, busy_desc, s_desc, tile, schedule)
             else:
@@ -258,7 +245,7 @@ def produce(ring, job, w_desc, x_desc, busy_desc, s_desc, counts_ptr, CHAINED: g
         gdc_wait()
     while tile < schedule.total:
         if job.BLOCK_M_BUSY > job.BLOCK_M:
-            _e, _n, _part, _row, rows = schedule.locate(tile)
+            _e, _n, _row, rows = schedule.locate(tile)
             if rows > job.BLOCK_M:
                 stage, phase = _stream_tile(
                     ring, job, w_desc, busy_desc, s_desc, tile, schedule, stage, phase, early

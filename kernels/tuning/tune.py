@@ -25,7 +25,6 @@ from ..launch import (
     Launch,
     Shape,
     Tiles,
-    depth_split,
     encode_launch,
     hopper_tiles,
     row_tile,
@@ -73,20 +72,15 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
         ]  # fmt: skip
     if expected_m >= 64 and not fp8:
         shapes += [(64, 256, 256, full, 8, 1, True, 1)]
-    splits = sorted({1, depth_split(shape.experts, shape.hidden)})
     gate_up, down = [], []
     for block_n, block_m, busy, depth, warps, per_sm, swap_ab, groups in shapes:
         tile = (block_n, block_m, busy)
         # The first GEMM's channels share a scale, so they are the depth of the second one.
         inner = block_n if fp8 else depth
         for burst in BURSTS if expected_m <= 128 else BURSTS[:1]:
-            gate_up.append(
-                hopper_tiles(*tile, depth, fp8, warps, per_sm, swap_ab, 1, burst, groups)
-            )
-            down += [
-                hopper_tiles(*tile, inner, fp8, warps, per_sm, swap_ab, parts, burst, groups)
-                for parts in splits
-            ]
+            rest = fp8, warps, per_sm, swap_ab, burst, groups
+            gate_up.append(hopper_tiles(*tile, depth, *rest))
+            down.append(hopper_tiles(*tile, inner, *rest))
     return list(dict.fromkeys(gate_up)), list(dict.fromkeys(down))
 
 

@@ -1,8 +1,8 @@
 """Bytes of the batched experts: arithmetic, nothing measured; what torch's allocator may add is a
 bound.
 
-Every batched tensor has ``local_experts * ranks * T = experts * T`` rows per rank, so that the
-number of ranks decides only whether the second GEMM's depth is split.
+Every batched tensor has ``local_experts * ranks * T = experts * T`` rows per rank, whatever the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def workspace_bytes(
     shape = Shape(max(1, local_experts), ranks * max_tokens, hidden, intermediate, weights)
     if host:
         group = kernel_workspace.MIN_SCALE_GROUP if fp8 else None
-        layout = kernel_workspace.workspace_layout(shape, group, 1, act_dtype)
+        layout = kernel_workspace.workspace_layout(shape, group, act_dtype)
         between = [layout.total, rows * 2 * intermediate * size]
     else:  # in one allocation
         between = [kernel_workspace.workspace_bytes(shape, act_dtype)]

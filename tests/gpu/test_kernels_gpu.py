@@ -35,12 +35,10 @@ LAYERS = {
     "few tiles": (128, 256, 384, (0, 1, 128, 33)),
     "straddling scale blocks": (64, 1152, 176, (5, 0, 64, 17, 1)),
     "many tiles per program": (512, 2048, 1024, (64, 0, 300, 512, 7, 1, 129, 40)),
-    "split depth": (256, 1024, 2048, (77,)),
-    "split depth, two experts": (256, 2048, 1024, (9, 200)),
+    "one expert": (256, 1024, 2048, (77,)),
     # No multiple of 8: one expert's last tile and the next one's first lie within eight rows.
-    "split depth, odd capacity": (68, 2048, 512, (66, 5)),
-    # Of 6 steps a quarter is 2, so that the last of four programs has none; several tiles each.
-    "split depth, parts without steps": (1024, 1024, 384, (1024, 1000)),
+    "odd capacity": (68, 2048, 512, (66, 5)),
+    "full experts": (1024, 1024, 384, (1024, 1000)),
 }
 
 

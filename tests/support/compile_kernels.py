@@ -30,7 +30,7 @@ def report(kernel: Any, shape: Shape, launch: Launch, first: bool) -> dict[str, 
     entry = {
         "format": shape.format.name, "activation": str(shape.activation),
         "experts": shape.experts, "tiles": str(tiles),
-        "per_sm": tiles.per_sm, "counts_parts": not first and tiles.split_k > 1, "first": first,
+        "per_sm": tiles.per_sm, "first": first,
         "shared": kernel.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
         "tcgen05": "tcgen05.mma" in ptx,

@@ -21,7 +21,6 @@ from moe_plugin.kernels.launch import (
     Shape,
     Tiles,
     decode_launch,
-    depth_split,
     encode_launch,
     heuristic,
     pick_launch,
@@ -76,12 +75,6 @@ def test_few_rows_cost_few() -> None:
     assert not heuristic(SHAPES[0], 512, H100).gate_up.swap_ab
 
 
-def test_depth_is_split_only_where_tiles_are_few() -> None:
-    assert depth_split(1, 4096) == 4
-    assert depth_split(2, 4096) == 2
-    assert depth_split(16, 4096) == depth_split(32, 7168) == 1
-
-
 def test_capacity_changes_no_tile() -> None:
     shape = SHAPES[0]
     larger = replace(shape, capacity=4 * shape.capacity)
@@ -132,12 +125,11 @@ def test_workspace_bytes_bound_what_is_allocated(experts: int, capacity: int, fm
 
 
 @pytest.mark.parametrize("capacity", [16, 37])
-@pytest.mark.parametrize("split_k", [1, 4])
 @pytest.mark.parametrize("scale_group", [None, 64, 128])
 def test_workspace_tensors_lie_side_by_side_as_their_stand_ins_say(
-    scale_group: int | None, split_k: int, capacity: int
+    scale_group: int | None, capacity: int
 ) -> None:
-    layout = workspace_layout(Shape(3, capacity, 256, 176, BF16), scale_group, split_k)
+    layout = workspace_layout(Shape(3, capacity, 256, 176, BF16), scale_group)
     tensors, end = workspace_tensors(layout, "cpu"), 0
     base = tensors[0].data_ptr()
     for tensor, region in zip(tensors, regions(layout), strict=True):
