@@ -1,8 +1,9 @@
 """Does DeepEP's combine wait for an expert's signal on this GPU? `signals.py --out DIR`.
 
 With `overlap`, `low_latency_combine` takes a signal per local expert, and a send that waits for it
-could run beside the second GEMM. Here the experts' rows are zeros until another stream, 20 ms
+could run beside the second GEMM. Here the experts' rows are zeros until the copy engine, 50 ms
 later, writes them and then raises every signal: the combined tokens tell which of the two was read.
+A kernel could not write them: the combine takes every multiprocessor at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,7 @@ from tests.support import gpu_environment  # noqa: E402
 from tests.support.ranks import run_ranks  # noqa: E402
 
 TOKENS, HIDDEN, TOP_K, EXPERTS_PER_RANK = 128, 7168, 8, 32
-LATE_MS = 20.0
-EXPECTED = 1
+LATE_S = 0.05
 
 
 def one_rank(group: dist.ProcessGroup) -> list[dict[str, Any]]:
@@ -55,21 +56,23 @@ def one_rank(group: dist.ProcessGroup) -> list[dict[str, Any]]:
         signals = torch.zeros(EXPERTS_PER_RANK * 64, device="cuda", dtype=torch.int32)
         torch.cuda.synchronize()
         dist.barrier(group)
+        late_rows, raised = rows.cpu().pin_memory(), torch.ones_like(signals).cpu().pin_memory()
+        torch.cuda.synchronize()
         writer, begin, end = torch.cuda.Stream(), *_events()
         options = {}
         if overlap:
             options = {
                 "overlap": True,
                 "src_signals": signals.view(torch.uint32),
-                "src_signal_expect_value": EXPECTED,
+                "src_signal_expect_value": 1,
             }
-        with torch.cuda.stream(writer):
-            torch.cuda._sleep(int(LATE_MS * 1.7e6))
-            late.copy_(rows)
-            signals.fill_(EXPECTED)
         begin.record()
         combined, _, _ = buffer.low_latency_combine(late, ids, weights, handle, **options)
         end.record()
+        time.sleep(LATE_S)
+        with torch.cuda.stream(writer):
+            late.copy_(late_rows, non_blocking=True)
+            signals.copy_(raised, non_blocking=True)
         torch.cuda.synchronize()
         # The experts return what they got, so a token comes back times its weights' sum.
         wanted = x.float() * weights.sum(1, keepdim=True)
