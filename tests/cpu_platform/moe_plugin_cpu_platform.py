@@ -35,6 +35,15 @@ def register() -> None:
     TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = one
     TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = one
 
+    # Attention TP scatters rows through an operator that has no CPU kernel; nor has gloo.
+    def reduce_scatter(self: Any, output: Any, input: Any) -> None:
+        whole = self.all_reduce(input.clone())
+        output.copy_(whole.tensor_split(self.world_size)[self.rank_in_group])
+
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    GroupCoordinator.reduce_scatter_tensor = reduce_scatter
+
     # Decides pinned memory, which needs CUDA; computed at import from the in-tree platform.
     import sglang.srt.model_executor.forward_batch_info as forward_batch_info
 
