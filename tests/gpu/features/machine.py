@@ -33,7 +33,9 @@ GROUPS = ("--tp-size", "2", "--attn-dp-size", "2")
 ON = ("--use-batched-dp-moe", "on")
 if ON_CPU:
     GROUPS = (*GROUPS, "--enable-dp-lm-head")  # logits would go through a Triton kernel otherwise
-OURS = (*GROUPS, *ON)
+T = () if ON_CPU else ("--batched-dp-moe-max-tokens", "256")
+OURS = (*GROUPS, *ON, *T)
+"""Ours, with a T that leaves room on the GPUs for the other servers."""
 QUICK_END = {  # a server that fails ends at once, without dumps of what its ranks were at
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",

@@ -5,13 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from .answers import ask, check_greedy, prompts
-from .machine import GROUPS, LONG, ON, OURS, gpu_only, largest_rows, on_two_gpus, ready, start, turn
+from .machine import (
+    LONG,
+    ON,
+    OURS,
+    T,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 
 FEATURE = "attention TP"
 pytestmark = on_two_gpus
 
-JOINED = ("--tp-size", "2", "--attn-dp-size", "1", *ON)
+JOINED = ("--tp-size", "2", "--attn-dp-size", "1", *T, *ON)
 
 
 def test_attention_tp_2_answers_as_two_groups_do(qwen3: Path, seen: See) -> None:
@@ -37,7 +48,7 @@ def test_joined_ends_answer_as_local_ends_do(qwen3: Path, seen: See) -> None:
     """`--moe-dense-tp-size 2` keeps the groups joined; 1, and the DP LM head, are the default."""
     texts = prompts(8, LONG)
     ends = ("--moe-dense-tp-size", "2")
-    with start(qwen3, *OURS) as local, start(qwen3, *GROUPS, *ends, *ON) as joined:
+    with start(qwen3, *OURS) as local, start(qwen3, *OURS, *ends) as joined:
         ready(local, joined)
         with turn():
             own, others = ask(local, texts, 24), ask(joined, texts, 24)

@@ -17,7 +17,16 @@ import pytest
 from ...support.rank_killed import scheduler_pids
 from ...support.serving.prompts import long_prompt
 from ...support.serving.server import Server
-from .machine import LONG, ON_CPU, OURS, largest_rows, on_two_gpus, ready, start, turn
+from .machine import (
+    LONG,
+    ON_CPU,
+    OURS,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 
 openai = pytest.importorskip("openai", reason="requires the openai package")

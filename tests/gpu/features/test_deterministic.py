@@ -8,7 +8,17 @@ from pathlib import Path
 
 from ...support.server_checks import check_same_bits
 from .answers import prompts
-from .machine import LONG, OURS, RANKS, gpu_only, largest_rows, on_two_gpus, ready, start, turn
+from .machine import (
+    LONG,
+    OURS,
+    RANKS,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 
 FEATURE = "deterministic inference"

@@ -16,6 +16,7 @@ from ...support.serving.prompts import long_prompt
 from ...support.serving.server import Server, free_port
 from .answers import ask, check_greedy, prompts
 from .machine import (
+    GROUPS,
     LONG,
     ON,
     ON_CPU,
@@ -45,7 +46,7 @@ LOAD_S = 12.0
 
 def test_a_decode_instance_alone(qwen3: Path, seen: See) -> None:
     """The host's `fake` transfer: keys and values are what lies in memory, steps are real."""
-    args = (*OURS, *DECODES, "fake", "--max-running-requests", str(RUNNING))
+    args = (*GROUPS, *ON, *DECODES, "fake", "--max-running-requests", str(RUNNING))
     with start(qwen3, *args, kv_tokens=131072, decode_graph=0) as server:
         ready(server)
         (plan,) = {state["plan"]["max_dispatch_tokens_per_rank"] for state in server.states()}

@@ -12,7 +12,15 @@ import pytest
 from ...support.hosts import program
 from ...support.rank_killed import NO_CORE_DUMPS, check_killed_rank_ends_the_server
 from ...support.serving.fixture_plugin import write_plugin
-from .machine import ON_CPU, OURS, RANKS, on_two_gpus, ready, start, turn
+from .machine import (
+    ON_CPU,
+    OURS,
+    RANKS,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 
 FEATURE = "failures"

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from ...support.serving.prompts import long_prompt
-from .machine import GROUPS, OURS, gpu_only, largest_rows, on_two_gpus, ready, start, turn
+from .machine import (
+    GROUPS,
+    ON,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 from .timed import timed
 
@@ -32,7 +41,7 @@ def test_no_eager_cliff(tokens: int, requests: int, qwen3: Path, seen: See) -> N
     texts = [long_prompt(tokens + i)[i:] for i in range(requests)]
     most = ("--batched-dp-moe-max-tokens", os.environ.get("FEATURES_LONG_T", "1024"))
     with (
-        start(qwen3, *OURS, *context, *most, kv_tokens=kv, env=LONGER) as server,
+        start(qwen3, *GROUPS, *ON, *context, *most, kv_tokens=kv, env=LONGER) as server,
         start(qwen3, *GROUPS, *context, kv_tokens=kv, env=STOCK | LONGER) as stock,
     ):
         ready(server, stock)

@@ -15,7 +15,11 @@ from ...support import gpu_environment
 from ...support.ranks import run_ranks
 from ..deepep_world import deepep_world
 from ..world import Sizes, World
-from .machine import gpu_only, on_two_gpus, turn
+from .machine import (
+    gpu_only,
+    on_two_gpus,
+    turn,
+)
 from .records import See
 
 FEATURE = "low-latency round trips"

@@ -11,7 +11,17 @@ import pytest
 from ...support.random_load import RandomLoad
 from ...support.serving.server import Server
 from .answers import Answer, ask, check_greedy, prompts
-from .machine import LONG, OURS, RANKS, gpu_only, largest_rows, on_two_gpus, ready, start, turn
+from .machine import (
+    LONG,
+    OURS,
+    RANKS,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 from .timed import timed
 

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from ...support.random_load import RandomLoad
 from .answers import ask, check_greedy, prompts
-from .machine import LONG, OURS, RANKS, gpu_only, largest_rows, on_two_gpus, ready, start, turn
+from .machine import (
+    LONG,
+    OURS,
+    RANKS,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 from .timed import timed
 

@@ -18,7 +18,17 @@ from safetensors import safe_open
 from ...support.serving.prompts import SHORT_PROMPTS
 from ...support.serving.server import Server
 from .answers import ask, check_greedy, prompts
-from .machine import LONG, ON_CPU, OURS, RANKS, largest_rows, on_two_gpus, ready, start, turn
+from .machine import (
+    LONG,
+    ON_CPU,
+    OURS,
+    RANKS,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
 from .records import See
 
 FEATURE = "weight updates"
