@@ -35,14 +35,19 @@ def register() -> None:
     TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = one
     TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = one
 
-    # Attention TP scatters rows through an operator that has no CPU kernel; nor has gloo.
+    # Attention TP scatters rows through an operators that have no CPU kernels.
     def reduce_scatter(self: Any, output: Any, input: Any) -> None:
         whole = self.all_reduce(input.clone())
         output.copy_(whole.tensor_split(self.world_size)[self.rank_in_group])
 
+    def all_gather(self: Any, output: Any, input: Any) -> None:
+        dist.all_gather_into_tensor(output, input, group=self.device_group)
+
+    import torch.distributed as dist
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
     GroupCoordinator.reduce_scatter_tensor = reduce_scatter
+    GroupCoordinator.all_gather_into_tensor = all_gather
 
     # Decides pinned memory, which needs CUDA; computed at import from the in-tree platform.
     import sglang.srt.model_executor.forward_batch_info as forward_batch_info

@@ -28,13 +28,8 @@ LOAD_S = 30.0 if ON_CPU else 15.0
 LEAST_REBALANCES = 2
 EPLB = (
     *("--enable-eplb", "--ep-num-redundant-experts", "8"),
-    *("--eplb-rebalance-num-iterations", "200"),
-    *(
-        "--expert-distribution-recorder-buffer-size",
-        "100",
-        "--expert-balancedness-report-mode",
-        "server_log",
-    ),
+    *("--eplb-rebalance-num-iterations", "100", "--expert-distribution-recorder-buffer-size", "50"),
+    *("--expert-balancedness-report-mode", "server_log"),
 )
 
 
