@@ -13,7 +13,10 @@ mkdir -p "$out"
 wheel=$(ls -t dist/sglang_moe_plugin-*.whl | head -1) # the newest
 # One folder per wheel: servers that outlive a command import from it.
 site=${TMPDIR:-/tmp}/moe-plugin-site-$(sha256sum "$wheel" | cut -c1-16)
-[ -d "$site" ] || python3 -m zipfile -e "$wheel" "$site"
+if [ ! -d "$site" ]; then # whole or not at all: several commands may start at once
+    python3 -m zipfile -e "$wheel" "$site.$$"
+    mv -T "$site.$$" "$site" 2>/dev/null || rm -rf "$site.$$"
+fi
 export PYTHONPATH=$stack:$site PYTHONUNBUFFERED=1
 unset PYTHONDONTWRITEBYTECODE # a server's imports take 66 s without their bytecode, 36 s with it
 nvshmem=$(python3 -c 'import nvidia, os; print([p for p in nvidia.__path__ if os.path.isdir(p + "/nvshmem")][0])')

@@ -6,6 +6,7 @@ checks are the same, and only what needs a GPU is skipped.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ OUT = Path(os.environ.get("OUT", "/tmp/out"))
 START_S = 420.0  # several servers import and capture at once
 LONG = 600 if ON_CPU else 4000
 """Tokens of a long prompt."""
+LOAD_S = float(os.environ.get("FEATURES_LOAD_S", "30" if ON_CPU else "10"))
+"""Of random load, where a test makes some."""
+SLOTS = int(os.environ.get("FEATURES_SERVERS", "7"))
+"""Servers at once, of all test processes together: each takes about 10 GiB of each GPU. Fewer test
+processes than this, or each may hold one and wait for its second."""
 
 GROUPS = ("--tp-size", "2", "--attn-dp-size", "2")
 ON = ("--use-batched-dp-moe", "on")
@@ -62,6 +68,30 @@ on_two_gpus = [
 gpu_only = pytest.mark.skipif(ON_CPU, reason="requires GPUs: a CPU server has none of it")
 
 
+class Sharing(Server):
+    """A server in one of the places that the GPUs have."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._place = _place()
+        super().__init__(*args, progress=_log(), **options)
+
+    def stop(self) -> None:
+        super().stop()
+        self._place.close()
+
+
+def _place() -> IO[str]:
+    """Wait for a free place; it is free again when the file is closed, or its process ends."""
+    while True:
+        for number in range(SLOTS):
+            held = (Path(tempfile.gettempdir()) / f"moe-plugin-features-{number}.lock").open("w")
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return held
+            held.close()
+        time.sleep(0.5)
+
+
 def start(
     model: Path,
     *args: str,
@@ -80,7 +110,7 @@ def start(
     """
     if ON_CPU:
         whole = {**QUICK_END, **(env or {})}
-        return Server((*COMMON_ARGS, *args), model, ranks=RANKS, env=whole, progress=_log())
+        return Sharing((*COMMON_ARGS, *args), model, ranks=RANKS, env=whole)
     attention = os.environ.get("FEATURES_ATTENTION", "triton")
     shared = (
         *("--attention-backend", attention, "--sampling-backend", "pytorch"),
@@ -88,7 +118,7 @@ def start(
         *(("--cuda-graph-max-bs-decode", str(decode_graph)) if decode_graph else ()),
     )
     flags, whole = (*shared, *args), {**SHARED, **QUICK_END, **(env or {})}
-    return Server(flags, model, ranks=0, env=whole, command=LAUNCH_SERVER, progress=_log())
+    return Sharing(flags, model, ranks=0, env=whole, command=LAUNCH_SERVER)
 
 
 def _log() -> Any:

@@ -12,6 +12,7 @@ from ...support.serving.server import ServerDied
 from .answers import ask, check_greedy, prompts
 from .machine import (
     GROUPS,
+    LOAD_S,
     LONG,
     OURS,
     RANKS,
@@ -34,7 +35,6 @@ RUNNER = {"qwen3": ("--moe-runner-backend", "deep_gemm"), "deepseek": ()}
 """Of normal dispatch: bf16 has no other one, and FP8 has it by itself."""
 DENSE = ("--fp8-gemm-backend", "triton")  # DeepGEMM's kernels for dense layers compile for minutes
 DEEP_GEMM = {"SGLANG_ENABLE_JIT_DEEPGEMM": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
-LOAD_S = 12.0
 
 
 @pytest.mark.parametrize("shape", ["qwen3", "deepseek"])

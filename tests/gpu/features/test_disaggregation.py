@@ -17,6 +17,7 @@ from ...support.serving.server import Server, free_port
 from .answers import ask, check_greedy, prompts
 from .machine import (
     GROUPS,
+    LOAD_S,
     LONG,
     ON,
     ON_CPU,
@@ -41,7 +42,6 @@ RUNNING = 128
 LOADS = {"1k/256": (16, 1000, 256), "4k/256": (16, 4000, 256)}
 if ON_CPU:
     LOADS = {"300/32": (4, 300, 32)}
-LOAD_S = 12.0
 
 
 def test_a_decode_instance_alone(qwen3: Path, seen: See) -> None:

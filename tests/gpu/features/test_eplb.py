@@ -9,8 +9,8 @@ import pytest
 from ...support.random_load import RandomLoad
 from .answers import ask, check_greedy, prompts
 from .machine import (
+    LOAD_S,
     LONG,
-    ON_CPU,
     OURS,
     RANKS,
     largest_rows,
@@ -24,7 +24,6 @@ from .records import See
 FEATURE = "EPLB"
 pytestmark = on_two_gpus
 
-LOAD_S = 30.0 if ON_CPU else 15.0
 LEAST_REBALANCES = 2
 EPLB = (
     *("--enable-eplb", "--ep-num-redundant-experts", "8"),

@@ -12,6 +12,7 @@ from ...support.random_load import RandomLoad
 from ...support.serving.server import Server
 from .answers import Answer, ask, check_greedy, prompts
 from .machine import (
+    LOAD_S,
     LONG,
     OURS,
     RANKS,
@@ -29,7 +30,6 @@ FEATURE = "speculation"
 pytestmark = [*on_two_gpus, gpu_only]
 
 NEW_TOKENS = 48
-LOAD_S = 12.0
 TEXTS = prompts(16, LONG)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ...support.random_load import RandomLoad
 from .answers import ask, check_greedy, prompts
 from .machine import (
+    LOAD_S,
     LONG,
     OURS,
     RANKS,
@@ -23,7 +24,6 @@ from .timed import timed
 FEATURE = "two-batch overlap"
 pytestmark = [*on_two_gpus, gpu_only]
 
-LOAD_S = 12.0
 LOADS = {"64 short": (64, 60), "8 long": (8, LONG)}
 
 
