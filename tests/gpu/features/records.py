@@ -39,7 +39,9 @@ def outcome(item: pytest.Item, report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = str(report.longrepr[2]).removeprefix("Skipped: ")
     elif report.failed:
-        reason = str(report.longrepr).strip().splitlines()[-1][:300]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = crash.message if crash else str(report.longrepr)
+        reason = text.strip().splitlines()[0][:300]
     row = {
         "feature": item.module.FEATURE,  # type: ignore[attr-defined]
         "test": item.name,
