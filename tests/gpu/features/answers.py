@@ -11,11 +11,12 @@ from ...support.serving.checkpoint import byte_tokenizer
 from ...support.serving.prompts import SHORT_PROMPTS, long_prompt
 from ...support.serving.server import Server
 
-FACTOR = 4.0
+FACTOR = 2.0
 """An answer may be this many times as far from a forced prefill as the reference's own ones are:
 both round in bf16 or FP8, in another order."""
-MOST_NOISE = 0.2
-"""Mean distance of a server's answers from its own prefill: more is no rounding any more."""
+MOST_NOISE = 1.0
+"""Mean distance of a server's answers from its own prefill. Rounding may choose another expert, which
+is more than rounding; unrelated tokens are 3 apart."""
 
 Answer = dict[str, Any]
 
@@ -100,5 +101,5 @@ def check_greedy(reference: Server, own: Sequence[Answer], others: Sequence[Answ
     assert ours.mean <= MOST_NOISE, text
     floor = 1e-5  # float32 on a CPU
     assert theirs.mean <= FACTOR * max(ours.mean, floor), text
-    assert theirs.gap <= FACTOR * max(ours.most, floor), text
+    assert theirs.gap <= FACTOR * max(2 * ours.most, floor), text
     return text
