@@ -21,6 +21,7 @@ from variants import Variant, on_gpu, resident, variant
 
 BEGAN = time.monotonic()
 CPU_LONGEST = 2048  # of COMMON_ARGS
+HERE = Path(__file__).parent
 
 
 class Bench:

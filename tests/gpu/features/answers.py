@@ -15,8 +15,8 @@ FACTOR = 2.0
 """An answer may be this many times as far from a forced prefill as the reference's own ones are:
 both round in bf16 or FP8, in another order."""
 MOST_NOISE = 1.0
-"""Mean distance of a server's answers from its own prefill. Rounding may choose another expert, which
-is more than rounding; unrelated tokens are 3 apart."""
+"""Mean distance of a server's answers from its own prefill. Rounding may choose another expert;
+unrelated tokens are 3 apart."""
 
 Answer = dict[str, Any]
 
