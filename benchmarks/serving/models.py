@@ -64,8 +64,8 @@ class DeepSeekShape:
 
 
 ROUTER_GAIN = 4.0
-"""Of Qwen3's router, whose weights are a softmax: the last of the chosen experts weighs little then,
-and rounding, which decides about it, moves the logits little. Who is chosen is as without."""
+"""Of Qwen3's router, whose weights are a softmax: the last of the chosen experts then weighs
+little, and so does rounding, which decides about it. Who is chosen is as without."""
 ECHO = 8.0
 """Of a model with a NextN layer: how much larger embeddings are than what a layer adds to them. So
 the next token follows mostly from the last one, for target and draft alike, and a draft that was

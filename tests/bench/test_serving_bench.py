@@ -15,7 +15,9 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import web
+from safetensors import safe_open
 
 sys.path += [
     str(Path(__file__).parents[2] / "benchmarks" / "serving"),
@@ -360,7 +362,6 @@ def test_phases_of_a_start() -> None:
 
 
 def _header(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    from safetensors import safe_open
 
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -372,21 +373,60 @@ def _header(folder: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "fp8"),
-    [("qwen3-bf16", 8, False), ("qwen3-fp8-12", 12, True), ("qwen3-bf16-16", 16, False)],
+    ("name", "layers", "fp8", "other"),
+    [
+        ("qwen3-bf16", 8, False, False),
+        ("qwen3-fp8-12", 12, True, False),
+        ("qwen3-bf16-16", 16, False, False),
+        ("qwen3-bf16-4-other", 4, False, True),
+    ],
 )
 def test_model_names_say_how_deep(
-    name: str, layers: int, fp8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    layers: int,
+    fp8: bool,
+    other: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[int, bool]] = []
+    asked: list[tuple[int, bool, bool]] = []
 
-    def write(folder: Path, shape: Shape, device: str, *, fp8: bool) -> None:
-        asked.append((shape.num_hidden_layers, fp8))
+    def write(folder: Path, shape: Shape, device: str, *, fp8: bool, seed: int) -> None:
+        asked.append((shape.num_hidden_layers, fp8, seed != 0))
 
     monkeypatch.setattr(models, "write_qwen3", write)
     models.write_model(name, tmp_path, "cpu")
-    assert asked == [(layers, fp8)]
+    assert asked == [(layers, fp8, other)]
     assert (tmp_path / "written").exists()
+
+
+def test_a_nextn_layer_is_the_last_file_and_passes_its_input_on(tmp_path: Path) -> None:
+    """Its projection keeps the embedding, which a draft that was never trained can use."""
+    shape = models.DeepSeekShape(
+        num_hidden_layers=1,
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=128,
+        n_routed_experts=8,
+        num_attention_heads=2,
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        first_k_dense_replace=0,
+        num_nextn_predict_layers=1,
+    )
+    models.write_deepseek(tmp_path, shape, "cpu")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.1.eh_proj.weight"
+    assert {"model.layers.1.enorm.weight", "model.layers.1.mlp.experts.7.up_proj.weight"} <= set(
+        index
+    )
+    with safe_open(tmp_path / index[name], "pt") as file:
+        projection = file.get_tensor(name).float()
+    assert projection.shape == (128, 256)
+    assert torch.allclose(projection.diagonal(), torch.tensor(models.ECHO), atol=0.5)
+    assert projection[:, 128:].abs().max() < 1
 
 
 def test_unknown_models_are_refused(tmp_path: Path) -> None:

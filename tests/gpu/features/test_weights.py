@@ -147,7 +147,8 @@ def _send(server: Server, tensors: list[tuple[str, torch.Tensor]]) -> None:
 
     if ON_CPU:
         torch.multiprocessing.set_sharing_strategy("file_system")
-    monkey_patch_torch_reductions()
+    else:
+        monkey_patch_torch_reductions()  # names a GPU by what it is, not by its number here
     parts = [MultiprocessingSerializer.serialize(tensors, output_str=True) for _ in range(RANKS)]
     done = server.post("/update_weights_from_tensor", {"serialized_named_tensors": parts})
     assert done["success"], done
