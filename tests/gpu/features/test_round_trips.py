@@ -72,7 +72,8 @@ def soak(group: dist.ProcessGroup, make_world: Any, seconds: float) -> dict[str,
     ids = torch.cat([each.flatten() for each in step.layer.case.topk_ids])
     first = world.rank * local
     expected = torch.bincount(ids[ids >= 0], minlength=world.experts)[first : first + local]
-    sent = (step.layer.x.float() * step.layer.topk_weights.sum(1, keepdim=True)).cpu()
+    weights = step.layer.topk_weights * (step.layer.ids >= 0)
+    sent = (step.layer.x.float() * weights.sum(1, keepdim=True)).cpu()
     replay()
     reference, began, trips = out.clone(), time.monotonic(), 0
     close = (reference.float().cpu() - sent).abs().max() / sent.abs().max()
