@@ -40,13 +40,15 @@ DECODES = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend
 PREFILLS = ("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend")
 RUNNING = 128
 LOADS = {"1k/256": (16, 1000, 256), "4k/256": (16, 4000, 256)}
+PINNED: tuple[str, ...] = ()
 if ON_CPU:
     LOADS = {"300/32": (4, 300, 32)}
+    PINNED = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
 
 
 def test_a_decode_instance_alone(qwen3: Path, seen: See) -> None:
     """The host's `fake` transfer: keys and values are what lies in memory, steps are real."""
-    args = (*GROUPS, *ON, *DECODES, "fake", "--max-running-requests", str(RUNNING))
+    args = (*GROUPS, *ON, *DECODES, "fake", "--max-running-requests", str(RUNNING), *PINNED)
     with start(qwen3, *args, kv_tokens=131072, decode_graph=0) as server:
         ready(server)
         (plan,) = {state["plan"]["max_dispatch_tokens_per_rank"] for state in server.states()}
