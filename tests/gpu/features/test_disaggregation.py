@@ -112,9 +112,11 @@ def _pair(prefiller: Server, decoder: Server, port: int, texts: list[str]) -> li
             "bootstrap_port": port,
             "bootstrap_room": next(_rooms),
         }
-        with ThreadPoolExecutor(2) as pool:
-            sent = pool.submit(prefiller.generate, text, 24, **meet)
-            answer = pool.submit(decoder.generate, text, 24, **meet).result()
+        sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+        asked = {"text": text, "sampling_params": sampling, "return_logprob": True, **meet}
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(prefiller.post, "/generate", asked)
+            answer = decoder.generate(text, 24, **meet)
             sent.result()
         return answer | {"asked": text}
 
