@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The feature tests on two GPUs, in six processes at once: `features.sh STACK [SECONDS]`, from the
-# checkout's root. Each test's outcome is written as it ends, so that a time limit loses only what
+# The feature tests in six processes at once, on two GPUs or on several pairs of them:
+# `features.sh STACK [SECONDS]`, from the checkout's root. Each test's outcome is written as it ends, so that a time limit loses only what
 # still runs. Results and logs: ${OUT:-/tmp/out}; join them with benchmarks/features.py.
 set -uo pipefail
 stack=$1
@@ -16,7 +16,11 @@ groups=(
     "long_contexts client round_trips"
 )
 [ -n "${FEATURES:-}" ] && groups=("$FEATURES")
-for group in "${groups[@]}"; do
+pairs=$(($(nvidia-smi -L | wc -l) / 2))
+for number in "${!groups[@]}"; do
+    group=${groups[$number]}
+    first=$((2 * (number % pairs)))
+    export CUDA_VISIBLE_DEVICES=$first,$((first + 1))
     files=()
     for name in $group; do files+=("tests/gpu/features/test_$name.py"); done
     timeout -k 20 "$limit" benchmarks/gpu_host.sh "$stack" features "${files[@]}" \

@@ -31,6 +31,9 @@ LONG = 600 if ON_CPU else 4000
 """Tokens of a long prompt."""
 LOAD_S = float(os.environ.get("FEATURES_LOAD_S", "30" if ON_CPU else "10"))
 """Of random load, where a test makes some."""
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:RANKS]
+LOCKS = Path(tempfile.gettempdir()) / f"moe-plugin-features-{'-'.join(VISIBLE)}"
+"""Of these two GPUs; others have their own."""
 SLOTS = int(os.environ.get("FEATURES_SERVERS", "7"))
 """Servers at once, of all test processes together: each takes about 10 GiB of each GPU. Fewer test
 processes than this, or each may hold one and wait for its second."""
@@ -84,7 +87,7 @@ def _place() -> IO[str]:
     """Wait for a free place; it is free again when the file is closed, or its process ends."""
     while True:
         for number in range(SLOTS):
-            held = (Path(tempfile.gettempdir()) / f"moe-plugin-features-{number}.lock").open("w")
+            held = Path(f"{LOCKS}.{number}").open("w")
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return held
@@ -144,7 +147,7 @@ def ready(*servers: Server) -> None:
 def turn() -> Iterator[None]:
     """One test process at a time loads its server: ranks of servers that share a GPU wait for each
     other's time slices, and a figure would be of nothing."""
-    with (Path(tempfile.gettempdir()) / "moe-plugin-features.lock").open("w") as held:
+    with Path(f"{LOCKS}.turn").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield
 

@@ -23,6 +23,7 @@ from .machine import (
     ON_CPU,
     OURS,
     RANKS,
+    VISIBLE,
     gpu_only,
     largest_rows,
     on_two_gpus,
@@ -83,7 +84,7 @@ def test_a_pair_over_nixl(qwen3: Path, seen: See) -> None:
         *PREFILLS, "nixl", "--disaggregation-bootstrap-port", str(port),
         "--use-batched-dp-moe", "off",
     )  # fmt: skip
-    on_0, on_1 = ({"CUDA_VISIBLE_DEVICES": gpu} for gpu in "01")
+    on_0, on_1 = ({"CUDA_VISIBLE_DEVICES": gpu} for gpu in VISIBLE)
     with start(qwen3, *decode, env=on_1) as decoder, start(qwen3, *OURS) as reference:
         with start(qwen3, *prefill, env=on_0) as prefiller:
             ready(prefiller, decoder, reference)
