@@ -87,7 +87,7 @@ def _place() -> IO[str]:
     """Wait for a free place; it is free again when the file is closed, or its process ends."""
     while True:
         for number in range(SLOTS):
-            held = Path(f"{LOCKS}.{number}").open("w")
+            held = Path(f"{LOCKS}.{number}").open("w")  # noqa: SIM115, kept by the server
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return held
