@@ -51,8 +51,8 @@ QUICK_END = {  # a server that fails ends at once, without dumps of what its ran
 }
 SHARED = gpu_environment.DEEPEP | {
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
-    # No DeepGEMM for dense FP8 layers: its kernels compile for minutes.
-    "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
+    # Unless asked for, no DeepGEMM for dense FP8 layers: its kernels compile for minutes.
+    "SGLANG_ENABLE_JIT_DEEPGEMM": os.environ.get("SGLANG_ENABLE_JIT_DEEPGEMM", "0"),
 }
 
 on_two_gpus = [
