@@ -16,7 +16,7 @@ help:
 	@echo "make test       the whole CPU test suite"
 	@echo "make test-fast  without real servers; make test-slow: property tests at full size, older hosts"
 	@echo "make lint       formatting, lint, types"
-	@echo "make docs       the README's generated tables; make release: build, check and tag a version"
+	@echo "make docs       tables that stand for code and records; make release: build, check and tag a version"
 
 # About 11 GB: SGLang pins CUDA builds of torch, also where there is no GPU.
 $(STAMP): $(PINS)
@@ -71,9 +71,9 @@ bench-gpu: install
 test-gpu: install
 	$(PYTEST) -m gpu
 
-# Tables of the README that stand for code.
+# Tables of documents that stand for code or records.
 docs: install
-	$(BIN)/python -P tests/support/readme_tables.py
+	cd tests/support && $(BIN)/python -m document_tables
 
 wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

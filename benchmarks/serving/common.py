@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +16,10 @@ from report import Report
 from servers import Detached, launch
 from serving.checkpoint import write_checkpoint
 from serving.server import COMMON_ARGS
+from serving.shared_models import shared_model
 from variants import Variant, on_gpu, resident, variant
 
 BEGAN = time.monotonic()
-ROOM = 24 * 2**30  # for a model in memory, and as much again
 CPU_LONGEST = 2048  # of COMMON_ARGS
 HERE = Path(__file__).parent
 
@@ -65,28 +61,8 @@ class Bench:
         if self.cpu:
             folder = self.options.work / "tiny"
             return folder if folder.exists() else write_checkpoint(folder)
-        folder = self.written(self.options.model)
+        folder = shared_model(self.options.model)
         self.report["model_written_s"] = round(time.monotonic() - began, 1)
-        return folder
-
-    @staticmethod
-    def written(name: str) -> Path:
-        """A model's folder; written by a process of its own, whose GPU memory goes with it."""
-        memory, temporary = (
-            Path(f) / f"moe-plugin-{name}" for f in ("/dev/shm", tempfile.gettempdir())
-        )
-        for folder in (memory, temporary):
-            if (folder / "written").exists():
-                return folder
-        roomy = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > ROOM
-        folder = memory if roomy else temporary
-        support = HERE.parents[1] / "tests" / "support"
-        paths = [str(HERE), str(support), os.environ.get("PYTHONPATH", "")]
-        subprocess.run(
-            [sys.executable, "-P", str(HERE / "models.py"), name, str(folder), "cuda"],
-            env={**os.environ, "PYTHONPATH": ":".join(filter(None, paths))},
-            check=True,
-        )
         return folder
 
     def shared_args(self, launched: Variant) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from serving.checkpoint import (
 
 BLOCK = 128
 CONTEXT = 40960  # as Qwen3-30B-A3B has it
+OTHER_SEED = 1000
 FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -59,6 +60,16 @@ class DeepSeekShape:
     v_head_dim: int = 128
     vocab_size: int = 260
     max_position_embeddings: int = CONTEXT
+    num_nextn_predict_layers: int = 0
+
+
+ROUTER_GAIN = 4.0
+"""Of Qwen3's router, whose weights are a softmax: the last of the chosen experts then weighs
+little, and so does rounding, which decides about it. Who is chosen is as without."""
+ECHO = 8.0
+"""Of a model with a NextN layer: how much larger embeddings are than what a layer adds to them. So
+the next token follows mostly from the last one, for target and draft alike, and a draft that was
+never trained is accepted now and then."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +82,28 @@ class Block:
     """None: ones, such as norms."""
     fp8: bool = False
     dtype: torch.dtype = torch.bfloat16
+    identity: float = 0.0
+    """Added along the diagonal."""
 
 
 def write_model(name: str, folder: Path, device: str) -> Path:
     """Write a model by its name on the command line, unless it is there; returns its folder.
 
-    ``qwen3-bf16`` or ``qwen3-fp8`` with eight layers, ``qwen3-bf16-16`` with sixteen;
-    ``deepseek-v3`` with four, ``deepseek-v3-6`` with six, the first of them dense.
+    ``qwen3-bf16`` or ``qwen3-fp8`` with eight layers, ``qwen3-bf16-16`` with sixteen, and
+    ``qwen3-bf16-16-other`` with other weights;
+    ``deepseek-v3`` with four, ``deepseek-v3-6`` with six, the first of them dense;
+    ``deepseek-v3-nextn`` with three, 32 experts and a NextN layer.
     """
     if (folder / "written").exists():
         return folder
-    if found := re.fullmatch(r"qwen3-(bf16|fp8)(?:-(\d+))?", name):
+    if found := re.fullmatch(r"qwen3-(bf16|fp8)(?:-(\d+))?(-other)?", name):
         layers = int(found[2] or QWEN3_30B_LAYERS.num_hidden_layers)
         shape = replace(QWEN3_30B_LAYERS, num_hidden_layers=layers, max_position_embeddings=CONTEXT)
-        write_qwen3(folder, shape, device, fp8=found[1] == "fp8")
+        seed = OTHER_SEED if found[3] else 0
+        write_qwen3(folder, shape, device, fp8=found[1] == "fp8", seed=seed)
+    elif name == "deepseek-v3-nextn":
+        shape = DeepSeekShape(num_hidden_layers=3, n_routed_experts=32, num_nextn_predict_layers=1)
+        write_deepseek(folder, shape, device)
     elif found := re.fullmatch(r"deepseek-v3(?:-(\d+))?", name):
         layers = int(found[1] or DeepSeekShape().num_hidden_layers)
         write_deepseek(folder, DeepSeekShape(num_hidden_layers=layers), device)
@@ -94,12 +113,12 @@ def write_model(name: str, folder: Path, device: str) -> Path:
     return folder
 
 
-def write_qwen3(folder: Path, shape: Shape, device: str, *, fp8: bool) -> None:
+def write_qwen3(folder: Path, shape: Shape, device: str, *, fp8: bool, seed: int = 0) -> None:
     """A Qwen3-MoE checkpoint."""
     write_config(folder, shape, "bfloat16")
     if fp8:
         _add_to_config(folder, {"quantization_config": FP8})
-    _write(folder, [list(layer) for layer in qwen3_shards(shape, fp8=fp8)], device)
+    _write(folder, [list(layer) for layer in qwen3_shards(shape, fp8=fp8)], device, seed)
     write_tokenizer(folder, shape.vocab_size, shape.max_position_embeddings)
 
 
@@ -128,7 +147,7 @@ def qwen3_shards(shape: Shape, *, fp8: bool) -> Iterator[Iterator[Block]]:
             names = [attention + name for name in ("k_proj.weight", "v_proj.weight")]
             yield Block(names, (kv, hidden), 1.0, fp8)
             yield Block([attention + "o_proj.weight"], (hidden, heads), 1.0, fp8)
-            yield Block([layer + "mlp.gate.weight"], (shape.num_experts, hidden))
+            yield Block([layer + "mlp.gate.weight"], (shape.num_experts, hidden), ROUTER_GAIN)
             experts = layer + "mlp.experts."
             yield from _experts(
                 experts, shape.num_experts, hidden, shape.moe_intermediate_size, fp8=fp8
@@ -138,40 +157,51 @@ def qwen3_shards(shape: Shape, *, fp8: bool) -> Iterator[Iterator[Block]]:
 
 
 def deepseek_shards(shape: DeepSeekShape) -> Iterator[Iterator[Block]]:
-    """Tensors of each file."""
+    """Tensors of each file; the last one is the NextN layer's where there is one."""
+    drafts = shape.num_nextn_predict_layers
+    yield _ends(shape.vocab_size, shape.hidden_size, ECHO if drafts else 1.0)
+    for index in range(shape.num_hidden_layers):
+        yield _deepseek_layer(shape, index)
+    if drafts:
+        yield _nextn_layer(shape)
+
+
+def _deepseek_layer(shape: DeepSeekShape, index: int) -> Iterator[Block]:
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     query = shape.qk_nope_head_dim + shape.qk_rope_head_dim
     key_value = shape.qk_nope_head_dim + shape.v_head_dim
-    yield _ends(shape.vocab_size, hidden)
-    for index in range(shape.num_hidden_layers):
-        layer = f"model.layers.{index}."
-        dense = index < shape.first_k_dense_replace
+    layer = f"model.layers.{index}."
+    attention = layer + "self_attn."
+    yield from _norms(layer, hidden)
+    yield Block([attention + "q_a_layernorm.weight"], (shape.q_lora_rank,), None)
+    yield Block([attention + "kv_a_layernorm.weight"], (shape.kv_lora_rank,), None)
+    for name, rows, columns in (
+        ("q_a_proj", shape.q_lora_rank, hidden),
+        ("q_b_proj", heads * query, shape.q_lora_rank),
+        ("kv_a_proj_with_mqa", shape.kv_lora_rank + shape.qk_rope_head_dim, hidden),
+        ("kv_b_proj", heads * key_value, shape.kv_lora_rank),
+        ("o_proj", hidden, heads * shape.v_head_dim),
+    ):
+        yield Block([f"{attention}{name}.weight"], (rows, columns), 1.0, True)
+    if index < shape.first_k_dense_replace:
+        yield from _experts(layer + "mlp.", None, hidden, shape.intermediate_size, fp8=True)
+        return
+    inter, count = shape.moe_intermediate_size, shape.n_routed_experts
+    yield Block([layer + "mlp.gate.weight"], (count, hidden))
+    bias = layer + "mlp.gate.e_score_correction_bias"
+    yield Block([bias], (count,), 0.01, dtype=torch.float32)
+    shared = inter * shape.n_shared_experts
+    yield from _experts(layer + "mlp.shared_experts.", None, hidden, shared, fp8=True)
+    yield from _experts(layer + "mlp.experts.", count, hidden, inter, fp8=True)
 
-        def tensors(layer: str = layer, dense: bool = dense) -> Iterator[Block]:
-            attention = layer + "self_attn."
-            yield from _norms(layer, hidden)
-            yield Block([attention + "q_a_layernorm.weight"], (shape.q_lora_rank,), None)
-            yield Block([attention + "kv_a_layernorm.weight"], (shape.kv_lora_rank,), None)
-            for name, rows, columns in (
-                ("q_a_proj", shape.q_lora_rank, hidden),
-                ("q_b_proj", heads * query, shape.q_lora_rank),
-                ("kv_a_proj_with_mqa", shape.kv_lora_rank + shape.qk_rope_head_dim, hidden),
-                ("kv_b_proj", heads * key_value, shape.kv_lora_rank),
-                ("o_proj", hidden, heads * shape.v_head_dim),
-            ):
-                yield Block([f"{attention}{name}.weight"], (rows, columns), 1.0, True)
-            if dense:
-                yield from _experts(layer + "mlp.", None, hidden, shape.intermediate_size, fp8=True)
-                return
-            inter, count = shape.moe_intermediate_size, shape.n_routed_experts
-            yield Block([layer + "mlp.gate.weight"], (count, hidden))
-            bias = layer + "mlp.gate.e_score_correction_bias"
-            yield Block([bias], (count,), 0.01, dtype=torch.float32)
-            shared = inter * shape.n_shared_experts
-            yield from _experts(layer + "mlp.shared_experts.", None, hidden, shared, fp8=True)
-            yield from _experts(layer + "mlp.experts.", count, hidden, inter, fp8=True)
 
-        yield tensors()
+def _nextn_layer(shape: DeepSeekShape) -> Iterator[Block]:
+    """The layer past the last, with what joins it to the target; head and embeddings are shared."""
+    hidden, layer = shape.hidden_size, f"model.layers.{shape.num_hidden_layers}."
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        yield Block([f"{layer}{name}.weight"], (hidden,), None)
+    yield Block([layer + "eh_proj.weight"], (hidden, 2 * hidden), 0.5, identity=ECHO)
+    yield from _deepseek_layer(shape, shape.num_hidden_layers)
 
 
 def deepseek_config(shape: DeepSeekShape) -> dict[str, Any]:
@@ -190,7 +220,6 @@ def deepseek_config(shape: DeepSeekShape) -> dict[str, Any]:
         "moe_layer_freq": 1,
         "norm_topk_prob": True,
         "num_key_value_heads": shape.num_attention_heads,
-        "num_nextn_predict_layers": 0,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "rope_scaling": {
@@ -212,8 +241,8 @@ def deepseek_config(shape: DeepSeekShape) -> dict[str, Any]:
     }
 
 
-def _ends(vocabulary: int, hidden: int) -> Iterator[Block]:
-    yield Block(["model.embed_tokens.weight"], (vocabulary, hidden), hidden**0.5)
+def _ends(vocabulary: int, hidden: int, echo: float = 1.0) -> Iterator[Block]:
+    yield Block(["model.embed_tokens.weight"], (vocabulary, hidden), echo * hidden**0.5)
     yield Block(["model.norm.weight"], (hidden,), None)
     yield Block(["lm_head.weight"], (vocabulary, hidden), 2.0)
 
@@ -244,7 +273,10 @@ def draw(block: Block, generator: torch.Generator) -> Iterator[tuple[Sequence[st
     gain = block.gain / math.sqrt(block.shape[-1]) if len(block.shape) > 1 else block.gain
     if not block.fp8:
         values = torch.randn(size, generator=generator, device=device, dtype=block.dtype)
-        yield block.names, values.mul_(gain)
+        values.mul_(gain)
+        if block.identity:
+            values.diagonal(dim1=-2, dim2=-1).add_(block.identity)
+        yield block.names, values
         return
     weights = torch.empty(size, dtype=torch.float8_e4m3fn, device=device)
     for one in weights:  # one tensor at a time: float32 in between
@@ -258,14 +290,14 @@ def draw(block: Block, generator: torch.Generator) -> Iterator[tuple[Sequence[st
     yield [name + "_scale_inv" for name in block.names], scales
 
 
-def _write(folder: Path, shards: Sequence[Sequence[Block]], device: str) -> None:
+def _write(folder: Path, shards: Sequence[Sequence[Block]], device: str, seed: int = 0) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
     weight_map: dict[str, str] = {}
     with ThreadPoolExecutor(4) as pool:  # each holds one layer on the GPU
         jobs = []
         for index, blocks in enumerate(shards):
             path = folder / f"model-{index:05}-of-{len(shards):05}.safetensors"
-            jobs.append((path, pool.submit(_write_shard, path, blocks, index, device)))
+            jobs.append((path, pool.submit(_write_shard, path, blocks, seed + index, device)))
         for path, job in jobs:
             weight_map |= dict.fromkeys(job.result(), path.name)
     index_file = {"metadata": {}, "weight_map": weight_map}

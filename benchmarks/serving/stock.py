@@ -16,6 +16,7 @@ import startup
 from common import Bench
 from servers import Detached
 from serving.prompts import long_prompt
+from serving.shared_models import shared_model
 from variants import DEEPEP, ON, STOCK_ENV, Variant
 
 PROMPT_TOKENS = 1000
@@ -54,7 +55,7 @@ def stage_stock(bench: Bench) -> None:
         for index, row in enumerate(ROWS):
             launched = Variant(f"{host}-{index}", row.title, (*flags, *row.args), env)
             args = bench.shared_args(launched)
-            servers.append(bench.launch(launched, bench.written(row.model), args))
+            servers.append(bench.launch(launched, shared_model(row.model), args))
         try:
             outcomes += _outcomes(host, servers, min(bench.options.timeout, SHARED_S))
             bench.save()

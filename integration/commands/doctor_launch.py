@@ -80,7 +80,8 @@ def _read(plan: dict[str, Any]) -> tuple[bool, str]:
         )
     if not capability["use_batched_dp_moe"]:
         return False, capability["reason"]
-    owner = "moe_plugin" if plan["runner"] == "moe_plugin" else "SGLang"
+    own = plan["runner"] == "moe_plugin" or plan["own_decode"]
+    owner = "moe_plugin" if own else "SGLang"
     return True, (
         f"{' and '.join(capability['modes'])} batches hold at most "
         f"{plan['max_dispatch_tokens_per_rank']} tokens per rank on {capability['backend']}, with "

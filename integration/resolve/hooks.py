@@ -83,7 +83,7 @@ def _after_everything(server_args: Any, previous: Step) -> None:
         "buffer and %s of workspace per rank",
         plan.max_dispatch_tokens_per_rank,
         plan.transport,
-        plan.runner,
+        plan.experts,
         plan.rdma_device_bytes,
         plan.workspace_bytes,
     )

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ...backends.deepep import NVSHMEM_GRANULE
+from ...planning.integers import ceil_to
 from ...planning.plan import Plan
 from ...runtime.metadata import DPMetadata
 from ...runtime.stats import STATS
-from ...runtime.transports.agreement import check_ranks_agree
+from ...runtime.transports.agreement import check_ranks_agree, check_room
 from ...runtime.transports.guarded import GuardedTransport
 from ..attached_plan import plan_of
 
@@ -170,6 +172,7 @@ def _create_low_latency(
 
     from ...runtime.transports.deepep_ll import create_deepep_buffer
 
+    check_room(group, ceil_to(plan.rdma_buffer_bytes, NVSHMEM_GRANULE), free_before)
     created = create_deepep_buffer(
         group,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,

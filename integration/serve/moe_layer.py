@@ -35,6 +35,8 @@ def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwa
         _attach_runner(original, layer, plan, args, kwargs)
     else:
         original(layer, *args, **kwargs)
+        if plan.own_decode:
+            _attach_for_decode(layer, plan)
     backend = _backend()
     if backend != "deepep":
         guard_dispatchers(layer.dispatcher, plan, backend)
@@ -71,6 +73,15 @@ def _attach_runner(
         # of a layer that an FP8 checkpoint leaves out.
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
         _check_rows_in_bf16(layer)
+
+
+def _attach_for_decode(layer: Any, plan: Plan) -> None:
+    """Mode auto: the host's experts keep normal dispatch and all that belongs to it; ours compute
+    what low latency brings."""
+    runner = _make_runner(layer, plan)
+    setattr(layer, _RUNNER, runner)
+    if layer.w13_weight.is_cuda:
+        warm_up(runner.config, loaded_format(layer), layer_activation(layer))
 
 
 def _check_rows_in_bf16(layer: Any) -> None:

@@ -12,14 +12,28 @@ from ..backends import BUILT_IN
 from ..batched_backend import Capability, Mode
 from ..capability import get_backend
 from .backend_experts import host_experts, rows_for_experts
-from .expert_choice import EXPERTS, Runner, choose_experts, dispatches_fp8, dotted
+from .expert_choice import (
+    EXPERTS,
+    Runner,
+    choose_experts,
+    decodes_on_own,
+    dispatches_fp8,
+    dotted,
+)
 from .facts import LaunchFacts, ModelFacts
 from .host_models import PLAIN_EXPERTS, REFUSED_BY_HOST, UNPROVEN, WRONG_SUMS
 from .leaving import LEAVE, LEAVE_TEXT, LOW_LATENCY, leave
 from .plan import Rejection
 from .weight_formats import FORMATS
 
-__all__ = ["FLASHINFER_TILE", "LEAVE", "LEAVE_TEXT", "choose_runner", "dispatches_fp8"]
+__all__ = [
+    "FLASHINFER_TILE",
+    "LEAVE",
+    "LEAVE_TEXT",
+    "choose_runner",
+    "dispatches_fp8",
+    "splits_experts",
+]
 
 FLASHINFER_TILE = "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE"
 
@@ -46,6 +60,12 @@ def choose_runner(
         unsupported = unsupported if without else [_waterfill()]
     errors += unsupported or rows_for_experts(model, launch, backend, runner)
     return runner, errors + _features(model, launch)
+
+
+def splits_experts(model: ModelFacts, launch: LaunchFacts, capability: Capability) -> bool:
+    """Whether prefill takes DeepEP's normal mode on the host's experts, and decode rows ours."""
+    normal = capability.backend == "deepep" and Mode.EXTEND not in capability.modes
+    return normal and launch.transport != "torch" and decodes_on_own(model, launch)
 
 
 def _torch_transport(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:

@@ -122,6 +122,22 @@ def choose_experts(
     return "host", errors
 
 
+def decodes_on_own(model: ModelFacts, launch: LaunchFacts) -> bool:
+    """Whether low-latency rows go to the plugin's experts where the host's keep normal dispatch.
+
+    Both read the same weights and rows then. A runner that was typed beside one that the host would
+    choose itself is a wish, and is kept.
+    """
+    known, host = FORMATS.get(model.weight_format), host_of(model, launch)
+    if known is None or known.own is None or host is None or host.runner != "deep_gemm":
+        return False
+    if launch.moe_runner_backend != "auto" and "auto" in known.host:
+        return False
+    if launch.dispatch_dtype not in ("auto", known.own.rows):
+        return False
+    return not _own_problem(model, replace(launch, moe_runner_backend="auto"))
+
+
 def _runs(model: ModelFacts, launch: LaunchFacts, *, normal: bool) -> bool:
     own = not normal and not _own_problem(model, launch)
     return own or not host_problem(model, launch, normal=normal)
@@ -181,11 +197,14 @@ def _ways_out(
     """Changes that may find experts, the smallest first, and the launch after each."""
     if model.architecture in PLAIN_EXPERTS:
         return  # whatever the runner, nobody has tried it with an all-to-all
+    known = FORMATS[model.weight_format]
     if launch.deepep_mode == "auto":
+        if launch.moe_runner_backend == "auto" and "auto" not in known.host:
+            deep_gemm = replace(launch, moe_runner_backend="deep_gemm", runner_typed=True)
+            yield (("--moe-runner-backend", "deep_gemm"),), deep_gemm  # the mode stays
         yield LOW_LATENCY, replace(launch, deepep_mode="low_latency")
     if launch.deep_gemm_switched_off:
         yield ((JIT_DEEP_GEMM, None),), replace(launch, deep_gemm_switched_off=False)
-    known = FORMATS[model.weight_format]
     # Where `auto` is overridden by the host itself, it is no way out.
     names = ["auto"] if launch.runner_typed else []
     for name in [*names, *(name for name in known.host if name != "auto")]:

@@ -96,6 +96,7 @@ class Plan:
         errors: why it is refused.
         notes: things to know that refuse nothing.
         runner: whose experts run: ``moe_plugin`` or ``host``.
+        own_decode: with the host's runner, ours compute low-latency rows nevertheless: mode auto.
         transport: the backend's name, or ``torch`` in DeepEP's place.
         ep_size: expert-parallel ranks.
         num_experts: physical experts, redundant ones included.
@@ -127,6 +128,7 @@ class Plan:
     errors: tuple[Rejection, ...] = ()
     notes: tuple[str, ...] = field(default=())
     runner: Literal["moe_plugin", "host"] = "moe_plugin"
+    own_decode: bool = False
     transport: str = "deepep"
     ep_size: int = 1
     num_experts: int = 0
@@ -136,6 +138,11 @@ class Plan:
     dtype: str = "bfloat16"
     groups_apart: bool = False
     mixed_chunk: bool = False
+
+    @property
+    def experts(self) -> str:
+        """Whose experts run, for people."""
+        return "host (prefill) and moe_plugin (decode)" if self.own_decode else self.runner
 
     @property
     def verdict(self) -> Literal["ok", "refused"]:

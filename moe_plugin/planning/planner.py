@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..batched_backend import Capability
 from ..capability import use_batched_dp_moe
 from .budget_checks import check_budgets, check_counts
-from .compatibility import choose_runner
+from .compatibility import choose_runner, splits_experts
 from .explain import explain_plan
 from .facts import LaunchFacts, ModelFacts
 from .fixes import complete
@@ -159,6 +159,7 @@ def _plan_once(
         errors=tuple(errors),
         notes=tuple(notes),
         runner=runner,
+        own_decode=runner == "host" and splits_experts(model, launch, capability),
         transport=launch.transport,
         ep_size=launch.tp_size,
         num_experts=experts,

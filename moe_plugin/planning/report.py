@@ -54,7 +54,7 @@ def render(plan: Plan, draw: Callable[[Sequence[Sequence[str]]], str] = table) -
     if plan.capability.ok:
         lines += [
             "",
-            f"transport {plan.transport}, runner {plan.runner}, {plan.ep_size} ranks, "
+            f"transport {plan.transport}, experts of {plan.experts}, {plan.ep_size} ranks, "
             f"{plan.num_experts} experts, hidden {plan.hidden_size}, top-{plan.top_k}, "
             f"{plan.dtype}",
             f"buffer {plan.rdma_buffer_bytes} bytes ({gib(plan.rdma_buffer_bytes)}), on the device "

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from safetensors import safe_open
 
 sys.path += [
     str(Path(__file__).parents[2] / "benchmarks" / "serving"),
@@ -360,7 +361,6 @@ def test_phases_of_a_start() -> None:
 
 
 def _header(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    from safetensors import safe_open
 
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -372,20 +372,30 @@ def _header(folder: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "fp8"),
-    [("qwen3-bf16", 8, False), ("qwen3-fp8-12", 12, True), ("qwen3-bf16-16", 16, False)],
+    ("name", "layers", "fp8", "other"),
+    [
+        ("qwen3-bf16", 8, False, False),
+        ("qwen3-fp8-12", 12, True, False),
+        ("qwen3-bf16-16", 16, False, False),
+        ("qwen3-bf16-4-other", 4, False, True),
+    ],
 )
 def test_model_names_say_how_deep(
-    name: str, layers: int, fp8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    layers: int,
+    fp8: bool,
+    other: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[int, bool]] = []
+    asked: list[tuple[int, bool, bool]] = []
 
-    def write(folder: Path, shape: Shape, device: str, *, fp8: bool) -> None:
-        asked.append((shape.num_hidden_layers, fp8))
+    def write(folder: Path, shape: Shape, device: str, *, fp8: bool, seed: int) -> None:
+        asked.append((shape.num_hidden_layers, fp8, seed != 0))
 
     monkeypatch.setattr(models, "write_qwen3", write)
     models.write_model(name, tmp_path, "cpu")
-    assert asked == [(layers, fp8)]
+    assert asked == [(layers, fp8, other)]
     assert (tmp_path / "written").exists()
 
 

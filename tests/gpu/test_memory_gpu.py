@@ -10,7 +10,6 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ import pytest
 import torch
 
 from ..support import gpu_environment
-from ..support.serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
 from ..support.serving.server import LAUNCH_SERVER, Server
 
 GPUS = torch.cuda.device_count()
-SHAPE = replace(QWEN3_30B_LAYERS, num_hidden_layers=4)
 BACKENDS = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
 # What the stock host's own 128 tokens per rank carry.
 BY_HAND = (
@@ -43,15 +40,6 @@ pytestmark = [
         importlib.util.find_spec("deep_ep") is None, reason="requires the deep_ep package"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four of Qwen3-30B-A3B's layers with random weights, in bf16."""
-    path = tmp_path_factory.mktemp("model")
-    write_checkpoint(path, SHAPE, dtype=torch.bfloat16, device="cuda")
-    torch.cuda.empty_cache()
-    return path
 
 
 def served(

@@ -250,6 +250,7 @@ def test_auto_mode_bounds_decode_alone(launch: Launch) -> None:
     answer = launch(*TP8, "--moe-a2a-backend", "deepep", model="qwen3-fp8")
     assert answer["plan"]["capability"]["modes"] == ["decode"]
     assert answer["plan"]["runner"] == "host"
+    assert answer["plan"]["own_decode"]
     assert answer["resolved"]["chunked_prefill_size"] == 1024
     assert answer["resolved"]["max_running_requests"] == 2048
 

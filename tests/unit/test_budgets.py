@@ -143,7 +143,8 @@ def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
 
 def test_refusals_are_complete() -> None:
     """Fixing the mode bounds prefill, which the chunk then breaks: both are named at once."""
-    found = plan(QWEN, deepep_mode="auto", host_tokens_per_rank=128, chunked_prefill_size=8192)
+    given = {"deepep_mode": "auto", "has_deep_gemm": False, "chunked_prefill_size": 8192}
+    found = plan(QWEN, host_tokens_per_rank=128, **given)
     assert [error.limit for error in found.errors] == [
         "experts for prefill",
         "rows per rank and forward",
@@ -339,3 +340,25 @@ def test_refusal_raises_the_class_that_fits() -> None:
     assert type(mixed) is ConfigError
     assert mixed.rejections == (budget, config, unsupported)
     assert mixed.plan is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "runner", "more", "own"),
+    [
+        (V3, "auto", {}, True),
+        (V3, "deep_gemm", {}, False),  # typed beside what the host would choose: kept
+        (QWEN, "deep_gemm", {}, True),  # typed because normal dispatch has no other
+        (V3, "auto", {"deepep_mode": "low_latency"}, False),  # ours compute everything
+        (V3, "auto", {"compute_capability": (10, 0)}, False),  # DeepGEMM's own weight layout
+        (V3, "auto", {"waterfill": True}, False),
+        (V3, "auto", {"transport": "torch"}, False),
+    ],
+)
+def test_mode_auto_decodes_on_our_experts(
+    model: ModelFacts, runner: str, more: dict[str, object], own: bool
+) -> None:
+    """Prefill's normal dispatch stays the host's."""
+    given = {"deepep_mode": "auto", "has_deep_gemm": True, "compute_capability": (9, 0)}
+    found = plan(model, moe_runner_backend=runner, runner_typed=True, **{**given, **more})
+    assert found.own_decode == own
+    assert (found.experts == "host (prefill) and moe_plugin (decode)") == own

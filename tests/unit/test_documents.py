@@ -11,7 +11,7 @@ import pytest
 
 from moe_plugin.integration import flags
 
-from ..support import readme_tables
+from ..support import document_tables
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,9 +24,10 @@ MOST_LINES = 150
 CODE = ("moe_plugin/", "integration/", "kernels/", "tests/", "benchmarks/", "docs/", "deploy/")
 
 
-def test_tables_equal_the_code() -> None:
-    """Formats and variables; `make docs` writes them."""
-    assert readme_tables.rewritten(README) == README
+@pytest.mark.parametrize("document", document_tables.TABLES)
+def test_tables_equal_code_and_records(document: str) -> None:
+    """`make docs` writes them."""
+    assert document_tables.rewritten(document) == (ROOT / document).read_text()
 
 
 def test_the_readme_is_short_and_has_both_flags() -> None:

@@ -162,7 +162,20 @@ LL = "--deepep-mode low_latency"
             "--moe-runner-backend triton",
             "--moe-runner-backend auto",
         ),
-        (QWEN, {"deepep_mode": "auto"}, "experts for prefill", "--deepep-mode auto", LL),
+        (
+            QWEN,
+            {"deepep_mode": "auto", "has_deep_gemm": False},
+            "experts for prefill",
+            "--deepep-mode auto",
+            LL,
+        ),
+        (
+            QWEN,
+            {"deepep_mode": "auto"},
+            "experts for the batched layout",
+            "--deepep-mode auto",
+            "--moe-runner-backend deep_gemm",
+        ),
         (replace(V3, architecture="GptOssForCausalLM"), {}, "model", "GptOssForCausalLM", LEAVE),
     ],
 )

@@ -43,3 +43,34 @@ def check_ranks_agree(group: Any, values: Mapping[str, int]) -> None:
             fix="the same flags and variables on every node",
         )
     )
+
+
+def check_room(group: Any, needed: int, free: int) -> None:
+    """Compare free device memory with what the buffer takes at least, on all ranks. Collective.
+
+    A rank whose allocation fails inside NVSHMEM ends its process, and its peers wait for it.
+
+    Args:
+        group: the all-to-all's.
+        needed: bytes per rank without which the allocation cannot succeed.
+        free: bytes of this rank's device.
+
+    Raises:
+        ConfigError: on every rank, naming those that have too little.
+    """
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, free, group=group)
+    short = {rank: bytes_free for rank, bytes_free in enumerate(found) if bytes_free < needed}
+    if not short:
+        return
+    raise ConfigError(
+        explain(
+            "device memory for the all-to-all's buffer",
+            got=", ".join(f"{have >> 20} MiB free on rank {rank}" for rank, have in short.items()),
+            allowed=f">= {needed >> 20} MiB",
+            fix="end what else uses these GPUs, or lower --mem-fraction-static or "
+            "--batched-dp-moe-max-tokens",
+        )
+    )

@@ -142,16 +142,22 @@ def _weights(
     return weights
 
 
-def write_tokenizer(path: Path, vocab_size: int, max_length: int) -> None:
-    """One token per byte, then the special tokens."""
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, in the order of their characters, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(alphabet)}
     for special in ("<bos>", "<eos>", "<pad>"):
         vocab[special] = len(vocab)
-    assert len(vocab) <= vocab_size
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def write_tokenizer(path: Path, vocab_size: int, max_length: int) -> None:
+    """The tokenizer's files beside the weights."""
+    tokenizer = byte_tokenizer()
+    assert tokenizer.get_vocab_size() <= vocab_size
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",

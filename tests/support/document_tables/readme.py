@@ -1,18 +1,12 @@
-"""Tables of the README that stand for code: `make docs` writes them, a test compares them.
-
-A table lies between ``<!-- NAME: make docs -->`` and ``<!-- end -->``.
-"""
+"""Tables that stand for the plugin's code."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from moe_plugin.envs import VARIABLES
 from moe_plugin.planning.weight_formats import FORMATS, Capability, HostExperts, OwnExperts
 
-README = Path(__file__).parents[2] / "README.md"
 _ACTIVATIONS = {
     "silu": "SwiGLU",
     "silu, limited": "limited",
@@ -68,24 +62,3 @@ def variables() -> str:
         default = "" if variable.default in (None, False) else f"`{variable.default}`"
         lines.append(f"| `{variable.name}` | {default} | {variable.doc} |")
     return "\n".join(lines)
-
-
-TABLES: Mapping[str, Callable[[], str]] = {
-    "weight formats": weight_formats,
-    "variables": variables,
-}
-
-
-def rewritten(text: str) -> str:
-    """``text`` with every table as the code has it."""
-    for name, table in TABLES.items():
-        head, end = f"<!-- {name}: make docs -->\n", "<!-- end -->"
-        new = f"{head}{table()}\n{end}".replace("\\", r"\\")
-        text, found = re.subn(f"{re.escape(head)}.*?{end}", new, text, flags=re.DOTALL)
-        if found != 1:
-            raise ValueError(f"{found} tables called {name!r}")
-    return text
-
-
-if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))

@@ -1,0 +1,59 @@
+"""Attention TP 2: one DP group on two ranks, which scatter its rows; and its graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .answers import ask, check_greedy, prompts
+from .machine import (
+    LONG,
+    ON,
+    OURS,
+    T,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
+from .records import See
+
+FEATURE = "attention TP"
+pytestmark = on_two_gpus
+
+JOINED = ("--tp-size", "2", "--attn-dp-size", "1", *T, *ON)
+
+
+def test_attention_tp_2_answers_as_two_groups_do(qwen3: Path, seen: See) -> None:
+    """One group of two ranks beside two groups of one: rows are scattered, tokens the same."""
+    texts = prompts(16, LONG)
+    with start(qwen3, *OURS) as apart:
+        ready(apart)
+        with turn():
+            own = ask(apart, texts, 24)
+        with start(qwen3, *JOINED) as joined:
+            ready(joined)
+            with turn():
+                others = ask(joined, texts, 24)
+                rows = largest_rows(joined)
+                (plan,) = {state["plan"]["attn_tp_size"] for state in joined.states()}
+                text = check_greedy(apart, own, others)
+    assert plan == 2
+    seen(f"one DP group over two ranks: {text}", rows=rows)
+
+
+@gpu_only
+def test_joined_ends_answer_as_local_ends_do(qwen3: Path, seen: See) -> None:
+    """`--moe-dense-tp-size 2` keeps the groups joined; 1, and the DP LM head, are the default."""
+    texts = prompts(8, LONG)
+    ends = ("--moe-dense-tp-size", "2")
+    with start(qwen3, *OURS) as local, start(qwen3, *OURS, *ends) as joined:
+        ready(local, joined)
+        with turn():
+            own, others = ask(local, texts, 24), ask(joined, texts, 24)
+            text = check_greedy(local, own, others)
+            apart = [state["plan"]["groups_apart"] for state in local.states()]
+            rows = largest_rows(joined)
+    assert all(apart)
+    seen(f"dense TP 1 and the DP LM head beside joined groups: {text}", rows=rows)

@@ -1,0 +1,125 @@
+"""The decode instance of a prefill/decode pair: T from decode rows alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ...support.random_load import RandomLoad
+from ...support.serving.prompts import long_prompt
+from ...support.serving.server import Server, free_port
+from .answers import ask, check_greedy, prompts
+from .machine import (
+    GROUPS,
+    LOAD_S,
+    LONG,
+    ON,
+    ON_CPU,
+    OURS,
+    RANKS,
+    VISIBLE,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
+from .records import See
+from .timed import timed
+
+FEATURE = "prefill/decode disaggregation"
+pytestmark = on_two_gpus
+
+DECODES = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
+PREFILLS = ("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend")
+RUNNING = 128
+LOADS = {"1k/256": (16, 1000, 256), "4k/256": (16, 4000, 256)}
+PINNED: tuple[str, ...] = ()
+if ON_CPU:
+    LOADS = {"300/32": (4, 300, 32)}
+    PINNED = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
+
+
+def test_a_decode_instance_alone(qwen3: Path, seen: See) -> None:
+    """The host's `fake` transfer: keys and values are what lies in memory, steps are real."""
+    args = (*GROUPS, *ON, *DECODES, "fake", "--max-running-requests", str(RUNNING), *PINNED)
+    with start(qwen3, *args, kv_tokens=131072, decode_graph=0) as server:
+        ready(server)
+        (plan,) = {state["plan"]["max_dispatch_tokens_per_rank"] for state in server.states()}
+        with turn():
+            speed = {}
+            for name, (count, tokens, answer) in LOADS.items():
+                asked = [long_prompt(tokens + i)[i:] for i in range(count)]
+                speed[name] = timed(server, asked, answer).figures()
+            load = RandomLoad(server, RANKS, longest=LONG, new_tokens=64, clients=16)
+            found = load.run(LOAD_S, 10**6)
+            rows = largest_rows(server)
+    assert plan == RUNNING // RANKS, "T follows the decode rows of one group"
+    assert not found["problems"]
+    seen(
+        f"fake transfer, {RUNNING} requests: T = {plan}; served under load, groups idle in turn",
+        rows=rows,
+        timed=speed,
+        load=found,
+    )
+
+
+@gpu_only
+@pytest.mark.skipif(
+    importlib.util.find_spec("nixl") is None, reason="requires the nixl package for the transfer"
+)
+def test_a_pair_over_nixl(qwen3: Path, seen: See) -> None:
+    """One GPU prefills without an all-to-all, the other decodes; the first one is restarted."""
+    texts = prompts(16, LONG)
+    decode = (*ON, *DECODES, "nixl", "--max-running-requests", "64")
+    port = free_port()
+    prefill = (
+        *PREFILLS, "nixl", "--disaggregation-bootstrap-port", str(port),
+        "--use-batched-dp-moe", "off",
+    )  # fmt: skip
+    on_0, on_1 = ({"CUDA_VISIBLE_DEVICES": gpu} for gpu in VISIBLE)
+    with start(qwen3, *decode, env=on_1) as decoder, start(qwen3, *OURS) as reference:
+        with start(qwen3, *prefill, env=on_0) as prefiller:
+            ready(prefiller, decoder, reference)
+            with turn():
+                own = ask(reference, texts, 24)
+                first = _pair(prefiller, decoder, port, texts)
+                text = check_greedy(reference, own, first)
+        with start(qwen3, *prefill, env=on_0) as prefiller:
+            ready(prefiller)
+            with turn():
+                second = _pair(prefiller, decoder, port, texts)
+                check_greedy(reference, own, second)
+                rows = largest_rows(decoder)
+    seen(f"a pair of 1 + 1 GPUs over nixl, the prefill instance restarted: {text}", rows=rows)
+
+
+_rooms: Iterator[int] = itertools.count(1)
+
+
+def _pair(prefiller: Server, decoder: Server, port: int, texts: list[str]) -> list[dict[str, Any]]:
+    """What a router does: the same request to both."""
+
+    def one(text: str) -> dict[str, Any]:
+        meet = {
+            "bootstrap_host": "127.0.0.1",
+            "bootstrap_port": port,
+            "bootstrap_room": next(_rooms),
+        }
+        sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+        asked = {"text": text, "sampling_params": sampling, "return_logprob": True, **meet}
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(prefiller.post, "/generate", asked)
+            answer = decoder.generate(text, 24, **meet)
+            sent.result()
+        return answer | {"asked": text}
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, texts))

@@ -1,0 +1,63 @@
+"""Long contexts: a prompt of 32k tokens takes many steps, and decodes in graphs."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from ...support.serving.prompts import long_prompt
+from .machine import (
+    GROUPS,
+    ON,
+    gpu_only,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
+from .records import See
+from .timed import timed
+
+FEATURE = "long contexts"
+pytestmark = [*on_two_gpus, gpu_only]
+
+MOST_EAGER = 0.05
+STOCK = {"MOE_PLUGIN_DISABLE": "1"}
+LONGER = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+_STEP = re.compile(r"(Prefill|Decode) batch.* graph: (True|False)")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "requests"), [(32_000, 8), pytest.param(128_000, 2, marks=pytest.mark.slow)]
+)
+def test_no_eager_cliff(tokens: int, requests: int, qwen3: Path, seen: See) -> None:
+    """Prefill and decode steps replay graphs; beside the stock host without an all-to-all."""
+    context = ("--context-length", str(tokens + 4096))
+    kv = (tokens + 2048) * requests
+    texts = [long_prompt(tokens + i)[i:] for i in range(requests)]
+    most = ("--batched-dp-moe-max-tokens", os.environ.get("FEATURES_LONG_T", "1024"))
+    with (
+        start(qwen3, *GROUPS, *ON, *context, *most, kv_tokens=kv, env=LONGER) as server,
+        start(qwen3, *GROUPS, *context, kv_tokens=kv, env=STOCK | LONGER) as stock,
+    ):
+        ready(server, stock)
+        with turn():
+            server.lines.clear()
+            speed = {"ours": timed(server, texts, 64).figures()}
+            steps = _STEP.findall(server.log())
+            speed["stock"] = timed(stock, texts, 64).figures()
+            rows = largest_rows(server)
+    eager = [kind for kind, graph in steps if graph == "False"]
+    assert steps
+    assert len(eager) <= MOST_EAGER * len(steps), f"{len(eager)} of {len(steps)} steps were eager"
+    ratio = speed["ours"]["itl_ms"] / speed["stock"]["itl_ms"]
+    seen(
+        f"{requests} prompts of {tokens} tokens: {len(eager)} of {len(steps)} logged steps eager; "
+        f"inter-token latency {ratio:.2f} of the stock host's without an all-to-all",
+        rows=rows,
+        timed=speed,
+    )

@@ -1,0 +1,158 @@
+"""Weights that come and go: updates from disk and from tensors, the memory saver.
+
+Our experts read the layer's tensors as they are, and graphs were captured over their addresses.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ...support.serving.prompts import SHORT_PROMPTS
+from ...support.serving.server import Server
+from .answers import ask, check_greedy, prompts
+from .machine import (
+    LONG,
+    ON_CPU,
+    OURS,
+    RANKS,
+    largest_rows,
+    on_two_gpus,
+    ready,
+    start,
+    turn,
+)
+from .records import See
+
+FEATURE = "weight updates"
+pytestmark = on_two_gpus
+
+SAVES = not ON_CPU and importlib.util.find_spec("torch_memory_saver") is not None
+EXPERTS_OUT = re.compile(r"model\.layers\.[01]\.mlp\.experts\.\d+\.down_proj\.weight")
+
+
+@pytest.fixture(scope="module")
+def servers(qwen3: Path, qwen3_other: Path) -> Iterator[tuple[Server, Server]]:
+    """One that changes its weights, and one that has the other weights from the start."""
+    saver = ("--enable-memory-saver",) if SAVES else ()
+    with start(qwen3, *OURS, *saver) as server, start(qwen3_other, *OURS) as other:
+        ready(server, other)
+        yield server, other
+
+
+def alone(server: Server) -> list[tuple[Any, Any]]:
+    """Tokens and log-probabilities of requests without company, their prefix cached: same bits
+    whenever the weights are the same."""
+    found = []
+    for text in SHORT_PROMPTS[:4]:
+        for _ in range(2):
+            answer = server.generate(text, 24, routed_dp_rank=0)
+        found.append((answer["tokens"], answer["logprobs"]))
+    return found
+
+
+def load(server: Server, model: Path) -> None:
+    """Other weights of the same shape, from disk."""
+    done = server.post("/update_weights_from_disk", {"model_path": str(model)})
+    assert done["success"], done
+
+
+def checksums(server: Server) -> Any:
+    """Of every rank's weights, as the host computes them."""
+    return server.post("/weights_checker", {"action": "checksum"})
+
+
+def test_updates_from_disk(
+    servers: tuple[Server, Server], qwen3: Path, qwen3_other: Path, seen: See
+) -> None:
+    """The other weights answer as a server that had them all along; the first ones as before."""
+    server, other = servers
+    texts = prompts(12, LONG)
+    with turn():
+        first = alone(server)
+        load(server, qwen3_other)
+        changed = ask(server, texts, 24)
+        text = check_greedy(other, ask(other, texts, 24), changed)
+        assert alone(server) != first
+        load(server, qwen3)
+        again = alone(server)
+        rows = largest_rows(server)
+    assert again == first, "the first weights, loaded again, answer otherwise"
+    seen(f"from disk, there and back: same bits; with the other weights {text}", rows=rows)
+
+
+def test_updates_from_tensors(servers: tuple[Server, Server], qwen3: Path, seen: See) -> None:
+    """Two layers' experts are silenced, and given back."""
+    server, _ = servers
+    tensors = _experts_out(qwen3)
+    with turn():
+        first, sums = alone(server), checksums(server)
+        _send(server, [(name, torch.zeros_like(tensor)) for name, tensor in tensors])
+        silent = alone(server)
+        _send(server, tensors)
+        again, same = alone(server), checksums(server)
+    assert silent != first, "the experts' weights do not matter"
+    assert again == first
+    assert same == sums
+    seen(
+        f"{len(tensors)} tensors of two layers' experts from another process, to zero and back: "
+        "same bits and checksums as before"
+    )
+
+
+@pytest.mark.skipif(not SAVES, reason="requires the torch_memory_saver package and GPUs")
+def test_memory_saver(servers: tuple[Server, Server], qwen3: Path, seen: See) -> None:
+    """Weights, KV cache and graphs leave the device and come back; DeepEP's buffer stays."""
+    server, _ = servers
+    with turn():
+        first = alone(server)
+        server.post("/flush_cache?timeout=10", {})
+        before = _free_gib()
+        server.post("/release_memory_occupation", {})
+        released = _free_gib()
+        server.post("/resume_memory_occupation", {})
+        resumed = _free_gib()
+        load(server, qwen3)
+        again = alone(server)
+    assert again == first
+    assert released > before + 1
+    seen(
+        f"memory saver: {released - before:.1f} GiB of a GPU given back, {released - resumed:.1f} "
+        "taken again; then same bits as before"
+    )
+
+
+def _experts_out(model: Path) -> list[tuple[str, torch.Tensor]]:
+    device = "cpu" if ON_CPU else "cuda"
+    found = []
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, framework="pt", device=device) as file:
+            names = list(file.keys())
+            found += [(name, file.get_tensor(name)) for name in names if EXPERTS_OUT.match(name)]
+    assert found
+    return found
+
+
+def _send(server: Server, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """Each rank opens the sender's memory, so that it must stay until the answer."""
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+    if ON_CPU:
+        torch.multiprocessing.set_sharing_strategy("file_system")
+    else:
+        monkey_patch_torch_reductions()  # names a GPU by what it is, not by its number here
+    parts = [MultiprocessingSerializer.serialize(tensors, output_str=True) for _ in range(RANKS)]
+    done = server.post("/update_weights_from_tensor", {"serialized_named_tensors": parts})
+    assert done["success"], done
+
+
+def _free_gib() -> float:
+    return float(torch.cuda.mem_get_info(0)[0] / 2**30)

@@ -1,0 +1,6 @@
+"""`make docs`."""
+
+from . import ROOT, TABLES, rewritten
+
+for path in TABLES:
+    (ROOT / path).write_text(rewritten(path))
