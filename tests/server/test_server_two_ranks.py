@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from moe_plugin.integration.serve.metrics import PREFIX
 
@@ -91,10 +93,15 @@ def test_no_dispatch_was_larger_than_the_plan(served: Server) -> None:
     assert max(state["max_rows"]["extend"] for state in states) == BUDGET
 
 
+def _samples(server: Server) -> list[Sample]:
+    families = text_string_to_metric_families(server.scrape())
+    return [sample for family in families for sample in family.samples]
+
+
 def test_prometheus_reads_the_counts_of_each_scheduler(served: Server) -> None:
     """Steps are the host's own count of forwards, each rank's with its own labels."""
     served.generate(LONG_PROMPT, 2)
-    states, samples = served.states(), served.samples()
+    states, samples = served.states(), _samples(served)
 
     def values(state: dict, name: str, *labels: str) -> dict[tuple[str, ...], float]:
         rank = str(state["tp_rank"])
@@ -110,7 +117,6 @@ def test_prometheus_reads_the_counts_of_each_scheduler(served: Server) -> None:
         assert {key: count for key, count in steps.items() if count} == shown
         assert sum(shown.values()) == state["model_forwards"]
         rows = values(state, "step_rows_ratio_bucket", "mode", "le")
-        assert max(steps[mode, "eager"] for mode in ("extend", "decode")) > 0
         for mode in state["steps"]:
             assert rows[mode, "1.0"] == rows[mode, "+Inf"] == steps[mode, "eager"]
     fullest = [values(s, "step_rows_ratio_bucket", "mode", "le") for s in states]
@@ -121,7 +127,7 @@ def test_the_dashboard_asks_for_what_is_there(served: Server) -> None:
     """Every metric of every query, and of every variable. Where Prometheus asks for OpenMetrics it
     gets the host's names without their colon."""
     served.generate(PROMPTS[0], 2 * DECODE_LOG_INTERVAL)  # some of the host's appear with its log
-    there = {sample.name.replace(":", "_") for sample in served.samples()}
+    there = {sample.name.replace(":", "_") for sample in _samples(served)}
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
     variables = dashboard["templating"]["list"]
     listed = [v["query"]["query"] for v in variables if v["type"] == "query"]

@@ -22,9 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
-
 PLATFORM = "moe_plugin_cpu"
 START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 300.0
@@ -235,11 +232,10 @@ class Server:
         info = self.get("/server_info")
         return [s["moe_plugin"] for s in info["internal_states"] if "moe_plugin" in s]
 
-    def samples(self) -> list[Sample]:
-        """What Prometheus would scrape; needs ``--enable-metrics``."""
+    def scrape(self) -> str:
+        """What Prometheus would read; needs ``--enable-metrics``."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=REQUEST_TIMEOUT_S) as reply:
-            families = text_string_to_metric_families(reply.read().decode())
-        return [sample for family in families for sample in family.samples]
+            return str(reply.read().decode())
 
     def stop(self) -> None:
         """End the server and its children, by their process group."""
