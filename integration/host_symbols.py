@@ -259,6 +259,17 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     A2A_BACKEND,
 )
 
+OPTIONAL: tuple[HostSymbol, ...] = (
+    MODEL_OVERRIDES,
+    RUNNER_OVERRIDES,
+    BACKEND_OVERRIDES,
+    SYNC_VOTES,
+    MEMORY_POOLS,
+    MODEL_FORWARD,
+    METRICS,
+)
+"""Without one of these the plugin does less; what bounds a batch does not depend on them."""
+
 
 def host_version() -> str:
     """Version of the installed SGLang distribution."""
