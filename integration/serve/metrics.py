@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PREFIX = "sglang_moe_plugin_"
 RATIOS = (*(2.0**-k for k in range(8, 0, -1)), 3 / 4, 1.0)
 """Edges of the rows of a step as a share of T. What lies above 1 was let pass by nobody."""
+DECODES = ("decode", "idle", "target_verify")
+"""Forward modes whose rows T bounds even where prefill goes another way: ``--deepep-mode auto``."""
 
 
 def after_init_metrics_collector(result: Any, scheduler: Any) -> Any:
@@ -57,6 +59,7 @@ class PlanMetrics:
             return child
 
         self._tokens_per_rank = plan.max_dispatch_tokens_per_rank
+        self._bounds_prefill = plan.bounds_prefill
         gauge(
             "max_dispatch_tokens_per_rank",
             "T: rows that one rank may dispatch in one step.",
@@ -127,7 +130,8 @@ class PlanMetrics:
     def step(self, mode: str, execution: Execution, rows: int) -> None:
         """The model ran once."""
         self._steps_of(mode, execution).inc()
-        self._rows_of(mode).observe(rows / self._tokens_per_rank)
+        if self._bounds_prefill or mode in DECODES:
+            self._rows_of(mode).observe(rows / self._tokens_per_rank)
 
     def refusal(self) -> None:
         """The guard refused a batch."""

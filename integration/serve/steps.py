@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...planning.integers import ceil_div
-from ...runtime.stats import STATS
+from ...runtime.stats import STATS, Execution
 from . import buffer
 
 
@@ -27,6 +27,6 @@ def around_forward(
     # Before the host pads both, for the collectives.
     mode, tokens = forward_batch.forward_mode, forward_batch.global_num_token_non_padded_cpu
     output = original(runner, forward_batch, *args, **kwargs)
-    execution = "replayed" if output.can_run_graph else "eager"
+    execution: Execution = "replayed" if output.can_run_graph else "eager"
     STATS.record_step(mode.name.lower(), execution, ceil_div(tokens or 0, plan.attn_tp_size))
     return output

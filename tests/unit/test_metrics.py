@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,10 +34,10 @@ PLAN = Plan(
 class Scraped:
     """A registry with the plan's metrics, fed by its own counters."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan = PLAN) -> None:
         self.registry = CollectorRegistry()
         self.stats = Stats()
-        self.stats.observer = metrics.PlanMetrics(PLAN, LABELS, self.registry)
+        self.stats.observer = metrics.PlanMetrics(plan, LABELS, self.registry)
 
     def value(self, name: str, **labels: str) -> float | None:
         """Of one series; None where there is none."""
@@ -84,6 +85,17 @@ def test_rows_are_a_share_of_t(scraped: Scraped) -> None:
     for edge, count in below.items():
         assert scraped.value("step_rows_ratio_bucket", mode="extend", le=edge) == count, edge
     assert scraped.value("step_rows_ratio_sum", mode="extend") == (32 + 33 + 128) / 128
+
+
+def test_rows_that_t_does_not_bound_are_no_share_of_it() -> None:
+    """``--deepep-mode auto``: prefill goes another way. Its steps are counted all the same."""
+    decodes = Capability(True, "", frozenset({Mode.DECODE}), "deepep")
+    scraped = Scraped(replace(PLAN, capability=decodes))
+    for mode in ("extend", "decode", "target_verify"):
+        scraped.stats.record_step(mode, "eager", 4)
+        assert scraped.value("steps_total", mode=mode, execution="eager") == 1
+        found = scraped.value("step_rows_ratio_count", mode=mode)
+        assert found == (None if mode == "extend" else 1)
 
 
 def test_a_refusal_is_told_before_the_process_ends(scraped: Scraped) -> None:
