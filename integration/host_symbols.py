@@ -148,6 +148,21 @@ MEMORY_POOLS = HostSymbol(
     runtime=True,
 )
 """Checked only where it is used: without it the first dispatch creates the transport."""
+MODEL_FORWARD = HostSymbol(
+    "model_executor.model_runner.ModelRunner.forward",
+    ("self", "forward_batch"),
+    "count steps, also those that replay a graph",
+    "plugins are told of each step",
+    runtime=True,
+)
+METRICS = HostSymbol(
+    "managers.scheduler.Scheduler.init_metrics_collector",
+    ("self",),
+    "offer the plugin's metrics beside the host's, with its labels",
+    "plugins can contribute metrics",
+    runtime=True,
+)
+"""These two are checked only where they are used: optional."""
 MOE_CORE = HostSymbol(
     "layers.moe.ep_moe.layer.DeepEPMoE.run_moe_core",
     ("self", "dispatch_output"),
@@ -243,6 +258,17 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     GLOBAL_TOKENS,
     A2A_BACKEND,
 )
+
+OPTIONAL: tuple[HostSymbol, ...] = (
+    MODEL_OVERRIDES,
+    RUNNER_OVERRIDES,
+    BACKEND_OVERRIDES,
+    SYNC_VOTES,
+    MEMORY_POOLS,
+    MODEL_FORWARD,
+    METRICS,
+)
+"""Without one of these the plugin does less; what bounds a batch does not depend on them."""
 
 
 def host_version() -> str:

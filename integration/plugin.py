@@ -79,7 +79,7 @@ def _hook_flags() -> None:
 
 
 def _hook_runtime() -> None:
-    from .serve import buffer, moe_layer, own_graphs, server_info, start_guard
+    from .serve import buffer, metrics, moe_layer, own_graphs, server_info, start_guard, steps
 
     _hook(host_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE")
     _hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER")
@@ -95,6 +95,12 @@ def _hook_runtime() -> None:
         logger.info("the first dispatch creates DeepEP's buffer: %s", problem)
     else:
         _hook(host_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER")
+    counted = (host_symbols.MODEL_FORWARD, host_symbols.METRICS)
+    if missing := [text for symbol in counted if (text := host_symbols.check_symbol(symbol))]:
+        logger.info("no steps are counted, no metrics offered: %s", "; ".join(missing))
+    else:
+        _hook(host_symbols.MODEL_FORWARD, steps.around_forward, "AROUND")
+        _hook(host_symbols.METRICS, metrics.after_init_metrics_collector, "AFTER")
 
 
 def _register_inert() -> None:

@@ -117,7 +117,7 @@ def _symbols(*, quick: bool) -> list[Finding]:
     findings: list[Finding] = []
     if not find_spec("sglang"):
         return findings
-    for symbol in host_symbols.SYMBOLS:
+    for symbol in (*host_symbols.SYMBOLS, *host_symbols.OPTIONAL):
         if symbol.runtime and quick:
             findings.append(Finding("host", symbol.path, "info", "not checked (--quick)"))
             continue
@@ -127,7 +127,9 @@ def _symbols(*, quick: bool) -> list[Finding]:
             text = f"not checked: its module does not import here ({type(error).__name__})"
             findings.append(Finding("host", symbol.path, "info", text))
             continue
-        state: State = "wrong" if problem else "ok"
+        state: State = "ok"
+        if problem:
+            state = "info" if symbol in host_symbols.OPTIONAL else "wrong"
         findings.append(Finding("host", symbol.path, state, problem or symbol.why))
     return findings
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from ...errors import MoePluginError
 from ...planning.plan import Plan, refusal
-from ..attached_plan import attach_plan, plan_of
+from ...planning.start_log import binding, bytes_of_a_rank, why_tokens
+from ..attached_plan import attach_plan, note_decided, plan_of, take_decided
 from ..flags import requested
 from .capacity import export_variables, withdraw_variables
 from .fills import fills_of
@@ -55,6 +56,7 @@ def install() -> None:
 def _before_graph_config(server_args: Any, previous: Step) -> None:
     withdraw_variables()
     attach_plan(server_args, None)
+    take_decided(server_args)
     if requested(server_args).switch != "off":
         attach_plan(server_args, _ours(_plan_and_fill, server_args))
     previous(server_args)
@@ -78,17 +80,31 @@ def _after_everything(server_args: Any, previous: Step) -> None:
         withdraw_variables()
         return
     export_variables(plan, model_facts(server_args).weight_format)
+    _log(plan, **take_decided(server_args))
+
+
+def _log(plan: Plan, selected: str = "", filled: str = "") -> None:
+    """One block: what was decided, what binds, and what is left; then a line per warning."""
     logger.info(
-        "batched data-parallel MoE: %d tokens per rank, %s transport, %s experts, %s bytes of "
-        "buffer and %s of workspace per rank",
+        "batched data-parallel MoE: %d tokens per rank (%s), %s transport, %s experts",
         plan.max_dispatch_tokens_per_rank,
+        why_tokens(plan),
         plan.transport,
         plan.experts,
-        plan.rdma_device_bytes,
-        plan.workspace_bytes,
     )
+    if selected:
+        logger.info("batched data-parallel MoE: selected %s", selected)
+    if filled:
+        logger.info("batched data-parallel MoE: filled %s", filled)
+    if limits := binding(plan):
+        logger.info("batched data-parallel MoE: bound by %s", "; ".join(limits))
+    logger.info("batched data-parallel MoE: per rank %s", bytes_of_a_rank(plan))
     for note in plan.notes:
         logger.warning("batched data-parallel MoE: %s", note)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _ours(step: Callable[[Any], Plan | None], server_args: Any) -> Plan | None:
@@ -135,13 +151,11 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
         return None
     if chosen:
         declare_resolution(server_args, SOURCE, **chosen)
-        listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
-        logger.info("batched data-parallel MoE: selected %s", listed)
+        note_decided(server_args, selected=_listed(chosen))
     fills = fills_of(server_args, plan)
     if fills:
         declare_resolution(server_args, SOURCE, **fills)
-        listed = ", ".join(f"{name}={value}" for name, value in fills.items())
-        logger.info("batched data-parallel MoE: filled %s", listed)
+        note_decided(server_args, filled=_listed(fills))
     # Before the host's own checks of chunk and graphs against T, which two backends have.
     export_variables(plan, model_facts(server_args).weight_format)
     return plan

@@ -182,12 +182,13 @@ def _create_low_latency(
         allow_mnnvl=_is_mnnvl_fabric_supported(),
         explicitly_destroy=False,
     )
-    STATS.buffer_device_bytes = free_before - _free_bytes()
+    taken = free_before - _free_bytes()
+    STATS.record_device_bytes("buffer", taken)
     logger.info(
         "moe_plugin: DeepEP buffer for %d tokens per rank, %d MiB asked, %d MiB taken, %d planned",
         plan.max_dispatch_tokens_per_rank,
         plan.rdma_buffer_bytes >> 20,
-        STATS.buffer_device_bytes >> 20,
+        taken >> 20,
         plan.rdma_device_bytes >> 20,
     )
     return created

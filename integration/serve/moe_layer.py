@@ -149,15 +149,23 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     weights = expert_weights(layer)
     if weights.w13.is_cuda:  # some models give the layer its limit after it was made
         warm_up(runner.config, weights.format, weights.activation)
-    output = runner.run_experts(
-        dispatch_output.hidden_states,
-        dispatch_output.hidden_states_scale,
-        dispatch_output.masked_m,
-        weights,
-        expected_m,
-    )
+    rows, scales = dispatch_output.hidden_states, dispatch_output.hidden_states_scale
+    measures = STATS.workspace_device_bytes is None and rows.is_cuda
+    before = _allocated_bytes() if measures else 0
+    output = runner.run_experts(rows, scales, dispatch_output.masked_m, weights, expected_m)
+    if measures:
+        received = rows.nbytes + (0 if scales is None else scales.nbytes)
+        STATS.record_device_bytes("workspace", received + _allocated_bytes() - before)
     STATS.count_layer(layer.layer_id)
     return DeepEPLLCombineInput(output, dispatch_output.topk_ids, dispatch_output.topk_weights)
+
+
+def _allocated_bytes() -> int:
+    """All that torch has ever allocated on this GPU. Its allocator knows, without the GPU, and
+    while a graph is captured."""
+    import torch
+
+    return int(torch.cuda.memory_stats()["allocated_bytes.all.allocated"])
 
 
 def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:

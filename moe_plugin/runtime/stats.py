@@ -1,36 +1,78 @@
 """Counters of what really ran, per process; read over HTTP from each scheduler's state.
 
-Python counts eager forwards and graph captures. A replayed CUDA graph runs no Python: there the
-counters stand still, which is what a captured layer means.
+Steps are counted where the host starts them, replayed ones too. The other counters stand inside
+the model, and a replayed CUDA graph runs no Python: they know eager forwards and captures only.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from ..errors import MoePluginError, explain
 
+Execution = Literal["replayed", "eager"]
+
+
+class Observer(Protocol):
+    """Told of each event as it is counted, so that nobody counts a second time."""
+
+    def step(self, mode: str, execution: Execution, rows: int) -> None:
+        """The model ran once."""
+
+    def refusal(self) -> None:
+        """The guard refused a batch."""
+
+    def device_bytes(self, what: Literal["buffer", "workspace"], taken: int) -> None:
+        """Device memory was measured, in bytes."""
+
 
 class Stats:
-    """Layer forwards through our runner, and the largest dispatch per forward mode.
+    """Steps, layer forwards through our runner, the largest dispatch per mode, memory taken.
 
     Attributes:
+        steps: (the host's forward mode, how it ran) -> forwards of the model.
         layer_forwards: layer id -> forwards through our experts.
-        max_rows: forward mode -> largest number of rows this rank dispatched.
+        max_rows: all-to-all mode -> largest number of rows this rank dispatched.
         max_rows_any_rank: the same over all ranks, where the host says.
         dispatches: calls of dispatch so far.
         combines: calls of combine so far.
+        refusals: batches above T that the guard refused.
         buffer_device_bytes: device memory that creating the buffer really took; None without one.
+        workspace_device_bytes: device memory that the rows of a layer really took; None before
+            the first, and where it is not measured.
+        observer: whom to tell; None: nobody.
     """
 
     def __init__(self) -> None:
+        self.steps: Counter[tuple[str, Execution]] = Counter()
         self.layer_forwards: Counter[int] = Counter()
         self.max_rows: dict[str, int] = {}
         self.max_rows_any_rank: dict[str, int] = {}
         self.dispatches = 0
         self.combines = 0
+        self.refusals = 0
         self.buffer_device_bytes: int | None = None
+        self.workspace_device_bytes: int | None = None
+        self.observer: Observer | None = None
+
+    def record_step(self, mode: str, execution: Execution, rows: int) -> None:
+        """The model ran once, with ``rows`` of this rank in each dispatch."""
+        self.steps[mode, execution] += 1
+        if self.observer is not None:
+            self.observer.step(mode, execution, rows)
+
+    def record_refusal(self) -> None:
+        """The guard refuses a batch. The process may end with it: tell before it is raised."""
+        self.refusals += 1
+        if self.observer is not None:
+            self.observer.refusal()
+
+    def record_device_bytes(self, what: Literal["buffer", "workspace"], taken: int) -> None:
+        """Device memory that the buffer, or a layer's rows, took."""
+        setattr(self, f"{what}_device_bytes", taken)
+        if self.observer is not None:
+            self.observer.device_bytes(what, taken)
 
     def count_layer(self, layer_id: int) -> None:
         """One forward of one MoE layer ran in our runner."""
@@ -62,11 +104,17 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain, string-keyed copy for JSON."""
+        steps: dict[str, dict[str, int]] = {}
+        for (mode, execution), count in sorted(self.steps.items()):
+            steps.setdefault(mode, {})[execution] = count
         return {
+            "steps": steps,
             "layer_forwards": {str(k): v for k, v in sorted(self.layer_forwards.items())},
             "max_rows": dict(self.max_rows),
             "max_rows_any_rank": dict(self.max_rows_any_rank),
+            "refusals": self.refusals,
             "buffer_device_bytes": self.buffer_device_bytes,
+            "workspace_device_bytes": self.workspace_device_bytes,
         }
 
 

@@ -21,6 +21,7 @@ from ..support.server_checks import (
     check_idle_ranks,
     check_mixed_prompts,
     check_same_bits,
+    check_steps,
     check_unequal_load,
     check_within_plan,
     forced_logprobs,
@@ -124,6 +125,11 @@ def test_random_load(served: Server) -> None:
 def test_within_plan(served: Server) -> None:
     """Rows and buffer bytes, on every rank."""
     check_within_plan(served, GPUS, LAYERS)
+
+
+def test_steps_that_replay_are_counted(served: Server) -> None:
+    """Where no Python of the model runs."""
+    check_steps(served, replayed=True)
 
 
 def test_a_killed_rank_ends_the_server(served: Server) -> None:

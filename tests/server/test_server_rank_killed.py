@@ -11,6 +11,7 @@ from ..support.rank_killed import NO_CORE_DUMPS, check_killed_rank_ends_the_serv
 from ..support.server_checks import (
     check_idle_ranks,
     check_mixed_prompts,
+    check_steps,
     check_unequal_load,
     check_within_plan,
     forced_logprobs,
@@ -38,6 +39,7 @@ def test_any_load_then_a_killed_rank(model: Path, tmp_path: Path) -> None:
         check_idle_ranks(server, 4)
         check_unequal_load(server, 2, 600, 4)
         check_within_plan(server, 2, Shape().num_hidden_layers)
+        check_steps(server, replayed=False)
         forced = forced_logprobs(server, SHORT_PROMPTS[:1])
         assert mean_distance(forced, forced_logprobs(server, SHORT_PROMPTS[:1])) < 1e-4
         seconds = check_killed_rank_ends_the_server(server, ranks=2, peers_hang=True)

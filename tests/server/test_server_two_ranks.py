@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from moe_plugin.integration.serve.metrics import PREFIX
 
 from ..support.hosts import program
 from ..support.serving.checkpoint import Shape
@@ -18,7 +23,11 @@ from ..support.serving.server import COMMON_ARGS, TWO_EP_RANKS, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).parents[2]
+
 BUDGET = 256  # the default: no flag about sizes is given
+
+DECODE_LOG_INTERVAL = 40  # steps; the host's default
 
 PROCESSES = 5  # launcher, data-parallel controller, two schedulers, detokenizer
 
@@ -37,7 +46,7 @@ def served(
     folder = tmp_path_factory.mktemp("probe")
     env = write_plugin(folder, "probe", program("plugin_probe"), {"sglang.srt.plugins": "register"})
     env |= {"PROBE_DIR": str(probes)}
-    args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on")
+    args = (*COMMON_ARGS, *TWO_EP_RANKS, "--use-batched-dp-moe", "on", "--enable-metrics")
     with Server(args, model, ranks=2, env=env) as server:
         yield server.wait_ready()
 
@@ -82,6 +91,52 @@ def test_no_dispatch_was_larger_than_the_plan(served: Server) -> None:
         assert set(state["max_rows"]) == {"extend", "decode"}
         assert max(state["max_rows_any_rank"].values()) <= BUDGET
     assert max(state["max_rows"]["extend"] for state in states) == BUDGET
+
+
+def _samples(server: Server) -> list[Sample]:
+    families = text_string_to_metric_families(server.scrape())
+    return [sample for family in families for sample in family.samples]
+
+
+def test_prometheus_reads_the_counts_of_each_scheduler(served: Server) -> None:
+    """Steps are the host's own count of forwards, each rank's with its own labels."""
+    served.generate(LONG_PROMPT, 2)
+    states, samples = served.states(), _samples(served)
+
+    def values(state: dict, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+        rank = str(state["tp_rank"])
+        found = [s for s in samples if s.name == PREFIX + name and s.labels["tp_rank"] == rank]
+        return {tuple(s.labels[label] for label in labels): s.value for s in found}
+
+    for state in states:
+        assert values(state, "max_dispatch_tokens_per_rank") == {(): BUDGET}
+        assert values(state, "workspace_planned_bytes") == {(): state["plan"]["workspace_bytes"]}
+        assert values(state, "refusals_total") == {(): 0}
+        steps = values(state, "steps_total", "mode", "execution")
+        shown = {(m, how): n for m, found in state["steps"].items() for how, n in found.items()}
+        assert {key: count for key, count in steps.items() if count} == shown
+        assert sum(shown.values()) == state["model_forwards"]
+        rows = values(state, "step_rows_ratio_bucket", "mode", "le")
+        for mode in state["steps"]:
+            assert rows[mode, "1.0"] == rows[mode, "+Inf"] == steps[mode, "eager"]
+    fullest = [values(s, "step_rows_ratio_bucket", "mode", "le") for s in states]
+    assert any(rows["extend", "0.75"] < rows["extend", "1.0"] for rows in fullest)
+
+
+def test_the_dashboard_asks_for_what_is_there(served: Server) -> None:
+    """Every metric of every query, and of every variable. Where Prometheus asks for OpenMetrics it
+    gets the host's names without their colon."""
+    served.generate(PROMPTS[0], 2 * DECODE_LOG_INTERVAL)  # some of the host's appear with its log
+    there = {sample.name.replace(":", "_") for sample in _samples(served)}
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
+    variables = dashboard["templating"]["list"]
+    listed = [v["query"]["query"] for v in variables if v["type"] == "query"]
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for query in (*listed, *queries):
+        asked = re.findall(r"\bsglang[\w:]*(?:\[:_\])?\w+", query)
+        assert asked, query
+        for name in asked:
+            assert name.replace("[:_]", "_").replace(":", "_") in there, query
 
 
 def test_plugin_is_loaded_in_every_process(served: Server, probes: Path) -> None:

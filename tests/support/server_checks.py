@@ -56,6 +56,18 @@ def check_within_plan(server: Server, ranks: int, layers: int) -> None:
         if plan["rdma_buffer_bytes"]:
             planned = plan["rdma_device_bytes"]
             assert taken <= planned <= taken + NVSHMEM_GRANULE, f"{taken} taken, {planned} planned"
+        if (held := state["workspace_device_bytes"]) is not None:
+            planned = plan["workspace_bytes"]
+            assert held <= planned, f"{held} taken, {planned} planned"
+
+
+def check_steps(server: Server, replayed: bool) -> None:
+    """Steps of every rank are the host's own count of forwards; those that decode replayed graphs,
+    or none did."""
+    for state in server.states():
+        steps = state["steps"]
+        assert sum(sum(found.values()) for found in steps.values()) == state["model_forwards"]
+        assert bool(steps["decode"].get("replayed")) == replayed, steps
 
 
 def check_same_bits(server: Server, ranks: int, longest: int, new_tokens: int) -> None:

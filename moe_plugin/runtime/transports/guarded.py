@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from .base import Hook, Transport
 
 
-def check_tokens(tokens: int, max_num_tokens: int, where: str) -> None:
-    """Refuse more than T tokens in one dispatch.
+def check_tokens(tokens: int, max_num_tokens: int, where: str, stats: Stats = STATS) -> None:
+    """Refuse more than T tokens in one dispatch, and count that in ``stats``.
 
     Raises:
         BudgetError: ``tokens`` exceed ``max_num_tokens``; ``where`` says on which rank.
     """
     if tokens > max_num_tokens:
+        stats.record_refusal()
         raise BudgetError(
             explain(
                 "tokens in one all-to-all dispatch (n <= T)",
@@ -69,7 +70,7 @@ class RowGuard:
         metadata = self._metadata()
         busiest = max(rows, metadata.max_tokens if metadata is not None else 0)
         where = "on this rank" if rows == busiest else "on the busiest rank"
-        check_tokens(busiest, self.max_num_tokens, where)
+        check_tokens(busiest, self.max_num_tokens, where, self._stats)
         self._stats.record_rows(self._mode(), rows, busiest)
 
 

@@ -232,6 +232,11 @@ class Server:
         info = self.get("/server_info")
         return [s["moe_plugin"] for s in info["internal_states"] if "moe_plugin" in s]
 
+    def scrape(self) -> str:
+        """What Prometheus would read; needs ``--enable-metrics``."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=REQUEST_TIMEOUT_S) as reply:
+            return str(reply.read().decode())
+
     def stop(self) -> None:
         """End the server and its children, by their process group."""
         if self.process.poll() is None:
