@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ class RandomLoad:
         new_tokens: most tokens of an answer.
         clients: requests at once, at most.
         seed: of everything that is drawn.
+        more: fields of every request.
         counts: requests by their fate, and flushes.
         problems: what went wrong; empty after a good run.
     """
@@ -50,6 +52,7 @@ class RandomLoad:
     new_tokens: int
     clients: int
     seed: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     _busy: tuple[int, ...] = ()
@@ -125,6 +128,7 @@ class RandomLoad:
                 "ignore_eos": True,
             },
             "stream": True,
+            **self.more,
         }
         wanted = body["sampling_params"]["max_new_tokens"]
         stop_after = wanted if fate == "stay" else rng.randint(1, wanted)

@@ -28,18 +28,14 @@ JOINED = ("--tp-size", "2", "--attn-dp-size", "1", *T, *ON)
 def test_attention_tp_2_answers_as_two_groups_do(qwen3: Path, seen: See) -> None:
     """One group of two ranks beside two groups of one: rows are scattered, tokens the same."""
     texts = prompts(16, LONG)
-    with start(qwen3, *OURS) as apart:
-        ready(apart)
+    with start(qwen3, *OURS) as apart, start(qwen3, *JOINED) as joined:
+        ready(apart, joined)
         with turn():
-            own = ask(apart, texts, 24)
-        with start(qwen3, *JOINED) as joined:
-            ready(joined)
-            with turn():
-                others = ask(joined, texts, 24)
-                rows = largest_rows(joined)
-                (plan,) = {state["plan"]["attn_tp_size"] for state in joined.states()}
-                text = check_greedy(apart, own, others)
-    assert plan == 2
+            own, others = ask(apart, texts, 24), ask(joined, texts, 24)
+            rows = largest_rows(joined)
+            (scattered,) = {state["plan"]["attn_tp_size"] for state in joined.states()}
+            text = check_greedy(apart, own, others)
+    assert scattered == 2
     seen(f"one DP group over two ranks: {text}", rows=rows)
 
 

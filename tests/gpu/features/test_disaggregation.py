@@ -40,6 +40,9 @@ pytestmark = on_two_gpus
 DECODES = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
 PREFILLS = ("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend")
 RUNNING = 128
+FAKE = {"bootstrap_host": "2.2.2.2"}
+"""Of a request that no prefill instance has seen, as the host marks its own; without it the host's
+decode instance dies on the first request."""
 LOADS = {"1k/256": (16, 1000, 256), "4k/256": (16, 4000, 256)}
 PINNED: tuple[str, ...] = ()
 if ON_CPU:
@@ -57,12 +60,13 @@ def test_a_decode_instance_alone(qwen3: Path, seen: See) -> None:
             speed = {}
             for name, (count, tokens, answer) in LOADS.items():
                 asked = [long_prompt(tokens + i)[i:] for i in range(count)]
-                speed[name] = timed(server, asked, answer).figures()
-            load = RandomLoad(server, RANKS, longest=LONG, new_tokens=64, clients=16)
+                speed[name] = timed(server, asked, answer, **FAKE).figures()
+            load = RandomLoad(server, RANKS, LONG, new_tokens=64, clients=16, more=FAKE)
             found = load.run(LOAD_S, 10**6)
             rows = largest_rows(server)
-    assert plan == RUNNING // RANKS, "T follows the decode rows of one group"
-    assert not found["problems"]
+    assert not found["problems"], found["problems"][:3]
+    if not ON_CPU:  # where device memory is not known, T is the default
+        assert plan == RUNNING // RANKS, "T follows the decode rows of one group"
     seen(
         f"fake transfer, {RUNNING} requests: T = {plan}; served under load, groups idle in turn",
         rows=rows,

@@ -45,10 +45,11 @@ def test_a_killed_rank(qwen3: Path, seen: See) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("tokens", "one all-to-all for all ranks: got tokens per rank"),
+        pytest.param("tokens", "one all-to-all for all ranks: got tokens per rank", id="tokens"),
         pytest.param(
             "memory",
             "device memory for the all-to-all's buffer: got",
+            id="memory",
             marks=pytest.mark.skipif(
                 ON_CPU or not ALONE,
                 reason="requires GPUs that nobody else uses, and FEATURES_ALONE=1",

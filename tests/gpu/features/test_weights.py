@@ -150,8 +150,13 @@ def _send(server: Server, tensors: list[tuple[str, torch.Tensor]]) -> None:
     else:
         monkey_patch_torch_reductions()  # names a GPU by what it is, not by its number here
     parts = [MultiprocessingSerializer.serialize(tensors, output_str=True) for _ in range(RANKS)]
-    done = server.post("/update_weights_from_tensor", {"serialized_named_tensors": parts})
-    assert done["success"], done
+    for path, body in (
+        ("/begin_weight_update", {}),
+        ("/update_weights_from_tensor", {"serialized_named_tensors": parts}),
+        ("/end_weight_update", {}),
+    ):
+        done = server.post(path, body)
+        assert done["success"], (path, done)
 
 
 def _free_gib() -> float:

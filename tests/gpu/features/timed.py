@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -38,11 +38,11 @@ class Timed:
         return {name: round(value, 2) for name, value in asdict(self).items()}
 
 
-def timed(server: Server, prompts: Sequence[str], new_tokens: int) -> Timed:
-    """All prompts at once, each answered with ``new_tokens`` tokens."""
+def timed(server: Server, prompts: Sequence[str], new_tokens: int, **more: Any) -> Timed:
+    """All prompts at once, each answered with ``new_tokens`` tokens; ``more`` fields in each."""
     began = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        streams = list(pool.map(lambda text: _stream(server, text, new_tokens), prompts))
+        streams = list(pool.map(lambda text: _stream(server, text, new_tokens, more), prompts))
     seconds = time.perf_counter() - began
     waits = sorted(b - a for times in streams for a, b in pairwise(times[1:]))
     assert all(len(times) == new_tokens + 1 for times in streams), [len(t) - 1 for t in streams]
@@ -55,11 +55,12 @@ def timed(server: Server, prompts: Sequence[str], new_tokens: int) -> Timed:
     )
 
 
-def _stream(server: Server, text: str, new_tokens: int) -> list[float]:
+def _stream(server: Server, text: str, new_tokens: int, more: Mapping[str, Any]) -> list[float]:
     """When the request was sent, and when each token was there."""
     body: dict[str, Any] = {
         "text": text,
         "stream": True,
+        **more,
         "sampling_params": {
             "temperature": 0,
             "max_new_tokens": new_tokens,
