@@ -9,7 +9,7 @@ is how it reaches child processes. ``sglang.Engine`` has no command line; the va
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -78,6 +78,22 @@ def requested(server_args: Any) -> Request:
     """The request carried by ``server_args``; the environment's where none is carried."""
     carried = getattr(server_args, _ATTRIBUTE, None)
     return carried if isinstance(carried, Request) else _request(None, None)
+
+
+def carry_request(server_args: Any, record: Any, changes: Mapping[str, str | None]) -> None:
+    """Let the request of ``server_args`` ride on ``record``, with flags of ours changed. What came
+    from a variable is read again."""
+    request = requested(server_args)
+    typed = {
+        SWITCH_FLAG: request.switch if request.switch_source == SWITCH_FLAG else None,
+        MAX_TOKENS_FLAG: request.max_tokens
+        if request.max_tokens_source == MAX_TOKENS_FLAG
+        else None,
+    }
+    switch, tokens = (changes.get(flag, value) for flag, value in typed.items())
+    parsed = parse_switch(switch) if switch is not None else None
+    most = parse_max_tokens(str(tokens)) if tokens is not None else None
+    setattr(record, _ATTRIBUTE, _request(parsed, most))
 
 
 def stand_down(server_args: Any, reason: str) -> None:

@@ -104,6 +104,13 @@ BACKEND_OVERRIDES = HostSymbol(
     "the host decides about the all-to-all before budgets and memory",
 )
 """These three are checked only where they are used: optional."""
+RECORD_FIELDS = HostSymbol(
+    "arg_groups.arg_utils.record_fields",
+    ("cls",),
+    "resolve a refused launch again with its own fixes",
+    "never: how records are read",
+)
+"""Checked only where it is used: without it a refusal's fixes are planned, but not resolved."""
 SCHEDULER_INIT = HostSymbol(
     "managers.scheduler.Scheduler.__init__",
     ("self", "server_args", "port_args"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable, Iterator
 
 from ...backends.deepep import limits_of
 from ...capability import get_backend
 from ...planning.limits import Limits
-from ...planning.plan import Plan, Rejection, refusal
+from ...planning.plan import Change, Plan, Rejection, refusal
 
 HOST_TOKENS_PER_RANK = 128
 """T of the host where a backend's capacity variable is not set; the same for all of ours."""
@@ -41,6 +43,25 @@ def withdraw_variables() -> None:
         if os.environ.get(name) == value:
             del os.environ[name]
     _ours.clear()
+
+
+@contextlib.contextmanager
+def changed_environment(changes: Iterable[Change]) -> Iterator[None]:
+    """The user's environment with ``changes`` to it; afterwards everything is as before."""
+    saved, ours = dict(os.environ), dict(_ours)
+    withdraw_variables()
+    try:
+        for name, value in changes:
+            if not name.startswith("-"):
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+        _ours.clear()
+        _ours.update(ours)
 
 
 def export_variables(plan: Plan, weight_format: str) -> None:

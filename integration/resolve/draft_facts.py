@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ...planning.plan import Rejection, refusal
-from .model_facts import routed_experts
+from .model_facts import has_routed_moe, routed_experts
 
 # The host's defaults, where the user named nothing: `_auto_choose_speculative_params`,
 # `_handle_ngram`, `_handle_dflash`.
@@ -131,11 +131,11 @@ def draft_has_routed_moe(server_args: Any, cfg: Any) -> bool:
     """Whether the draft model has routed MoE layers; a separate draft is read from its config."""
     if not cfg.speculative_algorithm or cfg.speculative_algorithm.upper() == "NGRAM":
         return False
-    if not cfg.speculative_draft_model_path:
+    if cfg.speculative_draft_model_path in (None, "", cfg.model_path):
         from sglang.srt.arg_groups.overrides import model_config_of
 
         # Multi-token-prediction layers of the target checkpoint repeat its MoE.
-        return routed_experts(model_config_of(server_args).hf_text_config) > 1
+        return has_routed_moe(model_config_of(server_args))
     try:
         config = draft_config(server_args, cfg)
     except Exception:  # not readable here: the host will say so with its own message

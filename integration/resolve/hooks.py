@@ -28,6 +28,7 @@ from .installation import foreign_device, runtime_problems, schedulers_are_ray_a
 from .launch_plan import plan_for
 from .model_facts import model_facts
 from .refusals import leave_alone, refuse_or_leave
+from .rehearsal import completed_refusals
 from .reservation import reserve
 from .selection import not_batched, select_backend
 from .verification import verify
@@ -58,7 +59,8 @@ def _before_graph_config(server_args: Any, previous: Step) -> None:
     attach_plan(server_args, None)
     take_decided(server_args)
     if requested(server_args).switch != "off":
-        attach_plan(server_args, _ours(_plan_and_fill, server_args))
+        with completed_refusals(server_args):
+            attach_plan(server_args, _ours(_plan_and_fill, server_args))
     previous(server_args)
 
 
@@ -74,7 +76,8 @@ def _after_everything(server_args: Any, previous: Step) -> None:
     if requested(server_args).switch == "off":
         return
     planned = plan_of(server_args)
-    plan = verify(server_args, planned) if planned else _ours(_verify_unplanned, server_args)
+    with completed_refusals(server_args):
+        plan = verify(server_args, planned) if planned else _ours(_verify_unplanned, server_args)
     attach_plan(server_args, plan)
     if plan is None:
         withdraw_variables()

@@ -84,7 +84,17 @@ def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
         return bool(backend != "disabled")
     if getattr(cfg, "disable_cuda_graph", False):
         return False
+    if phase == "prefill" and (cfg.pp_size > 1 or cfg.enable_two_batch_overlap):
+        return False  # the host captures none there by itself
     return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
+
+
+def _prefill_graphs(server_args: Any, cfg: Any, backend: str) -> bool:
+    """Whether prefill graphs are captured: by itself the host does so over DeepEP alone."""
+    named = _named_graphs(server_args, "prefill").get("backend") or getattr(
+        cfg, "cuda_graph_backend_prefill", None
+    )
+    return graphs_enabled(server_args, cfg, "prefill") and (named or backend) in ("deepep", named)
 
 
 def dispatch_dtype(cfg: Any, backend: str) -> tuple[str, str]:
@@ -174,6 +184,7 @@ def launch_facts(
     dtype, dtype_source = dispatch_dtype(cfg, a2a.name)
     return LaunchFacts(
         a2a_backend=a2a.name,
+        backend_late=server_args.moe_a2a_backend != a2a.name and request.switch != "on",
         deepep_mode=mode or cfg.deepep_mode,
         disaggregation_mode=cfg.disaggregation_mode,
         device=str(cfg.device),
@@ -194,7 +205,7 @@ def launch_facts(
         max_prefill_tokens=cfg.max_prefill_tokens,
         page_size=max(1, int(cfg.page_size or 1)),
         decode_graphs=graphs_enabled(server_args, cfg, "decode"),
-        prefill_graphs=graphs_enabled(server_args, cfg, "prefill"),
+        prefill_graphs=_prefill_graphs(server_args, cfg, a2a.name),
         required=request.switch == "on",
         max_tokens=request.max_tokens,
         max_tokens_source=request.max_tokens_source,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,7 @@ from ...backends.deepep import limits_of
 from ...batched_backend import Capability, CapabilityFacts
 from ...capability import backend_names, get_backend, use_batched_dp_moe
 from ...planning.facts import LaunchFacts, ModelFacts
-from ...planning.fixes import applied
-from ...planning.plan import Change, Plan
+from ...planning.plan import Plan
 from ...planning.planner import make_plan
 from .capacity import user_tokens_per_rank
 from .installation import check_host
@@ -52,7 +50,6 @@ def plan_for(
     mode: str,
     *,
     late: bool = False,
-    changes: Sequence[Change] = (),
     planned: Plan | None = None,
 ) -> Plan:
     """Plan for a backend and mode with what the user set.
@@ -63,7 +60,6 @@ def plan_for(
         backend: the all-to-all backend to plan for.
         mode: the deepep mode to plan for.
         late: everything is resolved, so that the view's chunk is one DP group's.
-        changes: fixes that the plan takes for done.
         planned: what was planned before: memory is not asked twice.
     """
     facts = _facts(server_args, cfg, backend, mode, late=late)
@@ -73,7 +69,6 @@ def plan_for(
     limits = limits_of(get_backend(capability.backend), transport_of(cfg, capability.backend))
     model, launch = facts
     launch = replace(launch, host_tokens_per_rank=user_tokens_per_rank(limits))
-    model, launch = applied(model, launch, limits, list(changes))
     if planned is None:
         launch = replace(launch, memory=memory_facts(server_args, cfg, model.dtype))
     else:

@@ -7,6 +7,7 @@ from typing import Any
 from ...planning.memory import DTYPE_BYTES
 from ...planning.memory_record import MIB, MemoryFacts
 from .draft_facts import draft_config
+from .model_facts import quantization_config
 from .safetensors_files import read_checkpoint
 from .weight_facts import weights_of
 
@@ -27,13 +28,14 @@ def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
     total = get_device_memory_capacity(cfg.device)
     if total is None:
         return None
-    element = _KV_ELEMENT.get(str(cfg.kv_cache_dtype), float(DTYPE_BYTES.get(dtype, 2)))
+    element = kv_element(server_args, cfg, dtype)
     own, other = _draft(server_args, cfg, dtype)
     return MemoryFacts(
         device_bytes=int(total * MIB),
         fraction=server_args.mem_fraction_static,
         mla=bool(use_mla_backend(server_args)),
         kv_element=element,
+        mla_row=_packed_row(server_args, cfg) if element == 1 else 0,
         whole_dense=getattr(cfg, "moe_dense_tp_size", None) == 1,
         whole_head=bool(getattr(cfg, "enable_dp_lm_head", False)),
         draft_loaded=own,
@@ -41,6 +43,36 @@ def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
         kv_token_cap=getattr(server_args, "max_total_tokens", None),
         groups_flag="--dp-size" if getattr(server_args, "enable_dp_attention", False) else "",
     )
+
+
+def kv_element(server_args: Any, cfg: Any, dtype: str) -> float:
+    """Bytes per value of the KV cache: by the flag, or by the checkpoint's own scales."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    name = str(cfg.kv_cache_dtype)
+    if name == "auto":
+        config = quantization_config(model_config_of(server_args))
+        scheme = config.get("kv_cache_scheme") or {}
+        algorithm = str(config.get("kv_cache_quant_algo")).upper()
+        # ``configure_kv_cache_dtype``: scales that are loaded need the pool that they are for.
+        if algorithm == "FP8" or (scheme.get("type"), scheme.get("num_bits")) == ("float", 8):
+            return 1.0
+    return _KV_ELEMENT.get(name, float(DTYPE_BYTES.get(dtype, 2)))
+
+
+def _packed_row(server_args: Any, cfg: Any) -> int:
+    """One MLA row of sparse attention in FP8, with a scale for 128 values and the positional part
+    in bf16; 0 where kernels read plain rows (``calculate_mla_kv_cache_dim``)."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    text = model_config_of(server_args).hf_text_config
+    prefill, decode = (getattr(cfg, f"dsa_{side}_backend", None) for side in ("prefill", "decode"))
+    used = {"prefill": {prefill}, "decode": {decode}}.get(cfg.disaggregation_mode)
+    plain = "trtllm" in (used or {prefill, decode}) or prefill == decode == "tilelang"
+    if plain or not getattr(text, "index_n_heads", 0):
+        return 0
+    lora, rope = getattr(text, "kv_lora_rank", 0), getattr(text, "qk_rope_head_dim", 0)
+    return lora + lora // 128 * 4 + 2 * rope if lora else 0
 
 
 def _offloads(cfg: Any) -> bool:

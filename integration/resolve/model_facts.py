@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ...planning.facts import ModelFacts
-from ...planning.host_models import NO_DISPATCHER
+from ...planning.host_models import FUSED_SHARED, MIXTRAL_FORMATS, NO_DISPATCHER
 from .host_environment import environment_bool
 from .weight_facts import weights_of
 
@@ -54,22 +54,21 @@ def model_facts(server_args: Any) -> ModelFacts:
 
     model = model_config_of(server_args)
     text = model.hf_text_config
-    experts = routed_experts(text)
-    top_k = _first(text, _TOP_K)
     name = architecture(model)
     dtype = str(model.dtype).removeprefix("torch.")
     kind = weight_format(server_args, model)
     return ModelFacts(
         architecture=name,
         hidden_size=_first(text, ("routed_expert_hidden_size", "hidden_size")),
-        num_experts=experts,
-        top_k=top_k,
+        num_experts=routed_experts(text),
+        top_k=_first(text, _TOP_K),
         moe_intermediate_size=_first(text, _INTERMEDIATE),
         context_length=int(getattr(model, "context_len", 0) or 0),
         dtype=dtype,
         weight_format=kind,
         hidden_act=activation(text, name),
-        has_routed_moe=experts > 1 and top_k > 0 and name not in NO_DISPATCHER,
+        fuses_shared=name in FUSED_SHARED and bool(getattr(text, "n_shared_experts", 0)),
+        has_routed_moe=has_routed_moe(model),
         weights=weights_of(
             str(getattr(model, "model_path", "")),
             text,
@@ -81,11 +80,22 @@ def model_facts(server_args: Any) -> ModelFacts:
     )
 
 
+def has_routed_moe(model: Any) -> bool:
+    """Whether an all-to-all reaches routed experts of this model."""
+    text = model.hf_text_config
+    routed = routed_experts(text) > 1 and _first(text, _TOP_K) > 0
+    return routed and architecture(model) not in NO_DISPATCHER
+
+
 def architecture(model: Any) -> str:
-    """Class name in the checkpoint, or of the host's wrapper around transformers' own model."""
+    """Class name in the checkpoint, or that of the class which the host loads in its place."""
     if str(getattr(model, "model_impl", "")).rpartition(".")[2].lower() == "transformers":
         return _TRANSFORMERS
-    return str((getattr(model.hf_config, "architectures", None) or [""])[0])
+    name = str((getattr(model.hf_config, "architectures", None) or [""])[0])
+    quantized = getattr(model, "quantization", None)
+    if name == "MixtralForCausalLM" and quantized and quantized not in MIXTRAL_FORMATS:
+        return "QuantMixtralForCausalLM"
+    return name
 
 
 def activation(text: Any, architecture: str) -> str:

@@ -15,6 +15,9 @@ from typing import Any
 
 from ...planning.plan import Plan
 
+ROUNDING = 0.0011
+"""Between two fractions of three digits that mean the same bytes."""
+
 
 def reserve(server_args: Any, plan: Plan) -> Plan:
     """Set ``mem_fraction_static`` where the host chose it; returns the plan with the bytes."""
@@ -31,7 +34,8 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
         ours, taken = eager, memory.buffer_bytes + memory.workspace_bytes - eager
     else:
         # What the host takes for what the plan does not know of, such as a vision tower's images.
-        beside = max(0.0, memory.host_fraction - chosen)
+        beside = memory.host_fraction - chosen
+        beside = beside if beside > ROUNDING else 0.0
         fraction = math.floor((memory.mem_fraction_static - beside + 1e-9) * 1000) / 1000
         ours, taken = memory.buffer_bytes + memory.workspace_bytes, 0
     left = int(memory.usable_bytes * fraction) - memory.weights_bytes - taken

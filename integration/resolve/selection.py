@@ -8,9 +8,7 @@ from ...backends.not_batched import NOT_BATCHED
 from ...capability import backend_names
 from ...planning.plan import Rejection, refusal
 from ..flags import requested
-from .foresight import Foreseen
 from .launch_facts import backend_of
-from .refusals import refuse
 
 
 def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]]:
@@ -36,9 +34,9 @@ def select_backend(server_args: Any, cfg: Any) -> tuple[str, str, dict[str, str]
     if backend == "none":
         backend = "deepep"
     if backend not in backend_names():
-        refuse(server_args, _low_latency(cfg), [_other_backend(backend)])
+        raise refusal([_other_backend(server_args, backend)])
     if mode == "normal" and (backend == "deepep" or low_latency_only):
-        refuse(server_args, cfg, [_normal_mode()])
+        raise refusal([_normal_mode()])
     if _now(server_args) != backend:
         chosen["moe_a2a_backend"] = backend
     if backend == "deepep" and mode == "auto":
@@ -52,19 +50,18 @@ def _now(server_args: Any) -> str:
     return str(resolving_view(server_args).moe_a2a_backend)
 
 
-def _low_latency(cfg: Any) -> Any:
-    """What ``on`` makes of a mode that is unset."""
-    return Foreseen(cfg, {"deepep_mode": "low_latency"}) if cfg.deepep_mode == "auto" else cfg
-
-
-def _other_backend(backend: str) -> Rejection:
+def _other_backend(server_args: Any, backend: str) -> Rejection:
+    fix, changes = "--moe-a2a-backend deepep", [("--moe-a2a-backend", "deepep")]
+    if server_args.moe_runner_backend in NOT_BATCHED:  # typed, it selects that backend
+        fix += " --moe-runner-backend auto"
+        changes.append(("--moe-runner-backend", "auto"))
     return Rejection(
         "all-to-all backend",
         got=f"--use-batched-dp-moe on with --moe-a2a-backend {backend}: "
         + NOT_BATCHED.get(backend, "not registered"),
         allowed=f"one of {backend_names()}",
-        fix="--moe-a2a-backend deepep, or --use-batched-dp-moe off",
-        changes=(("--moe-a2a-backend", "deepep"),),
+        fix=f"{fix}, or --use-batched-dp-moe off",
+        changes=tuple(changes),
         kind="config",
     )
 

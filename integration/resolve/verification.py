@@ -7,11 +7,14 @@ from typing import Any
 
 from ...batched_backend import Capability
 from ...capability import get_backend
+from ...planning.memory_fit import recounted
 from ...planning.plan import Change, Plan, Rejection, refusal
 from ..flags import requested
-from .launch_facts import attn_dp_size, explicit_graph_max
+from .launch_facts import attn_dp_size, explicit_graph_max, launch_facts
 from .launch_plan import plan_for
-from .refusals import leave_alone, refuse
+from .memory_facts import memory_facts
+from .model_facts import model_facts
+from .refusals import leave_alone
 from .reservation import carried
 from .resolved_rows import check_final
 
@@ -36,7 +39,7 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
         return None
     if planned is None:
         if requested(server_args).switch == "on":
-            refuse(server_args, cfg, [_flipped(cfg, capability)])
+            raise refusal([_flipped(cfg, capability)])
         leave_alone(server_args, [_flipped(cfg, capability).got])
         return None
     plan = _within(plan)
@@ -44,7 +47,18 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
         raise refusal(errors, plan)
-    return carried(plan, planned)
+    return _with_final_cache(carried(plan, planned), server_args, cfg)
+
+
+def _with_final_cache(plan: Plan, server_args: Any, cfg: Any) -> Plan:
+    """``plan`` in tokens of the KV cache's dtype, which models and attention backends decide
+    after memory is."""
+    if plan.memory is None:
+        return plan
+    model = model_facts(server_args)
+    facts = memory_facts(server_args, cfg, model.dtype)
+    launch = launch_facts(server_args, cfg, late=True)
+    return replace(plan, memory=recounted(plan.memory, model, launch, facts))
 
 
 def _within(plan: Plan) -> Plan:

@@ -18,6 +18,7 @@ _NOT_MODELLED = (
 """Attributes of models whose layers these dimensions do not describe."""
 _SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude")
 _EXPERTS_ONLY = frozenset({"mxfp4", "modelopt_fp4", "nvfp4", "petit_nvfp4"})
+"""Formats of experts alone, unless the checkpoint lists what it leaves out; then it says so."""
 _ONE_BYTE = frozenset(
     {
         "compressed-tensors_fp8", "fbgemm_fp8", "fp8", "fp8_tensor", "modelopt", "modelopt_fp8",
@@ -153,7 +154,8 @@ def bytes_per_weight(
     rest = 1.0 if weight_format in ("w4afp8", "fp8_fp4") else expert
     attention = whole if _leaves_out(quantization, "attn") else rest
     dense = whole if _leaves_out(quantization, "mlp|shared_expert") else rest
-    if weight_format in _EXPERTS_ONLY:
+    listed = any(quantization.get(name) for name in _SKIPPED)
+    if weight_format == "mxfp4" or (weight_format in _EXPERTS_ONLY and not listed):
         attention = whole
     return expert, attention, dense
 

@@ -9,6 +9,8 @@ communication buffer, workspace, graphs, activations. So ``usable x fraction = w
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from .facts import LaunchFacts
@@ -55,6 +57,16 @@ def topology(launch: LaunchFacts, facts: MemoryFacts) -> Topology:
     )
 
 
+def stock_topology(launch: LaunchFacts, facts: MemoryFacts) -> Topology:
+    """The same for the flags that the user typed, without what a plan fills."""
+    return replace(
+        topology(launch, facts),
+        whole_dense=launch.moe_dense_tp_size == 1,
+        whole_head=launch.dp_lm_head,
+    )
+
+
+@cache
 def prefill_sizes(largest: int) -> int:
     """Prefill graphs that the host captures up to ``largest`` tokens: multiples of 8 with DeepEP
     (``generate_prefill_cuda_graph_batch_sizes``, ``apply_deepep_adjustments``)."""
@@ -152,6 +164,8 @@ def stock_kept(launch: LaunchFacts, facts: MemoryFacts) -> int:
     if launch.prefill_graphs:
         prefill = prefill_sizes(launch.cuda_graph_max_bs_prefill or UNSET_PREFILL_GRAPH)
     rule = hosts_rule(launch, facts, chunk, running, graph, prefill)
+    if launch.backend_late:
+        return above_floor(rule.activations + rule.graphs, facts)
     return with_guess(launch, facts, rule, prefill)
 
 

@@ -34,6 +34,7 @@ class ModelFacts:
             ``fp8_fp4`` are FP4 experts in an FP8 checkpoint.
         hidden_act: activation of the experts; "silu, limited" where it is clamped or scaled in a
             way that the host's DeepGEMM knows, "silu, clamped" where it leaves the clamp out.
+        fuses_shared: under waterfill each rank holds the shared expert as one more routed one.
         has_routed_moe: the model has at least one routed MoE layer.
         weights: bytes of its weights by part; None where they are not known.
     """
@@ -47,6 +48,7 @@ class ModelFacts:
     dtype: str = "bfloat16"
     weight_format: str = "unquantized"
     hidden_act: str = "silu"
+    fuses_shared: bool = False
     has_routed_moe: bool = True
     weights: Weights | None = None
 
@@ -57,6 +59,7 @@ class LaunchFacts:
 
     Attributes:
         a2a_backend: the all-to-all backend, as resolved.
+        backend_late: the host selects the backend by itself, once memory is sized.
         deepep_mode: ``auto``, ``normal`` or ``low_latency``.
         disaggregation_mode: ``null``, ``prefill`` or ``decode``.
         device: ``cuda``, ``cpu``, ...
@@ -122,6 +125,7 @@ class LaunchFacts:
     """
 
     a2a_backend: str = "deepep"
+    backend_late: bool = False
     deepep_mode: str = "low_latency"
     disaggregation_mode: str = "null"
     device: str = "cuda"
@@ -229,3 +233,9 @@ class LaunchFacts:
             draft_has_routed_moe=self.draft_has_routed_moe,
             draft_a2a_backend=self.draft_a2a_backend,
         )
+
+
+def physical_experts(model: ModelFacts, launch: LaunchFacts) -> int:
+    """Experts of one layer over all ranks, as the communication buffer counts them."""
+    shared = launch.tp_size if launch.waterfill and model.fuses_shared else 0
+    return model.num_experts + launch.redundant_experts + shared

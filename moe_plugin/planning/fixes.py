@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .compatibility import FLASHINFER_TILE, LEAVE
+from .compatibility import FLASHINFER_TILE, LEAVE, LEAVE_TEXT
 from .facts import LaunchFacts, ModelFacts
 from .limits import Limits
 from .plan import Change, Rejection
@@ -60,8 +60,8 @@ def complete(
     found = _reconciled(list(errors))
     for _ in range(ROUNDS):
         changes = [change for error in found for change in error.changes]
-        if not found or set(LEAVE) <= set(changes):
-            break  # nothing to fix, or the fix is to leave altogether
+        if not found or any(name == "--moe-a2a-backend" for name, _ in changes):
+            break  # nothing to fix, or the fix is another backend, or none
         fixed_model, fixed_launch = applied(model, launch, limits, changes)
         more = replan(fixed_model, fixed_launch, limits)
         if not more:
@@ -70,6 +70,23 @@ def complete(
             _merge(found, error)
         found = _reconciled(found)
     return tuple(found)
+
+
+def followed_by(
+    errors: tuple[Rejection, ...], more: tuple[Rejection, ...]
+) -> tuple[Rejection, ...]:
+    """``errors``, with ``more`` that their fixes brought to light."""
+    if any(set(LEAVE) <= set(error.changes) for error in more):
+        return left_altogether(tuple(dict.fromkeys((*errors, *more))))
+    found = list(errors)
+    for error in more:
+        _merge(found, error)
+    return tuple(_reconciled(found))
+
+
+def left_altogether(errors: tuple[Rejection, ...]) -> tuple[Rejection, ...]:
+    """``errors``, with the one fix that is left: to run without."""
+    return tuple(replace(error, fix=LEAVE_TEXT, changes=LEAVE) for error in errors)
 
 
 def _reconciled(found: list[Rejection]) -> list[Rejection]:

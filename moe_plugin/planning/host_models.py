@@ -16,8 +16,24 @@ NO_DISPATCHER = frozenset(
 )  # fmt: skip
 """Their experts call a kernel or single MLPs: no all-to-all backend reaches them."""
 
+MIXTRAL_FORMATS = frozenset(
+    {"fp8", "compressed-tensors", "gptq_marlin", "awq_marlin", "quark_int4fp8_moe"}
+)
+"""Quantisations with which a Mixtral checkpoint is ``MixtralForCausalLM``; with any other the host
+loads ``QuantMixtralForCausalLM`` (``model_loader/utils.py: get_model_architecture``)."""
+
 REFUSED_BY_HOST = frozenset({"GptOssForCausalLM", "Step3VLForConditionalGeneration"})
 """``NotImplementedError`` with DeepEP, in the constructor or in the first forward."""
+
+FUSED_SHARED = frozenset(
+    {
+        "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM",
+        "DeepseekV4ForCausalLM", "GlmMoeDsaForCausalLM", "KimiK25ForConditionalGeneration",
+        "KimiVLForConditionalGeneration", "MistralLarge3ForCausalLM",
+    }
+)  # fmt: skip
+"""With ``--enable-waterfill`` they keep their shared expert as one more routed expert of each rank
+(``models/deepseek_v2.py: has_per_rank_fused_shared_slots``)."""
 
 PLAIN_EXPERTS = frozenset(
     {

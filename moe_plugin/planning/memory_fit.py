@@ -5,6 +5,7 @@ A launch is refused only if nothing fits, with every single change that would he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from .device_memory import (
     pools,
     rounded_fraction,
     stock_kept,
+    stock_topology,
     topology,
     with_guess,
 )
@@ -60,17 +62,22 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
     by_rule = above_floor(sum(rule), facts) + ours
     stock = 1 - stock_kept(launch, facts) / facts.device_bytes
     leanest = rounded_fraction(sum(least) + ours, facts)
+    weights = token = stock_weights = 0
+    if model.weights is not None:
+        weights = model.weights.per_rank(topology(launch, facts)) + facts.other_draft_bytes
+        stock_weights = model.weights.per_rank(stock_topology(launch, facts))
+        stock_weights += facts.other_draft_bytes
+        token = kv_token_bytes(model, launch, facts)
+    theirs = facts.fraction if facts.fraction is not None else round(stock, 3)
+    stock_kv = int(facts.usable_bytes * theirs) - stock_weights
     used, fraction = least, leanest
     if facts.fraction is not None:
         fraction = facts.fraction
     elif not lean:
         # Never less for the KV cache than the stock host leaves, as far as what runs allows it.
-        fraction = max(rounded_fraction(by_rule, facts), min(round(stock, 3), leanest))
+        alike = math.ceil((stock_kv + weights) / facts.usable_bytes * 1000 - 1e-6) / 1000
+        fraction = max(rounded_fraction(by_rule, facts), min(alike, leanest))
         used = rule if fraction == rounded_fraction(by_rule, facts) else least
-    weights = token = 0
-    if model.weights is not None:
-        weights = model.weights.per_rank(topology(launch, facts)) + facts.other_draft_bytes
-        token = model.weights.kv_token_bytes(topology(launch, facts), facts.kv_element)
     left = int(facts.usable_bytes * fraction) - weights
     prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
     host = with_guess(launch, facts, rule, prefill)
@@ -86,10 +93,30 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
         mem_fraction_static=fraction,
         kv_token_bytes=token,
         stock_fraction=round(stock, 3),
+        stock_kv_bytes=stock_kv,
         host_fraction=round(1 - host / facts.device_bytes, 3),
         kv_token_cap=facts.kv_token_cap,
     )
     return memory.with_room(left)
+
+
+def kv_token_bytes(model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts) -> int:
+    """KV cache of one token on one rank; 0 where it is not known."""
+    if model.weights is None:
+        return 0
+    divided = topology(launch, facts)
+    return model.weights.kv_token_bytes(divided, facts.kv_element, facts.mla_row)
+
+
+def recounted(
+    memory: Memory, model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts | None
+) -> Memory:
+    """``memory`` in tokens of the KV cache as the host has it in the end: its dtype is decided
+    after its bytes."""
+    if facts is None:
+        return memory
+    token = kv_token_bytes(model, launch, facts)
+    return replace(memory, kv_token_bytes=token).with_room(memory.kv_room_bytes)
 
 
 def needed(memory: Memory) -> int:
@@ -127,7 +154,7 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
     for smallest, lean, like_stock in TRIES:
         for changed, found in _candidates(first, build, start, free, smallest):
             memory = measured(found, model, changed, lean=lean)
-            less = typed is None and memory.mem_fraction_static < memory.stock_fraction
+            less = typed is None and memory.less_than_stock
             if fits(memory, typed) and not (like_stock and less):
                 found = replace(found, memory=memory)
                 if found.max_dispatch_tokens_per_rank < first.max_dispatch_tokens_per_rank:
@@ -204,7 +231,8 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
         extra = memory.buffer_bytes + memory.workspace_bytes
         extra -= before.buffer_bytes + before.workspace_bytes
         extra = max(extra, before.kv_room_bytes - memory.kv_room_bytes)
-        if fits(memory, typed) and extra * GROWTH_SHARE <= before.kv_room_bytes:
+        worse = memory.less_than_stock and not before.less_than_stock
+        if fits(memory, typed) and not worse and extra * GROWTH_SHARE <= before.kv_room_bytes:
             reason = (
                 f"takes {gib(extra)} more than {tokens}: at most a tenth of the "
                 f"{gib(before.kv_room_bytes)} of KV cache that {tokens} leaves"

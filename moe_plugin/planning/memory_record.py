@@ -21,6 +21,8 @@ class MemoryFacts:
         fraction: ``--mem-fraction-static`` as typed; None when the host would choose it.
         mla: the host counts the model's attention as MLA.
         kv_element: bytes per value of the KV cache.
+        mla_row: bytes of one layer's MLA row in the KV cache where FP8 values are packed with
+            scales and a positional part in bf16; 0 where all are of ``kv_element``.
         whole_dense: ``--moe-dense-tp-size 1``.
         whole_head: ``--enable-dp-lm-head``.
         draft_loaded: multi-token-prediction layers of the checkpoint are loaded as the draft.
@@ -33,6 +35,7 @@ class MemoryFacts:
     fraction: float | None = None
     mla: bool = False
     kv_element: float = 2.0
+    mla_row: int = 0
     whole_dense: bool = False
     whole_head: bool = False
     draft_loaded: bool = False
@@ -66,6 +69,8 @@ class Memory:
         kv_cache_tokens: the same in tokens of one DP group; 0 where not known.
         kv_token_bytes: one such token; 0 where not known.
         stock_fraction: the fraction that the host alone would choose for the user's flags.
+        stock_kv_bytes: what would then be left for the KV cache, or at the fraction that the user
+            typed; it counts as much as the weights are known.
         host_fraction: the fraction that it would choose for this plan's budgets.
     """
 
@@ -80,16 +85,25 @@ class Memory:
     mem_fraction_static: float
     kv_token_bytes: int
     stock_fraction: float
+    stock_kv_bytes: int
     host_fraction: float
     kv_token_cap: int | None = None
     kv_room_bytes: int = 0
     kv_cache_bytes: int = 0
     kv_cache_tokens: int = 0
 
+    @property
+    def less_than_stock(self) -> bool:
+        """Whether the KV cache is smaller than under the host alone, by more than rounding."""
+        return self.kv_cache_bytes + self.usable_bytes // 2000 < self._capped(self.stock_kv_bytes)
+
+    def _capped(self, left: int) -> int:
+        if self.kv_token_cap is None or not self.kv_token_bytes:
+            return left
+        return min(left, self.kv_token_cap * self.kv_token_bytes)
+
     def with_room(self, left: int) -> Memory:
         """The same with ``left`` bytes for the KV cache, of which it takes what it may."""
-        cache, token = left, self.kv_token_bytes
-        if self.kv_token_cap is not None and token:
-            cache = min(left, self.kv_token_cap * token)
+        cache, token = self._capped(left), self.kv_token_bytes
         tokens = max(0, cache) // token if token else 0
         return replace(self, kv_room_bytes=left, kv_cache_bytes=cache, kv_cache_tokens=tokens)

@@ -15,7 +15,7 @@ from ..capability import use_batched_dp_moe
 from .budget_checks import check_budgets, check_counts
 from .compatibility import choose_runner, splits_experts
 from .explain import explain_plan
-from .facts import LaunchFacts, ModelFacts
+from .facts import LaunchFacts, ModelFacts, physical_experts
 from .fixes import complete
 from .groups_apart import groups_apart, typed_apart
 from .integers import ceil_to, floor_to
@@ -83,8 +83,8 @@ def _plan_within_memory(
 def _plan_apart(
     model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
 ) -> Plan:
-    """DP groups are kept apart where that is typed, or costs no T: what each group then holds whole
-    takes memory."""
+    """DP groups are kept apart where that is typed, or costs no T and leaves the KV cache at least
+    what the host alone would: what each group then holds whole takes memory."""
     if not groups_apart(model, launch, capability):
         return _sized(model, launch, limits, capability, apart=False)
     apart = _sized(model, launch, limits, capability, apart=True)
@@ -92,7 +92,17 @@ def _plan_apart(
         return apart
     joined = _sized(model, launch, limits, capability, apart=False)
     smaller = apart.max_dispatch_tokens_per_rank < joined.max_dispatch_tokens_per_rank
-    return joined if smaller or len(apart.errors) > len(joined.errors) else apart
+    if smaller or len(apart.errors) > len(joined.errors) or _leaves_less(apart, joined):
+        return joined
+    return apart
+
+
+def _leaves_less(apart: Plan, joined: Plan) -> bool:
+    """Whether the KV cache is smaller for it, and smaller than the stock host's."""
+    ours, other = apart.memory, joined.memory
+    if ours is None or other is None or not ours.weights_source:
+        return False
+    return ours.less_than_stock and ours.kv_cache_bytes < other.kv_cache_bytes
 
 
 def _sized(
@@ -111,7 +121,7 @@ def _plan_once(
     model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
 ) -> Plan:
     """One pass over one set of facts."""
-    experts = model.num_experts + launch.redundant_experts
+    experts = physical_experts(model, launch)
     multiple = token_multiple(model, launch, limits)
     most = limits.largest_tokens(model.hidden_size, launch.tp_size, experts, multiple)
     tokens_per_rank, source, errors = _choose_tokens_per_rank(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .compatibility import LEAVE, LEAVE_TEXT, dispatches_fp8
-from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
+from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts, physical_experts
 from .integers import ceil_to
 from .limits import Limits
 from .memory import gib
@@ -22,7 +22,7 @@ def check_tokens_per_rank(
     multiple: int,
 ) -> list[Rejection]:
     """An explicit T against every limit that depends on T."""
-    experts = model.num_experts + launch.redundant_experts
+    experts = physical_experts(model, launch)
 
     def reject(limit: str, got: str, allowed: str, fix: int) -> Rejection:
         written = f"{name}={fix}" if name.isupper() else f"{name} {fix}"
@@ -92,7 +92,7 @@ def check_model(
     """
     errors = [] if most else [_no_buffer(model, launch, limits, multiple)]
     ranks = launch.tp_size
-    experts = model.num_experts + launch.redundant_experts
+    experts = physical_experts(model, launch)
 
     def leave(limit: str, got: object, allowed: str, source: str) -> None:
         where = f" ({limits.source(source)})" if limits.source(source) else ""

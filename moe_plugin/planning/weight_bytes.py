@@ -88,11 +88,17 @@ class Weights:
             by_attention if topology.whole_embedding else ranks
         )
         head = self.target["head"] // (by_attention if topology.whole_head else ranks)
-        ends = embedding + head if topology.stages == 1 else max(embedding, head)
-        return int(body + made) + ends
+        # Of several stages too: most models build their head on every one of them.
+        return int(body + made) + embedding + head
 
-    def kv_token_bytes(self, topology: Topology, element: float) -> int:
-        """KV cache of one token on one rank, ``element`` bytes per value; 0 where not known."""
+    def kv_token_bytes(self, topology: Topology, element: float, row: int = 0) -> int:
+        """KV cache of one token on one rank, ``element`` bytes per value; 0 where not known.
+
+        Args:
+            topology: how the ranks divide the model.
+            element: bytes per value.
+            row: bytes of one layer's MLA row where it is not of such values alone.
+        """
         shape = self.shape
         if not shape.kv_known:
             return 0
@@ -101,7 +107,8 @@ class Weights:
         if shape.kv_lora:
             # The indexer's keys: FP8, with one float32 scale for 128.
             index = shape.index_dim + shape.index_dim // 32 if shape.index_heads else 0
-            return int(layers * ((shape.kv_lora + shape.rope_dim) * element + index))
+            row = row or int((shape.kv_lora + shape.rope_dim) * element)
+            return layers * (row + index)
         heads = max(1, shape.kv_heads // topology.attn_tp)
         return int(layers * heads * (shape.head_dim + shape.v_head_dim) * element)
 

@@ -74,11 +74,6 @@ LONGCAT = variant(
     QWEN3_30B, architectures=["LongcatFlashForCausalLM"], model_type="llama",
     n_routed_experts=512, moe_topk=12,
 )  # fmt: skip
-GLM5 = variant(
-    DEEPSEEK_V3, architectures=["GlmMoeDsaForCausalLM"], model_type="glm_moe_dsa",
-    hidden_size=6144, num_attention_heads=64, num_key_value_heads=64, index_head_dim=128,
-    index_n_heads=32, index_topk=2048, head_dim=64, qk_head_dim=192, n_group=1, topk_group=1,
-)  # fmt: skip
 MORE = {
     "r1-fp4": variant(DEEPSEEK_V3, quantization_config=NVFP4),
     "r1-w4afp8": variant(DEEPSEEK_V3, quantization_config={"quant_method": "w4afp8"}),
@@ -90,8 +85,8 @@ MORE = {
     "qwen3-awq": quantized("awq", bits=4, group_size=128, zero_point=True),
     "minimax-fp4": MINIMAX,
     "longcat": LONGCAT,
-    "glm5": GLM5,
     "mixtral-fp8": variant(MODELS["mixtral"], quantization_config=FP8_BLOCK),
+    "mixtral-fp4": variant(MODELS["mixtral"], quantization_config=NVFP4),
 }
 
 
@@ -103,7 +98,7 @@ class Row:
         name: what it is about.
         model: a model of ``resolving.MODELS`` or above.
         argv: its flags; ``{adapter}`` is a directory with an adapter of the experts.
-        want: ``planned``, ``alone``, or ``refused``.
+        want: ``planned``, ``alone``, ``not batched``, or ``refused``.
         env: its variables.
         runner: whose experts, where it is planned.
         says: part of the refusal, or of the line that says why it is left alone.
@@ -209,7 +204,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, An
             {
                 "argv": [
                     "--model-path", models[row.model],
-                    *(item.replace("{adapter}", str(adapter)) for item in row.argv),
+                    *(
+                        item.replace("{adapter}", str(adapter)).replace(
+                            "{model}", models[row.model]
+                        )
+                        for item in row.argv
+                    ),
                 ],
                 "env": row.env,
                 "log": True,
@@ -244,6 +244,10 @@ def test_launch(row: Row, answers: dict[str, tuple[Any, Any]]) -> None:
         assert fixed["ok"], fixed["error"]
         return
     assert answer["ok"], answer["error"]
+    if row.want == "not batched":
+        assert answer["plan"] is None
+        assert "leaves this launch alone" not in answer["log"]
+        return
     if row.want == "alone":
         assert answer["plan"] is None
         assert "leaves this launch alone" in answer["log"]

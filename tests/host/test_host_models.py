@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_plugin.planning.host_models import (
+    FUSED_SHARED,
+    MIXTRAL_FORMATS,
     NO_DISPATCHER,
     PLAIN_EXPERTS,
     REFUSED_BY_HOST,
@@ -123,3 +125,21 @@ def test_zero_experts_share_one_id() -> None:
     assert host.submodule_search_locations
     kernels = Path(host.submodule_search_locations[0], "kernels", "ops", "moe", "ep_moe_kernels.py")
     assert "expert_indices[normal_expert_mask] = 0" in kernels.read_text()
+
+
+def test_quantised_mixtral_is_another_class() -> None:
+    """Unless its quantisation is on the host's list."""
+    host = find_spec("sglang")
+    assert host is not None
+    assert host.submodule_search_locations
+    source = Path(host.submodule_search_locations[0], "srt", "model_loader", "utils.py").read_text()
+    listed = re.search(r"mixtral_supported = \[(.*?)\]", source, re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r'"([\w-]+)"', listed[1])) == MIXTRAL_FORMATS
+
+
+def test_models_that_fuse_shared_experts_are_deepseeks() -> None:
+    """Each is built by DeepSeek's classes, whose gate lets waterfill fuse."""
+    gate = re.compile(r"DeepseekV2MoE|Deepseek(?:V2|V3)ForCausalLM")
+    for name in FUSED_SHARED:
+        assert gate.search(_sources()[name]), name

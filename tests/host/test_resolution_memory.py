@@ -158,3 +158,45 @@ def test_graphs_of_either_kind_need_a_second_workspace(
     _, ours = both(worker, models["qwen3"], f"--disable-{kind}-cuda-graph")
     plan = ours["plan"]
     assert plan["reserved_bytes"] == plan["rdma_device_bytes"] + 2 * plan["workspace_bytes"]
+
+
+KV = ("--kv-cache-dtype", "fp8_e4m3")
+ROOM = (*TP8, "--mem-fraction-static", "0.6")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "token"),
+    [
+        ("deepseek-v3", ROOM, 4 * 576 * 2),
+        ("deepseek-v3", (*ROOM, *KV), 4 * 576),
+        # Values and scales in FP8, the positional part in bf16; and the indexer's keys.
+        ("glm5", (*ROOM, *KV), 4 * (512 + 4 * 4 + 2 * 64 + 132)),
+        ("glm5", ROOM, 4 * (576 * 2 + 132)),
+        # Scales of a checkpoint are for an FP8 cache.
+        ("qwen3-kv", ROOM, 4 * 4 * 2 * 128),
+        ("qwen3-fp8", ROOM, 4 * 4 * 2 * 128 * 2),
+    ],
+)
+def test_a_token_is_what_the_host_makes_of_it(
+    worker: Worker, models: dict[str, str], model: str, flags: tuple[str, ...], token: int
+) -> None:
+    """Models and checkpoints decide about the KV cache after memory is sized."""
+    answer = worker.ask([{"argv": ["--model-path", models[model], *flags], "built": True}])[0]
+    assert answer["ok"], answer["error"]
+    memory = answer["plan"]["memory"]
+    assert memory["kv_token_bytes"] == token == answer["built"]["kv_token"]
+    assert memory["kv_cache_tokens"] == memory["kv_cache_bytes"] // token
+
+
+@pytest.mark.parametrize("flag", ["--enable-two-batch-overlap", "--pp-size 2"])
+def test_prefill_graphs_that_the_host_leaves_out_are_not_kept_for(
+    worker: Worker, models: dict[str, str], flag: str
+) -> None:
+    """It captures none in pipelines and under two-batch overlap, unless they were named."""
+    argv = ["--model-path", models["qwen3"], *TP8, *flag.split()]
+    stock, ours = worker.ask([{"argv": [*argv, "--use-batched-dp-moe", "off"]}, {"argv": argv}])
+    assert ours["ok"], ours["error"]
+    assert ours["prefill"]["backend"] == "disabled"
+    assert ours["plan"]["cuda_graph_max_bs_prefill"] == 0
+    memory = ours["plan"]["memory"]
+    assert memory["stock_fraction"] == pytest.approx(fraction(stock), abs=0.0011)

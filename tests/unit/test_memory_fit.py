@@ -133,7 +133,7 @@ def test_a_fraction_that_leaves_too_little_gets_a_smaller_t_or_one_that_works() 
     assert plan(V3_FP8, 16, H200, fraction=float(value or 0)).verdict == "ok"
     assert plan(V3_FP8, 16, H200, fraction=0.5).verdict == "ok"
     small = plan(V3_FP8, 16, H200, fraction=0.39)
-    assert "57.75 GiB of weights" in small.errors[0].got
+    assert "55.09 GiB of weights" in small.errors[0].got  # dense layers and head are shared
 
 
 @pytest.mark.parametrize(
@@ -301,3 +301,50 @@ def test_nothing_is_filled_into_a_resolved_launch() -> None:
     assert not plan(V3_FP8, 16, 76 * 1024 * MIB, **late).groups_apart
     typed = {"moe_dense_tp_size": 1, "dp_lm_head": True}
     assert plan(V3_FP8, 16, H200, **late, **typed).groups_apart
+
+
+def test_what_groups_hold_whole_takes_nothing_of_a_typed_fraction() -> None:
+    """Their dense layers and head would come out of the KV cache that the user asked for; where
+    --max-total-tokens asks for less than there is, they come out of the rest."""
+    typed = plan(V3_FP8, 16, H200, fraction=0.8)
+    assert typed.memory is not None
+    assert not typed.groups_apart
+    assert typed.memory.kv_cache_bytes == typed.memory.stock_kv_bytes
+    capped = plan(V3_FP8, 16, H200, fraction=0.8, kv_token_cap=100_000)
+    assert capped.groups_apart
+    asked = plan(V3_FP8, 16, H200, fraction=0.8, moe_dense_tp_size=1, dp_lm_head=True)
+    assert asked.groups_apart
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_the_kv_cache_is_as_large_as_the_stock_hosts(ranks: int) -> None:
+    """Also beside what groups hold whole, and at the larger T that memory allows."""
+    found = plan(QWEN_30B_BF16, ranks, H200)
+    assert found.memory is not None
+    assert found.groups_apart
+    assert not found.memory.less_than_stock
+    joined = plan(QWEN_30B_BF16, ranks, H100, attn_dp_size=1)
+    assert joined.memory is not None
+    assert not joined.memory.less_than_stock
+
+
+def test_a_backend_that_the_host_selects_late_has_no_guess_of_the_hosts() -> None:
+    """Waterfill: the host sizes memory before it turns to DeepEP."""
+    late = plan(V3_FP8, 16, H200, backend_late=True)
+    known = plan(V3_FP8, 16, H200)
+    assert late.memory is not None
+    assert known.memory is not None
+    assert late.memory.stock_fraction > known.memory.stock_fraction
+    assert not late.memory.less_than_stock
+
+
+def test_waterfill_adds_an_expert_per_rank_to_the_buffer() -> None:
+    """272 experts on 16 ranks; models without fused shared experts have theirs alone."""
+    waterfill = {"waterfill": True, "deepep_mode": "auto", "max_tokens": 128}
+    fused = plan(replace(V3_FP8, fuses_shared=True), 16, H200, **waterfill)
+    apart = plan(V3_FP8, 16, H200, **waterfill)
+    assert (fused.num_experts, apart.num_experts) == (272, 256)
+    size = DEEPEP_LIMITS.buffer_bytes
+    assert size is not None
+    assert fused.rdma_buffer_bytes == size(128, 7168, 16, 272)
+    assert fused.verdict == "ok"

@@ -1,0 +1,95 @@
+"""Resolve a refused launch again with its own fixes made, before they are printed.
+
+What they bring to light belongs to the same refusal. The host resolves the whole launch each time,
+so that also what it decides late is seen: page sizes, draft widths, another backend's limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...errors import MoePluginError
+from ...planning.fixes import followed_by, left_altogether
+from ...planning.plan import Change, Rejection, refusal
+from ..flags import carry_request
+from ..host_symbols import RECORD_FIELDS, check_symbol
+from .capacity import changed_environment
+
+ROUNDS = 6
+_rehearsing = False
+
+
+@contextlib.contextmanager
+def completed_refusals(server_args: Any) -> Iterator[None]:
+    """What is refused inside names every fix that it takes, each seen to be accepted together with
+    the others. Where none is, the fix is to run without batched data-parallel MoE."""
+    try:
+        yield
+    except MoePluginError as error:
+        if _rehearsing or not error.rejections or check_symbol(RECORD_FIELDS) is not None:
+            raise
+        found = _completed(server_args, error.rejections)
+        if found == error.rejections:
+            raise
+        raise refusal(found, error.plan) from error.__cause__
+
+
+def _completed(server_args: Any, rejections: tuple[Rejection, ...]) -> tuple[Rejection, ...]:
+    found = rejections
+    for _ in range(ROUNDS):
+        if not all(error.changes for error in found):
+            return found  # nothing to type helps: more ranks, another device
+        more = _still_refused(server_args, [c for error in found for c in error.changes])
+        if not more:
+            return found
+        before, found = found, followed_by(found, more)
+        if found == before:
+            break
+    return left_altogether(found)
+
+
+def _still_refused(server_args: Any, changes: Sequence[Change]) -> tuple[Rejection, ...]:
+    """What we refuse of the launch after ``changes``; what the host refuses then is its own."""
+    global _rehearsing
+    level = logging.root.manager.disable
+    _rehearsing = True
+    logging.disable(logging.CRITICAL)
+    try:
+        with changed_environment(changes):
+            _changed(server_args, changes).resolve_once()
+    except MoePluginError as error:
+        return error.rejections
+    except Exception:
+        return ()
+    finally:
+        logging.disable(level)
+        _rehearsing = False
+    return ()
+
+
+def _changed(server_args: Any, changes: Sequence[Change]) -> Any:
+    """A record of what the user typed, with ``changes`` typed instead."""
+    from sglang.srt.arg_groups.arg_utils import record_fields
+
+    kind = type(server_args)
+    unset = kind(model_path=server_args.model_path)
+    typed = {field.name: getattr(server_args, field.name) for field in record_fields(kind)}
+    for flag, value in changes:
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in typed:
+            typed[name] = getattr(unset, name) if value is None else _parsed(value)
+    record = kind(**typed)
+    carry_request(server_args, record, dict(changes))
+    return record
+
+
+def _parsed(value: str) -> Any:
+    if value == "":
+        return True  # a switch
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
