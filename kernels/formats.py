@@ -31,7 +31,7 @@ class Format:
         group: inputs that share a scale where `weight_scale` is "group".
         zero_points: whether weights are stored with one per scale.
         operand: where the tensor cores take weights from. Narrower ones than rows are decoded in
-            registers.
+            registers, and stored as `packing` orders them.
     """
 
     name: str
@@ -48,6 +48,11 @@ class Format:
         return self.row_bits == 8
 
     @property
+    def packed(self) -> bool:
+        """Whether weights are stored in the order of the registers that decode them."""
+        return self.operand == "registers"
+
+    @property
     def tuning(self) -> str:
         """Name in tables of measured launches: formats that stream the same bytes share it."""
         return "fp8" if self.weight_bits == 8 else self.name
@@ -57,7 +62,11 @@ BF16 = Format("bf16", 16, 16)
 FP8_BLOCK = Format("fp8_block", 8, 8, "block")
 FP8_CHANNEL = Format("fp8_channel", 8, 8, "channel")
 FP8_TENSOR = Format("fp8_tensor", 8, 8, "tensor")
-FORMATS = {each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR)}
+INT4_G32 = Format("int4_g32", 4, 16, "group", 32, operand="registers")
+INT4_G128 = Format("int4_g128", 4, 16, "group", 128, operand="registers")
+FORMATS = {
+    each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT4_G32, INT4_G128)
+}
 """What the kernels compute."""
 
 
