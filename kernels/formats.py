@@ -64,9 +64,15 @@ FP8_CHANNEL = Format("fp8_channel", 8, 8, "channel")
 FP8_TENSOR = Format("fp8_tensor", 8, 8, "tensor")
 INT4_G32 = Format("int4_g32", 4, 16, "group", 32, operand="registers")
 INT4_G128 = Format("int4_g128", 4, 16, "group", 128, operand="registers")
+INT4_G32_ZERO = Format("int4_g32_zero", 4, 16, "group", 32, True, "registers")
+INT4_G128_ZERO = Format("int4_g128_zero", 4, 16, "group", 128, True, "registers")
 FORMATS = {
-    each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT4_G32, INT4_G128)
-}
+    each.name: each
+    for each in (
+        BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT4_G32, INT4_G128, INT4_G32_ZERO,
+        INT4_G128_ZERO,
+    )
+}  # fmt: skip
 """What the kernels compute."""
 
 
