@@ -13,6 +13,7 @@ from .formats import SWIGLU, Activation, Format
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
+PACKED_RESERVED_BYTES = 8704  # up to 8.3 KB where weights are decoded
 MAX_STAGES = 24
 ROW_TILES = (8, 16, 32, 64, 128)
 # Up to here weights are the wide operand; above, fp8 scales would be one per column and thread.
@@ -104,12 +105,14 @@ def ring_stages(
     """Deepest ring that leaves room for what the compiler keeps in shared memory besides."""
     scales = 4 * max(block_m_busy, 32) if fmt.fp8_rows else 0
     if fmt.packed:
-        scales = 2 * block_n * block_k // fmt.group * (4 if fmt.zero_points else 2)
+        scales = 2 * block_n * block_k // fmt.group * fmt.scale_bytes
     bits = 2 * block_n * fmt.weight_bits + block_m_busy * fmt.row_bits
     stage = bits * block_k // 8 + scales + 16
     # Weights wide, a warp stores what it computed; otherwise a bf16 tile changes hands.
     in_place = swap_ab and block_n >= 16 * warps
     reserved = RESERVED_BYTES if in_place else 2 * block_n * block_m_busy + 512
+    if fmt.packed:
+        reserved = PACKED_RESERVED_BYTES
     budget = SM90_SHARED_BYTES // per_sm - reserved
     return max(2, min(MAX_STAGES, budget // stage))
 
@@ -161,14 +164,18 @@ def weights_wide(shape: Shape, expected_m: int) -> Launch:
 
 
 def decoded(shape: Shape, expected_m: int) -> Launch:
-    """Weights that are decoded in registers are the wide operand for any rows. Decoding takes the
-    multiplying warps as long as 32 rows take the tensor cores: eight of them keep pace with the
-    stream, and with the most rows, which leave registers for four, the tensor cores bind."""
+    """Weights that are decoded in registers are the wide operand for any rows. Decoding keeps the
+    multiplying warps busy about as long as 32 rows do the tensor cores: eight warps, or two
+    programs, keep pace with the stream. The most rows leave registers for four warps only."""
     rows, fmt = row_tile(expected_m), shape.format
+    if rows == 8:
+        gate_up = hopper_tiles(64, rows, 32, PACKED_STEP, fmt, per_sm=2, burst=2)
+        return Launch(True, gate_up, hopper_tiles(64, rows, 64, PACKED_STEP, fmt))
     if rows <= 64:
-        tiles = hopper_tiles(128, rows, 64, PACKED_STEP, fmt, 8)
-    else:
-        tiles = hopper_tiles(64, rows, rows, PACKED_STEP, fmt)
+        narrow = hopper_tiles(64, rows, 64, PACKED_STEP, fmt, per_sm=2)
+        wide = hopper_tiles(128, rows, 64, PACKED_STEP, fmt, 8, burst=2)
+        return Launch(True, narrow if rows == 64 else wide, narrow)
+    tiles = hopper_tiles(64, rows, rows, PACKED_STEP, fmt)
     return Launch(True, tiles, tiles)
 
 

@@ -43,10 +43,8 @@ def layer_bytes(shape: Shape, counts: tuple[int, ...]) -> int:
     weights = 3 * shape.hidden * shape.inter * shape.format.weight_bits // 8
     if shape.format.weight_scale == "block":
         weights += 3 * shape.hidden * shape.inter // 128**2 * 4
-    if (
-        shape.format.weight_scale == "group"
-    ):  # a checkpoint's: two bytes, and half of one for a zero
-        each = 2.5 if shape.format.zero_points else 2
+    if shape.format.weight_scale == "group":  # a checkpoint's, whose zero points take half a byte
+        each = {1: 1, 2: 2, 4: 2.5}[shape.format.scale_bytes]
         weights += int(3 * shape.hidden * shape.inter // shape.format.group * each)
     row = shape.hidden * (itemsize + 2) + 2 * shape.inter * itemsize
     return live * weights + sum(counts) * row

@@ -101,7 +101,7 @@ def repack(layer: Any) -> None:
         for expert in range(experts):
             codes, scale, zero = read(expert)
             scales[expert] = pack_scales(scale, depth, fmt, zero)
-            place.view(experts, -1)[expert] = pack_codes(codes).flatten()
+            place.view(experts, -1)[expert] = pack_codes(codes, fmt).flatten()
         parameter.data = place.view(experts, strips, packed_words(depth))
         setattr(layer, f"{name}_{_SCALES}", torch.nn.Parameter(scales, requires_grad=False))
     for name in sizes:

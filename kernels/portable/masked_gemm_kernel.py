@@ -53,9 +53,27 @@ def _bf16_half(word, high):
 
 
 @triton.jit
+def _load_e2m1(s, q, pair, ks, g, h, UPCAST: tl.constexpr):
+    """The same of MXFP4: its bits lie where bf16 wants them."""
+    last = ((q << 1) & 0x8000) | ((q >> 4) & 0xC0) | ((q >> 5) & 0x100)
+    bits = tl.where(pair == 3, last, (q << (3 * pair)) & 0x81C0)
+    magnitude = (bits & 0x1C0) >> 6
+    value = tl.where(magnitude < 2, 0.5 * magnitude, 0.0)
+    value = tl.where((magnitude >= 2) & (magnitude < 4), 0.5 * magnitude, value)
+    value = tl.where((magnitude >= 4) & (magnitude < 6), 1.0 * magnitude - 2, value)
+    value = tl.where(magnitude >= 6, 2.0 * magnitude - 8, value)
+    value = tl.where((bits & 0x8000) != 0, -value, value)
+    words = tl.load(s + (ks // 64 * 8)[None, :] + g)
+    exponent = (words >> ((ks // 32 % 2 * 16)[None, :] + 8 * h)) & 255
+    # A float32 whose exponent it is: 2**(exponent - 127).
+    scale = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
+    return cast(value * scale, tl.bfloat16, UPCAST)
+
+
+@triton.jit
 def _load_packed(
     w, s, rows, ks, stride_wn, stride_sn, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    UPCAST: tl.constexpr,
+    E2M1: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """[rows, inputs] of packed weights in bf16: the word of each from `packing`'s formula. Eight
     weights of a word are as many loads of it, which the first-level cache answers."""
@@ -64,9 +82,11 @@ def _load_packed(
     h = (rows // 8 % 2)[:, None]
     k = ks % 16
     word = ks // 64 * 128 + k % 8 // 2 * 4 + ks % 64 // 16
-    nibble = k // 8 * 2 + k % 2 * 4
-    q = tl.load(w + strip * stride_wn + word[None, :] + g * 16)
-    code = (q >> (4 * (nibble[None, :] + h))) & 15
+    q = tl.load(w + strip * stride_wn + word[None, :] + g * 16) >> (k % 2 * 16)[None, :]
+    pair = (k // 8 * 2)[None, :] + h
+    if E2M1:
+        return _load_e2m1(s + strip * stride_sn, q, pair, ks, g, h, UPCAST)
+    code = (q >> (4 * pair)) & 15
     WITHIN: tl.constexpr = max(1, 64 // GROUP)
     group = ks // GROUP
     at = (group // WITHIN * (8 * WITHIN) + group % WITHIN)[None, :] + g * WITHIN
@@ -128,7 +148,7 @@ def masked_gemm_kernel(
     LANES: tl.constexpr, FUSED: tl.constexpr, X_SCALE_GROUP: tl.constexpr, W_SCALE: tl.constexpr,
     QUANTISE: tl.constexpr, DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, LIMIT: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, E2M1: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     counts, ends = load_counts(counts_ptr, experts, capacity, tiles_n, BLOCK_M, LANES)
     total = tl.max(ends, 0)
@@ -157,8 +177,12 @@ def masked_gemm_kernel(
             if W_SCALE == "group":  # stored over whole steps
                 w_e = w + e64 * stride_we
                 s_e = s_w + e64 * stride_ge
-                b0 = _load_packed(w_e, s_e, rows0, ks, stride_wn, stride_gn, GROUP, ZERO, UPCAST)
-                b1 = _load_packed(w_e, s_e, rows1, ks, stride_wn, stride_gn, GROUP, ZERO, UPCAST)
+                b0 = _load_packed(
+                    w_e, s_e, rows0, ks, stride_wn, stride_gn, GROUP, ZERO, E2M1, UPCAST
+                )
+                b1 = _load_packed(
+                    w_e, s_e, rows1, ks, stride_wn, stride_gn, GROUP, ZERO, E2M1, UPCAST
+                )
             else:
                 b0 = tl.load(w0 + ks[None, :], mask=inside[None, :], other=0.0)
                 b1 = tl.load(w1 + ks[None, :], mask=inside[None, :], other=0.0)

@@ -47,16 +47,17 @@ def _prepare(
     return arguments, min(bound, device.sms * tiles.per_sm), options
 
 
-def _packed_step(p: Problem, tiles: Tiles) -> tuple[int, int, int, int, bool]:
+def _packed_step(p: Problem, tiles: Tiles) -> tuple[int, int, int, int, str]:
     """Channels that are described as one row; columns of a step, of weights and of their scales;
-    inputs that share a scale, 0 where weights are not packed; and whether there are zero points."""
+    inputs that share a scale, 0 where weights are not packed; and how they are decoded."""
     fmt = p.format
     if not fmt.packed:
-        return 1, tiles.block_k, 0, 0, False
+        return 1, tiles.block_k, 0, 0, "none"
     assert tiles.block_k % fmt.group == 0, f"steps of {tiles.block_k}, groups of {fmt.group}"
     assert tiles.swap_ab, "packed weights are the first operand"
-    scales = tiles.block_k // fmt.group * (STRIP // 2) * (2 if fmt.zero_points else 1)
-    return STRIP, 2 * tiles.block_k, scales, fmt.group, fmt.zero_points
+    scales = tiles.block_k // fmt.group * STRIP * fmt.scale_bytes // 4
+    decode = "e2m1" if fmt.code == "e2m1" else "zero" if fmt.zero_points else "middle"
+    return STRIP, 2 * tiles.block_k, scales, fmt.group, decode
 
 
 def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
@@ -83,7 +84,7 @@ def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
         size = p.x_scale.numel()
         scales = TensorDescriptor(p.x_scale, [size], [1], [max(tiles.block_m_busy, 32)], flat)
     if p.format.packed:
-        _strip, w_columns, s_columns, _group, _zero = _packed_step(p, tiles)
+        _strip, w_columns, s_columns, _group, _how = _packed_step(p, tiles)
         weights, scales = strips(p.w, w_columns), strips(p.w_scale, s_columns)
     else:
         w_rows, spread = experts * p.w_rows, 2 if p.interleaved else 1

@@ -18,47 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import packing
+from . import decode
 
 STRIP = gl.constexpr(packing.STRIP)
+TAKES = gl.constexpr(decode.TAKES)
 
-# 0x4300 is 128 in bf16, and its last bits count ones: or-ing a code gives 128 + code. $8 is a
-# word of codes, $9 the scales of both channels, $10 their zero points as 128 + zero.
-_UNPACK = """
-    .reg .b32 c0, c1, c2, c3, t, s0, s1, z0, z1, base;
-    mov.b32 base, 0x43004300;
-    prmt.b32 s0, $9, $9, 0x1010;
-    prmt.b32 s1, $9, $9, 0x3232;
-    lop3.b32 c0, $8, 0x000f000f, base, 0xea;
-    shr.u32 t, $8, 4;
-    lop3.b32 c1, t, 0x000f000f, base, 0xea;
-    shr.u32 t, $8, 8;
-    lop3.b32 c2, t, 0x000f000f, base, 0xea;
-    shr.u32 t, $8, 12;
-    lop3.b32 c3, t, 0x000f000f, base, 0xea;
-"""
-_SCALE = """
-    sub.bf16x2 c0, c0, z0;
-    sub.bf16x2 c1, c1, z1;
-    sub.bf16x2 c2, c2, z0;
-    sub.bf16x2 c3, c3, z1;
-    mul.bf16x2 c0, c0, s0;
-    mul.bf16x2 c1, c1, s1;
-    mul.bf16x2 c2, c2, s0;
-    mul.bf16x2 c3, c3, s1;
-    mov.b32 {$0, $1}, c0;
-    mov.b32 {$2, $3}, c1;
-    mov.b32 {$4, $5}, c2;
-    mov.b32 {$6, $7}, c3;
-"""
-_OUTPUTS = "=h,=h,=h,=h,=h,=h,=h,=h,"
-DECODE = gl.constexpr(
-    "{" + _UNPACK + "mov.b32 z0, 0x43084308; mov.b32 z1, 0x43084308;" + _SCALE + "}"
-)
-DECODE_ZERO = gl.constexpr(
-    "{" + _UNPACK + "prmt.b32 z0, $10, $10, 0x1010; prmt.b32 z1, $10, $10, 0x3232;" + _SCALE + "}"
-)
-TAKES = gl.constexpr(_OUTPUTS + "r,r")
-TAKES_ZERO = gl.constexpr(_OUTPUTS + "r,r,r")
+
+@gluon.constexpr_function
+def _assembly(how):
+    return decode.ASSEMBLY[how]
 
 
 @gluon.constexpr_function
@@ -95,35 +63,43 @@ def _spread(values, LIKE: gl.constexpr):
 
 
 @gluon.jit
-def _load(codes, scales, GROUP: gl.constexpr, ZERO: gl.constexpr):
+def _load(codes, scales, job):
     """One tile as it is stored, from shared memory."""
-    EACH: gl.constexpr = max(1, 64 // GROUP) * (2 if ZERO else 1)
+    EACH: gl.constexpr = (
+        1
+        if job.DECODE == "e2m1"
+        else (max(1, 64 // job.GROUP) * (2 if job.DECODE == "zero" else 1))
+    )
     q = codes.load(_code_layout(codes.shape, gl.num_warps()))
     s = scales.load(_scale_layout(scales.shape, gl.num_warps(), EACH))
     return q, s
 
 
 @gluon.jit
-def _decode(q, s, GROUP: gl.constexpr, ZERO: gl.constexpr, MMA: gl.constexpr):
+def _decode(q, s, job, MMA: gl.constexpr):
     """One tile, [16 x strips, inputs] in bf16, in the registers of a first operand."""
     STRIPS: gl.constexpr = q.shape[0]
     BLOCKS: gl.constexpr = q.shape[1] // 128
     # Groups are A x C: whole blocks of 64 inputs, or parts of one.
-    C: gl.constexpr = max(1, 64 // GROUP)
-    A: gl.constexpr = BLOCKS if GROUP <= 64 else BLOCKS * 64 // GROUP
+    C: gl.constexpr = max(1, 64 // job.GROUP)
+    A: gl.constexpr = BLOCKS if job.GROUP <= 64 else BLOCKS * 64 // job.GROUP
     q = q.reshape(STRIPS, A, BLOCKS // A, 8, 4, C, 4 // C)
-    if ZERO:
+    if job.DECODE == "zero":
         s, z = s.reshape(STRIPS, A, 8, C, 2).split()
-        s = _spread(s, q.type.layout)
         z = _spread(z, q.type.layout)
-        v = gl.inline_asm_elementwise(
-            DECODE_ZERO, TAKES_ZERO, [q, s, z], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
-        )
+    elif job.DECODE == "e2m1":
+        s = s.reshape(STRIPS, A, 8)
+        s = gl.join(s, s >> 16)
+        z = s
     else:
-        s = _spread(s.reshape(STRIPS, A, 8, C), q.type.layout)
-        v = gl.inline_asm_elementwise(
-            DECODE, TAKES, [q, s], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
-        )
+        s = s.reshape(STRIPS, A, 8, C)
+        z = s
+    s = _spread(s, q.type.layout)
+    if job.DECODE != "zero":
+        z = s
+    v = gl.inline_asm_elementwise(
+        _assembly(job.DECODE), TAKES, [q, s, z], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
+    )
     near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
     far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
     # strip, a, b, g, t, c, d, p, h, j: channels strip, h, g, and inputs a, b, c, d, j, t, p
@@ -133,9 +109,7 @@ def _decode(q, s, GROUP: gl.constexpr, ZERO: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def multiply_packed(
-    ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr
-):  # fmt: skip
+def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
     """Both tiles' products. One tile is decoded while the tensor cores work on the other; a wait
     stands before each decoding, since its registers are those of the product before last."""
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
@@ -143,14 +117,14 @@ def multiply_packed(
     for k in range(job.steps_k):
         mbarrier.wait(ring.full.index(stage), phase)
         x = ring.rows(stage, SHAPE[1]).permute((1, 0))
-        q0, s0 = _load(ring.w0.index(stage), ring.v0.index(stage), job.GROUP, job.ZERO)
-        q1, s1 = _load(ring.w1.index(stage), ring.v1.index(stage), job.GROUP, job.ZERO)
-        w = _decode(q0, s0, job.GROUP, job.ZERO, MMA)
+        q0, s0 = _load(ring.w0.index(stage), ring.v0.index(stage), job)
+        q1, s1 = _load(ring.w1.index(stage), ring.v1.index(stage), job)
+        w = _decode(q0, s0, job, MMA)
         acc0 = warpgroup_mma(w, x, acc0, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
         # The products of the step before are done with its rows.
         mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
-        w = _decode(q1, s1, job.GROUP, job.ZERO, MMA)
+        w = _decode(q1, s1, job, MMA)
         acc1 = warpgroup_mma(w, x, acc1, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
         stage, phase = ring.advance(stage, phase)

@@ -182,7 +182,7 @@ def _random_packed(shape: Shape, device: torch.device | str) -> ExpertWeights:
     wanted: Any = weight_specs(shape)
 
     def codes(spec: Any) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, spec.shape, dtype=torch.int32, device=device)
+        return torch.randint(-(2**31), 2**31 - 1, spec.shape, dtype=torch.int32, device=device)
 
     def scales(spec: Any) -> torch.Tensor:
         pairs = torch.full((*spec.shape, 2), 0.02, dtype=torch.bfloat16, device=device)

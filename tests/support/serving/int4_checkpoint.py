@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_plugin.kernels.formats import Format
 
-from ..kernel_cases import quantise_int4
+from ..kernel_cases import quantise_codes
 from .checkpoint import write_tokenizer
 
 _PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -25,7 +25,7 @@ def write_int4(model: Path, folder: Path, fmt: Format) -> tuple[Path, Path]:
             packed[name] = plain[name] = tensor
             continue
         codes, scale, zero = (part[0] if part is not None else None
-                              for part in quantise_int4(tensor[None], fmt))  # fmt: skip
+                              for part in quantise_codes(tensor[None], fmt))  # fmt: skip
         assert codes is not None
         assert scale is not None
         packed[f"{name}_packed"] = _words(codes)
@@ -34,7 +34,7 @@ def write_int4(model: Path, folder: Path, fmt: Format) -> tuple[Path, Path]:
         if zero is not None:
             packed[f"{name}_zero_point"] = _words(zero.T).T.contiguous()
         middle = 8 if zero is None else zero.repeat_interleave(fmt.group, -1)
-        weight = (codes - middle) * scale.float().repeat_interleave(fmt.group, -1)
+        weight = (codes.int() - middle) * scale.float().repeat_interleave(fmt.group, -1)
         plain[name] = weight.bfloat16().to(tensor.dtype)
     config = json.loads((model / "config.json").read_text())
     return (
