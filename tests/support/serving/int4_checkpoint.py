@@ -16,16 +16,17 @@ from .checkpoint import write_tokenizer
 _PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
-def write_int4(model: Path, folder: Path, fmt: Format) -> tuple[Path, Path]:
+def write_int4(model: Path, folder: Path, fmt: Format, device: str = "cpu") -> tuple[Path, Path]:
     """Two checkpoints below ``folder``: ``model`` with packed experts, and with the weights that
-    these stand for, rounded to bf16 after their scale as kernels round them."""
+    these stand for, rounded to bf16 after their scale as kernels round them. ``device``: where
+    they are rounded."""
     packed, plain = {}, {}
     for name, tensor in load_file(model / "model.safetensors").items():
         if ".experts." not in name or not name.endswith(_PROJECTIONS):
             packed[name] = plain[name] = tensor
             continue
-        codes, scale, zero = (part[0] if part is not None else None
-                              for part in quantise_codes(tensor[None], fmt))  # fmt: skip
+        found = quantise_codes(tensor[None].to(device), fmt)
+        codes, scale, zero = (None if part is None else part[0].cpu() for part in found)
         assert codes is not None
         assert scale is not None
         packed[f"{name}_packed"] = _words(codes)
