@@ -20,7 +20,7 @@ from ..resolve.launch_facts import backend_of, deterministic, dispatch_dtype
 from . import buffer
 from .dispatchers import guard_dispatchers
 from .expert_weights import expert_weights, layer_activation, loaded_format
-from .packed_weights import keep_from_host, stored_weights
+from .packed_weights import keep_from_host, let_host_build, stored_weights
 
 _RUNNER = "_moe_plugin_runner"
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
@@ -53,6 +53,7 @@ def _backend() -> str:
 def _attach_runner(
     original: Callable[..., None], layer: Any, plan: Plan, args: Any, kwargs: Any
 ) -> None:
+    let_host_build(_backend())
     try:
         original(layer, *args, **kwargs)
     except AssertionError as error:

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, explain
 from ...kernels.formats import FORMATS, Format
+from ..host_symbols import FUSED_FUNCTION, check_symbol
 
 if TYPE_CHECKING:
     import torch
 
+_RUNNER = "marlin"
 _SCALES = "scale_words"
 _CODES = ("weight_packed", "qweight")
 _READ_ONCE = ("weight_scale", "scales", "weight_zero_point", "qzeros")
@@ -70,6 +72,28 @@ def packed_format(layer: Any) -> Format:
             got=f"{got} points{', ordered by activation' if _by_activation(layer) else ''}",
             allowed=", ".join(fmt.name for fmt in FORMATS.values() if fmt.packed),
             fix="--use-batched-dp-moe off",
+        )
+    )
+
+
+def let_host_build(backend: str) -> None:
+    """Give the host's Marlin runner a function behind this all-to-all: without one it refuses to be
+    built, and with it the layer. Our experts stand before it in every forward."""
+    if check_symbol(FUSED_FUNCTION) is not None:
+        return
+    from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
+
+    if FusedOpPool.get_fused_func(backend, _RUNNER) is None:
+        FusedOpPool.register_fused_func(backend, _RUNNER, _not_ours)
+
+
+def _not_ours(dispatch_output: Any, *_: Any) -> Any:
+    raise UnsupportedError(
+        explain(
+            "experts of packed weights behind an all-to-all",
+            got=type(dispatch_output).__name__,
+            allowed="low-latency rows, which the plugin's experts take",
+            fix="--deepep-mode low_latency",
         )
     )
 
