@@ -220,6 +220,14 @@ GLOBAL_TOKENS = HostSymbol(
     runtime=True,
 )
 
+FUSED_FUNCTION = HostSymbol(
+    "layers.moe.moe_runner.base.FusedOpPool.register_fused_func",
+    ("a2a_backend_name", "runner_backend_name", "fused_func"),
+    "have the host build layers of packed weights, which its Marlin runner refuses behind DeepEP",
+    "the host builds a runner only where its own experts run",
+    runtime=True,
+)
+"""Checked only where a layer's weights may be packed."""
 A2A_BACKEND = HostSymbol(
     "layers.moe.utils.get_moe_a2a_backend",
     (),

@@ -7,6 +7,7 @@ import torch
 from .expert_layer import rows_scale_spec, weight_specs
 from .formats import FORMATS, SCALE_BLOCK
 from .launch import Shape
+from .packing import STRIP
 from .problem import Spec
 from .weights import ExpertWeights
 
@@ -35,7 +36,12 @@ def check_layer(
     if FORMATS.get(fmt.name) != fmt:
         raise refusal("format", fmt.name, ", ".join(FORMATS), "run the host's own experts")
     experts, capacity, hidden = x.shape
-    shape = Shape(experts, capacity, hidden, weights.w2.shape[2], fmt, weights.activation)
+    # The depth of packed weights is rounded up: their width tells the size.
+    inter = weights.w13.shape[1] * STRIP // 2 if fmt.packed else weights.w2.shape[2]
+    shape = Shape(experts, capacity, hidden, inter, fmt, weights.activation)
+    if fmt.packed and weights.activation.interleaved:
+        fix = "pack gates before ups"
+        raise refusal(f"gates and ups of {fmt.name}", "taking turns", "gates before ups", fix)
     multiple = SCALE_BLOCK if fmt.fp8_rows else 16
     for name, size, step in (("hidden", hidden, multiple), ("intermediate", shape.inter, 16)):
         if size % step or not size:

@@ -6,6 +6,7 @@ import torch
 
 from .formats import SCALE_BLOCK
 from .launch import Device, Launch, Shape, ceil_div
+from .packing import STRIP, packed_words, scale_words
 from .problem import Problem, Spec
 from .weights import ExpertWeights
 from .workspace import Region, WorkspaceLayout, launch_workspace
@@ -67,15 +68,22 @@ def rows_scale_spec(shape: Shape) -> Spec | None:
 
 def weight_specs(shape: Shape) -> ExpertWeights:
     """Weights of a shape, as stand-ins."""
-    experts, hidden, inter = shape.experts, shape.hidden, shape.inter
-    dtype = torch.float8_e4m3fn if shape.format.weight_bits == 8 else torch.bfloat16
+    experts, hidden, inter, fmt = shape.experts, shape.hidden, shape.inter, shape.format
+    dtype = torch.float8_e4m3fn if fmt.weight_bits == 8 else torch.bfloat16
+
+    def matrix(rows: int, depth: int) -> Spec:
+        if fmt.packed:
+            return Spec((experts, rows // STRIP, packed_words(depth)), torch.int32)
+        return Spec((experts, rows, depth), dtype)
 
     def scale(rows: int, depth: int) -> Spec | None:
-        if shape.format.weight_scale == "none":
+        if fmt.weight_scale == "none":
             return None
-        if shape.format.weight_scale == "channel":
+        if fmt.weight_scale == "group":
+            return Spec((experts, rows // STRIP, scale_words(depth, fmt)), torch.int32)
+        if fmt.weight_scale == "channel":
             return Spec((experts, rows), torch.float32)
-        if shape.format.weight_scale == "tensor":
+        if fmt.weight_scale == "tensor":
             return Spec((experts,), torch.float32)
         size = (experts, ceil_div(rows, SCALE_BLOCK), ceil_div(depth, SCALE_BLOCK))
         return Spec(size, torch.float32)
@@ -84,8 +92,8 @@ def weight_specs(shape: Shape) -> ExpertWeights:
         return Spec((experts, rows), torch.float32) if shape.activation.bias else None
 
     tensors: tuple[Any, ...] = (
-        Spec((experts, 2 * inter, hidden), dtype), Spec((experts, hidden, inter), dtype),
-        scale(2 * inter, hidden), scale(hidden, inter), shape.format, shape.activation,
+        matrix(2 * inter, hidden), matrix(hidden, inter), scale(2 * inter, hidden),
+        scale(hidden, inter), fmt, shape.activation,
         bias(2 * inter), bias(hidden),
     )  # fmt: skip
     return ExpertWeights(*tensors)

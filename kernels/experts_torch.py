@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import pad
 
 from .formats import FP8_MAX, MIN_AMAX, SCALE_BLOCK, Activation
+from .packing import STRIP, dequantise_packed_torch
 from .weights import ExpertWeights
 
 
@@ -45,6 +46,12 @@ def dequantise_expert_torch(
     if weights.w13_scale is None or weights.w2_scale is None:
         return w13.float(), w2.float()
     s13, s2 = weights.w13_scale[expert], weights.w2_scale[expert]
+    if weights.format.packed:
+        hidden, inter = w2.shape[0] * STRIP, w13.shape[0] * STRIP // 2
+        return (
+            dequantise_packed_torch(w13, s13, hidden, weights.format),
+            dequantise_packed_torch(w2, s2, inter, weights.format),
+        )
     if weights.format.weight_scale == "tensor":
         return w13.float() * s13, w2.float() * s2
     if weights.format.weight_scale == "channel":
@@ -85,6 +92,7 @@ def batched_experts_torch(
     rounded to the input's precision between the two GEMMs. Rows past the count may hold NaN: they
     reach no result and are not changed in `out`. `expected_m` has no effect here. In fp8,
     `scale_group` channels of the activation share a scale; in the kernels the launch decides.
+    Packed weights are rounded to bf16 after their scale, as the tensor cores take them.
     """
     del expected_m
     experts, capacity, hidden = hidden_states.shape
@@ -100,6 +108,8 @@ def batched_experts_torch(
         if hidden_states_scale is not None:
             x = dequantise_groups_torch(x, hidden_states_scale[e, :rows])
         gate_up, down = dequantise_expert_torch(weights, e)
+        if weights.format.packed:
+            gate_up, down = gate_up.bfloat16().float(), down.bfloat16().float()
         both = torch.where(live, x.float(), 0.0) @ gate_up.T
         if weights.w13_bias is not None:
             both += weights.w13_bias[e]

@@ -14,6 +14,7 @@ FP8_MAX = 448.0
 MIN_AMAX = 1e-10
 """Keeps the scale of an all-zero scale group finite and non-zero."""
 
+Code = Literal["integer", "e2m1"]
 WeightScale = Literal["none", "block", "channel", "tensor", "group"]
 
 
@@ -31,7 +32,9 @@ class Format:
         group: inputs that share a scale where `weight_scale` is "group".
         zero_points: whether weights are stored with one per scale.
         operand: where the tensor cores take weights from. Narrower ones than rows are decoded in
-            registers.
+            registers, and stored as `packing` orders them.
+        code: of 4-bit weights: integers, or sign, two bits of exponent and one of mantissa, whose
+            scales are powers of two in a byte (MXFP4).
     """
 
     name: str
@@ -41,11 +44,22 @@ class Format:
     group: int = 0
     zero_points: bool = False
     operand: Literal["shared", "registers"] = "shared"
+    code: Code = "integer"
 
     @property
     def fp8_rows(self) -> bool:
         """Whether rows arrive, and the activation is stored, in float8_e4m3fn with scales."""
         return self.row_bits == 8
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are stored in the order of the registers that decode them."""
+        return self.operand == "registers"
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of one group, zero point included, as kernels read it."""
+        return 1 if self.code == "e2m1" else 4 if self.zero_points else 2
 
     @property
     def tuning(self) -> str:
@@ -57,7 +71,18 @@ BF16 = Format("bf16", 16, 16)
 FP8_BLOCK = Format("fp8_block", 8, 8, "block")
 FP8_CHANNEL = Format("fp8_channel", 8, 8, "channel")
 FP8_TENSOR = Format("fp8_tensor", 8, 8, "tensor")
-FORMATS = {each.name: each for each in (BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR)}
+INT4_G32 = Format("int4_g32", 4, 16, "group", 32, operand="registers")
+INT4_G128 = Format("int4_g128", 4, 16, "group", 128, operand="registers")
+INT4_G32_ZERO = Format("int4_g32_zero", 4, 16, "group", 32, True, "registers")
+INT4_G128_ZERO = Format("int4_g128_zero", 4, 16, "group", 128, True, "registers")
+MXFP4 = Format("mxfp4", 4, 16, "group", 32, False, "registers", "e2m1")
+FORMATS = {
+    each.name: each
+    for each in (
+        BF16, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT4_G32, INT4_G128, INT4_G32_ZERO,
+        INT4_G128_ZERO, MXFP4,
+    )
+}  # fmt: skip
 """What the kernels compute."""
 
 

@@ -13,12 +13,14 @@ from .formats import SWIGLU, Activation, Format
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
+PACKED_RESERVED_BYTES = 8704  # up to 8.3 KB where weights are decoded
 MAX_STAGES = 24
 ROW_TILES = (8, 16, 32, 64, 128)
 # Up to here weights are the wide operand; above, fp8 scales would be one per column and thread.
 FEW_ROWS_BF16 = 64
 FEW_ROWS_FP8 = 32
 SOME_ROWS = 128  # up to here memory binds: tiles of 64 rows in fp8, shallow ones in bf16
+PACKED_STEP = 128  # channels of a step of packed weights: whole groups of any size
 # Time of a tile of 64 channels and 128 rows relative to one of 128 channels, first GEMM.
 HALF_TILE_COST = 0.55
 SCALES_ALIGNED = 4  # rows: an expert's row scales start where the copy engine can
@@ -95,18 +97,22 @@ def ring_stages(
     block_n: int,
     block_m_busy: int,
     block_k: int,
-    fp8: bool,
+    fmt: Format,
     warps: int = 4,
     per_sm: int = 1,
     swap_ab: bool = True,
 ) -> int:
     """Deepest ring that leaves room for what the compiler keeps in shared memory besides."""
-    itemsize = 1 if fp8 else 2
-    scales = 4 * max(block_m_busy, 32) if fp8 else 0
-    stage = (2 * block_n + block_m_busy) * block_k * itemsize + scales + 16
+    scales = 4 * max(block_m_busy, 32) if fmt.fp8_rows else 0
+    if fmt.packed:
+        scales = 2 * block_n * block_k // fmt.group * fmt.scale_bytes
+    bits = 2 * block_n * fmt.weight_bits + block_m_busy * fmt.row_bits
+    stage = bits * block_k // 8 + scales + 16
     # Weights wide, a warp stores what it computed; otherwise a bf16 tile changes hands.
     in_place = swap_ab and block_n >= 16 * warps
     reserved = RESERVED_BYTES if in_place else 2 * block_n * block_m_busy + 512
+    if fmt.packed:
+        reserved = PACKED_RESERVED_BYTES
     budget = SM90_SHARED_BYTES // per_sm - reserved
     return max(2, min(MAX_STAGES, budget // stage))
 
@@ -116,7 +122,7 @@ def hopper_tiles(
     block_m: int,
     block_m_busy: int,
     block_k: int,
-    fp8: bool,
+    fmt: Format,
     warps: int = 4,
     per_sm: int = 1,
     swap_ab: bool = True,
@@ -127,7 +133,7 @@ def hopper_tiles(
 
     The multiplying warps give a stage back one step late: two bursts at least, or nobody moves.
     """
-    stages = ring_stages(block_n, block_m_busy, block_k, fp8, warps, per_sm, swap_ab)
+    stages = ring_stages(block_n, block_m_busy, block_k, fmt, warps, per_sm, swap_ab)
     burst = burst if stages >= 2 * burst else 1
     stages = stages // burst * burst
     return Tiles(
@@ -143,27 +149,43 @@ def row_tile(expected_m: int) -> int:
 def weights_wide(shape: Shape, expected_m: int) -> Launch:
     """Few rows: 8 rows cost 8. With the fewest, few experts are live as a rule, and their tiles
     are narrow so that there are more of them."""
-    rows = row_tile(expected_m)
-    fp8 = shape.format.fp8_rows
-    if fp8 and rows == 8:
-        gate_up = hopper_tiles(64, rows, 64, 128, True, burst=2)
-        down = hopper_tiles(64, rows, 64, 64, True, per_sm=2)
+    rows, fmt = row_tile(expected_m), shape.format
+    if fmt.fp8_rows and rows == 8:
+        gate_up = hopper_tiles(64, rows, 64, 128, fmt, burst=2)
+        down = hopper_tiles(64, rows, 64, 64, fmt, per_sm=2)
         return Launch(True, gate_up, down)
-    if fp8:
-        tiles = hopper_tiles(128, rows, 64, 128, True, 8, burst=2)
+    if fmt.fp8_rows:
+        tiles = hopper_tiles(128, rows, 64, 128, fmt, 8, burst=2)
         return Launch(True, tiles, tiles)
     # A taller tile for hot experts costs stages, which only the shortest tile misses.
     busy = 64 if rows == 8 else 128
-    gate_up = hopper_tiles(64, rows, busy, 64, False, burst=2)
+    gate_up = hopper_tiles(64, rows, busy, 64, fmt, burst=2)
     return Launch(True, gate_up, gate_up)
+
+
+def decoded(shape: Shape, expected_m: int) -> Launch:
+    """Weights that are decoded in registers are the wide operand for any rows. Decoding keeps the
+    multiplying warps busy about as long as 32 rows do the tensor cores: eight warps, or two
+    programs, keep pace with the stream. The most rows leave registers for four warps only."""
+    rows, fmt = row_tile(expected_m), shape.format
+    if rows == 8:
+        gate_up = hopper_tiles(64, rows, 32, PACKED_STEP, fmt, per_sm=2, burst=2)
+        return Launch(True, gate_up, hopper_tiles(64, rows, 64, PACKED_STEP, fmt))
+    if rows <= 64:
+        narrow = hopper_tiles(64, rows, 64, PACKED_STEP, fmt, per_sm=2)
+        wide = hopper_tiles(128, rows, 64, PACKED_STEP, fmt, 8, burst=2)
+        return Launch(True, narrow if rows == 64 else wide, narrow)
+    tiles = hopper_tiles(64, rows, rows, PACKED_STEP, fmt)
+    return Launch(True, tiles, tiles)
 
 
 def some_rows(shape: Shape) -> Launch:
     """Rows are the wide operand, and memory still binds."""
-    if shape.format.fp8_rows:
-        tiles = hopper_tiles(128, 64, 64, 128, True, 8, swap_ab=False, burst=2)
+    fmt = shape.format
+    if fmt.fp8_rows:
+        tiles = hopper_tiles(128, 64, 64, 128, fmt, 8, swap_ab=False, burst=2)
     else:
-        tiles = hopper_tiles(64, 128, 128, 64, False, 8, swap_ab=False, burst=2, warp_groups=2)
+        tiles = hopper_tiles(64, 128, 128, 64, fmt, 8, swap_ab=False, burst=2, warp_groups=2)
     return Launch(True, tiles, tiles)
 
 
@@ -178,18 +200,18 @@ def many_rows(shape: Shape, expected_m: int, sms: int) -> Launch:
 
         return 64 if waves(64) * HALF_TILE_COST < waves(128) else 128
 
-    fp8 = shape.format.fp8_rows
+    fmt, fp8 = shape.format, shape.format.fp8_rows
     first = block_n(shape.inter, True)
     second = block_n(shape.hidden, False)
     if fp8 and expected_m <= 256 and first == 128:
-        gate_up = hopper_tiles(128, 64, 128, 128, True, 8, swap_ab=False)
+        gate_up = hopper_tiles(128, 64, 128, 128, fmt, 8, swap_ab=False)
     else:
         groups = 1 if first == 128 else 2
         depth = 128 if fp8 else 64
-        gate_up = hopper_tiles(first, 128, 128, depth, fp8, 8, 1, False, warp_groups=groups)
+        gate_up = hopper_tiles(first, 128, 128, depth, fmt, 8, 1, False, warp_groups=groups)
     depth = first if fp8 else 64
     groups = 2 if fp8 or second == 64 else 1
-    down = hopper_tiles(second, 128, 128, depth, fp8, 8, 1, False, warp_groups=groups)
+    down = hopper_tiles(second, 128, 128, depth, fmt, 8, 1, False, warp_groups=groups)
     return Launch(True, gate_up, down)
 
 
@@ -204,6 +226,8 @@ def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     """Launches for a shape that no table covers."""
     if not device.has_wgmma:
         return portable_launch(shape, expected_m)
+    if shape.format.packed:
+        return decoded(shape, expected_m)
     if expected_m <= (FEW_ROWS_FP8 if shape.format.fp8_rows else FEW_ROWS_BF16):
         return weights_wide(shape, expected_m)
     if expected_m <= SOME_ROWS:

@@ -9,6 +9,7 @@ import triton
 
 from .formats import SWIGLU, Activation, Format
 from .launch import SCALES_ALIGNED, Device
+from .packing import STRIP
 
 ALIGNMENT = 16  # bytes; of what the copy engine reads, and what Triton specialises pointers on
 INTERPRETER = Device("interpreter", (8, 9), 4)
@@ -91,6 +92,12 @@ class Problem:
         return self.activation is not None and self.activation.interleaved
 
     @property
+    def w_rows(self) -> int:
+        """Output channels of one expert's weights, gates and ups counted apart."""
+        rows = self.w.shape[1]
+        return rows * STRIP if self.format.packed else rows
+
+    @property
     def width(self) -> int:
         return self.out.shape[-1]
 
@@ -119,7 +126,7 @@ def lane_count(experts: int) -> int:
 def tma_ready(problem: Problem) -> bool:
     """Whether the tensors can be described to the copy engine: dense rows, 16-byte aligned, and
     more than one row of capacity, which Triton would turn from an argument into a constant."""
-    tensors = [problem.x, problem.w]
+    tensors = [problem.x, problem.w] + [problem.w_scale] * problem.format.packed
     if problem.x.shape[1] == 1:
         return False
     if problem.x_scale is not None:

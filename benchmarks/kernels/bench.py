@@ -3,8 +3,10 @@
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
 costs the host where no graph is replayed), wide (a launch captured for few rows that gets many),
-compile (seconds to compile and load all kernels of a plan, from an empty cache and from a filled
-one). `check` comes first: `all.sh` and `make bench-kernels` time nothing after a red one.
+packed (4-bit weights beside our FP8 and bf16 and the host's Marlin MoE; models of
+`cases.PACKED_MODELS`), compile (seconds to compile and load all kernels of a plan, from an empty
+cache and from a filled one). `check` comes first: `all.sh` and `make bench-kernels` time nothing
+after a red one.
 """
 
 import argparse
@@ -36,6 +38,8 @@ from deepgemm import layer_call
 from eager import time_eager
 from fused_moe import fused_call, routed_tokens
 from kernel_cases import ROUTINGS, check, make_layer
+from packed import ROWS as PACKED_ROWS
+from packed import run_packed
 from verdict import ceilings_sound, verdict
 from wide import LIVE_ROWS, time_wide
 
@@ -53,7 +57,7 @@ from moe_plugin.kernels.tuning.tune import (
     tune_cell,
 )
 
-STAGES = ("check", "sweep", "bars", "eager", "wide", "compile")
+STAGES = ("check", "sweep", "bars", "eager", "wide", "packed", "compile")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 EAGER_ROWS = (1, 64)
 
@@ -340,16 +344,17 @@ def run_compile(out: Path, models: list[int], formats: Sequence[Format]) -> None
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("check", "sweep", "bars", "eager", "wide", "compile"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=int, nargs="+", default=list(range(len(MODELS))))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--rows", type=int, nargs="+", help="per expert")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument("--seconds", type=float, default=0, help="of tuning, stage packed")
     parser.add_argument("--fused-rows", type=int, nargs="*", default=[8, 64, 512])
     args = parser.parse_args()
     # Both baselines compile when first called: the host's fused MoE took half a minute.
-    watchdog = Watchdog(120 if args.stage in ("bars", "wide") else 30)
+    watchdog = Watchdog(120 if args.stage in ("bars", "wide", "packed") else 30)
     torch.manual_seed(0)
     formats = [FORMATS[name] for name in args.formats]
     where = args.out, args.models, formats
@@ -361,6 +366,11 @@ def main() -> None:
         run_eager(*where, args.rows or EAGER_ROWS, watchdog)
     elif args.stage == "wide":
         run_wide(*where, args.rows or LIVE_ROWS, args.routings, watchdog)
+    elif args.stage == "packed":
+        run_packed(
+            args.out, args.models, [f for f in formats if f.packed], args.rows or PACKED_ROWS,
+            environment(), args.seconds, watchdog,
+        )  # fmt: skip
     elif args.stage == "compile":
         run_compile(*where)
     else:

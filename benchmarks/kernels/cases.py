@@ -9,7 +9,15 @@ from moe_plugin.kernels.launch import Shape
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from kernel_cases import MODELS  # noqa: E402  (found through the path set above)
+from kernel_cases import MODELS, Model  # noqa: E402  (found through the path set above)
+
+PACKED_MODELS = (
+    Model("Kimi-K2 EP8", 8, 48, 7168, 2048, 8),
+    Model("Kimi-K2 EP16", 16, 24, 7168, 2048, 8),
+    MODELS[0],
+    Model("DeepSeek-V3 EP16", 16, 16, 7168, 2048, 8),
+)
+"""Whose experts are served in 4 bits."""
 
 TOKENS = 256  # per rank; above it the next deployed capacity
 MORE_TOKENS = 1024
@@ -35,6 +43,9 @@ def layer_bytes(shape: Shape, counts: tuple[int, ...]) -> int:
     weights = 3 * shape.hidden * shape.inter * shape.format.weight_bits // 8
     if shape.format.weight_scale == "block":
         weights += 3 * shape.hidden * shape.inter // 128**2 * 4
+    if shape.format.weight_scale == "group":  # a checkpoint's, whose zero points take half a byte
+        each = {1: 1, 2: 2, 4: 2.5}[shape.format.scale_bytes]
+        weights += int(3 * shape.hidden * shape.inter // shape.format.group * each)
     row = shape.hidden * (itemsize + 2) + 2 * shape.inter * itemsize
     return live * weights + sum(counts) * row
 

@@ -8,6 +8,7 @@ from typing import Any
 from ...planning.facts import ModelFacts
 from ...planning.host_models import FUSED_SHARED, MIXTRAL_FORMATS, NO_DISPATCHER
 from .host_environment import environment_bool
+from .int4_facts import INT4, is_int4
 from .weight_facts import weights_of
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -138,7 +139,7 @@ def weight_format(server_args: Any, model: Any) -> str:
         return "fp8_tensor" if not block else f"fp8_block{'' if block == [128, 128] else block}"
     if name == "compressed-tensors" and _is_fp8(config):
         return "compressed-tensors_fp8"
-    return str(name)
+    return f"{name}{INT4 if is_int4(str(name), config) else ''}"
 
 
 def _is_fp8(config: dict[str, Any]) -> bool:

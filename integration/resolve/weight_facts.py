@@ -9,6 +9,7 @@ from typing import Any
 from ...planning.memory import DTYPE_BYTES
 from ...planning.model_shape import ModelShape
 from ...planning.weight_bytes import Weights, from_shape, from_tensors, scaled
+from .int4_facts import INT4, has_zero_points
 from .safetensors_files import read_checkpoint
 
 _NOT_MODELLED = (
@@ -46,7 +47,11 @@ def weights_of(path: str, text: Any, quantization: dict[str, Any], **launch: Any
     online = not quantization and launch["weight_format"] != "unquantized"
     found = read_checkpoint(path, shape.dtype_bytes)
     if found.tensors and not online:
-        return from_tensors(found.tensors, shape)
+        tensors = found.tensors
+        if launch["weight_format"].endswith(INT4):
+            zeros = 4 if has_zero_points(quantization) else 0
+            tensors = [(name, size * (zeros if _is_zero(name) else 1)) for name, size in tensors]
+        return from_tensors(tensors, shape)
     weights = from_shape(shape)
     return (
         scaled(weights, found.total, "safetensors index") if found.total and not online else weights
@@ -171,7 +176,7 @@ def _expert_bytes(name: str, quantization: dict[str, Any]) -> float | None:
     fixed["w4afp8"] = 0.5 + 2 / 128
     if name in fixed:
         return fixed[name]
-    if name not in _PACKED:
+    if name.removesuffix(INT4) not in _PACKED:
         return None
     given = quantization
     for group in (quantization.get("config_groups") or {}).values():
@@ -179,7 +184,14 @@ def _expert_bytes(name: str, quantization: dict[str, Any]) -> float | None:
         break
     bits = given.get("num_bits") or given.get("bits") or given.get("w_bit") or 4
     group_size = given.get("group_size") or given.get("q_group_size") or 0
-    return float(bits) / 8 + (2 / group_size if group_size > 0 else 0.0)
+    each = 4 if name.endswith(INT4) and has_zero_points(quantization) else 2
+    return float(bits) / 8 + (each / group_size if group_size > 0 else 0.0)
+
+
+def _is_zero(name: str) -> bool:
+    """Whether a tensor holds the experts' zero points: four bits in a checkpoint, two bytes as our
+    kernels read them, and dropped where they are all the same."""
+    return ".experts." in name and name.endswith((".qzeros", ".weight_zero_point"))
 
 
 def _leaves_out(quantization: dict[str, Any], words: str) -> bool:

@@ -7,6 +7,7 @@ By quantization method of the host:
     Fp8MoEMethod, per tensor        w13_weight_scale [L]: gate and up share the larger one
     CompressedTensorsW8A8Fp8MoE     w13_weight_scale: [L], [L, 2I, 1], or blocks
     W8A8FP8MoEMethod                w13_weight_scale [L, 2I, 1]
+    int4                            see `packed_weights`, which repacks it once
 
 and the same of w2. Rows are dispatched in FP8 with a scale per 128 channels in every FP8 format:
 finer than one per token, and than the static one per tensor that a checkpoint may bring, which is
@@ -29,10 +30,14 @@ from ...kernels.formats import (
     Format,
 )
 from ...kernels.weights import ExpertWeights
+from .packed_weights import codes_of, packed_format, packed_weights
 
 
 def expert_weights(layer: Any) -> ExpertWeights:
     """The layer's weights, as they are now; no copy."""
+    if codes_of(layer, "w13") is not None:
+        (w13, s13), (w2, s2) = packed_weights(layer, "w13"), packed_weights(layer, "w2")
+        return ExpertWeights(w13, w2, s13, s2, packed_format(layer), layer_activation(layer))
     w13, w2, activation = layer.w13_weight, layer.w2_weight, layer_activation(layer)
     if w13.dtype.itemsize > 1:
         return ExpertWeights(w13, w2, activation=activation)
@@ -43,6 +48,8 @@ def expert_weights(layer: Any) -> ExpertWeights:
 
 def loaded_format(layer: Any) -> Format:
     """The format that the layer has once its weights are loaded; they may still be placeholders."""
+    if codes_of(layer, "w13") is not None:
+        return packed_format(layer)
     method = getattr(layer, "quant_method", None)
     if getattr(method, "is_fp4_expert", False) and getattr(method, "dequant_fp4_to_fp8", False):
         return FP8_BLOCK  # the host turns FP4 into FP8 blocks as it loads it

@@ -20,6 +20,7 @@ from ..resolve.launch_facts import backend_of, deterministic, dispatch_dtype
 from . import buffer
 from .dispatchers import guard_dispatchers
 from .expert_weights import expert_weights, layer_activation, loaded_format
+from .packed_weights import keep_from_host, let_host_build, stored_weights
 
 _RUNNER = "_moe_plugin_runner"
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
@@ -54,6 +55,7 @@ def _backend() -> str:
 def _attach_runner(
     original: Callable[..., None], layer: Any, plan: Plan, args: Any, kwargs: Any
 ) -> None:
+    let_host_build(_backend())
     try:
         original(layer, *args, **kwargs)
     except AssertionError as error:
@@ -65,14 +67,16 @@ def _attach_runner(
     layer.deprecate_flag = True
     runner = _make_runner(layer, plan)
     setattr(layer, _RUNNER, runner)
-    rows = loaded_format(layer)
-    if layer.w13_weight.is_cuda:
-        warm_up(runner.config, rows, layer_activation(layer))
-    if not rows.fp8_rows:
+    fmt = loaded_format(layer)
+    if fmt.packed:
+        keep_from_host(layer)
+    if stored_weights(layer, "w13").is_cuda:
+        warm_up(runner.config, fmt, layer_activation(layer))
+    if not fmt.fp8_rows:
         # Unset, the host would quantise activations to FP8 for bf16 weights as well, such as those
         # of a layer that an FP8 checkpoint leaves out.
         layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
-        _check_rows_in_bf16(layer)
+        _check_rows_in_bf16(layer, fmt.name)
 
 
 def _attach_for_decode(layer: Any, plan: Plan) -> None:
@@ -84,7 +88,7 @@ def _attach_for_decode(layer: Any, plan: Plan) -> None:
         warm_up(runner.config, loaded_format(layer), layer_activation(layer))
 
 
-def _check_rows_in_bf16(layer: Any) -> None:
+def _check_rows_in_bf16(layer: Any, weights: str) -> None:
     """The user's flag wins over the layer's wish; most layers may be FP8, so no plan refuses it."""
     backend = _backend()
     asked, source = dispatch_dtype(buffer.host_config(), backend)
@@ -94,9 +98,9 @@ def _check_rows_in_bf16(layer: Any) -> None:
     raise UnsupportedError(
         explain(
             f"MoE layer {layer.layer_id}: dtype of dispatched rows",
-            got=f"{asked} ({source}) with {layer.w13_weight.dtype} weights"
+            got=f"{asked} ({source}) with {weights} weights"
             if each_layer
-            else f"FP8 for every layer over {backend}, with {layer.w13_weight.dtype} weights",
+            else f"FP8 for every layer over {backend}, with {weights} weights",
             allowed="bf16, which auto selects for each layer over DeepEP",
             fix=f"remove {source}" if each_layer else DEEPEP.explicit_flag,
         )

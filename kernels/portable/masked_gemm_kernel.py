@@ -8,11 +8,13 @@ are read through pointers, by stride, and rows past an expert's count are never 
 import triton
 import triton.language as tl
 
-from .. import formats
+from .. import formats, packing
 
 FP8_MAX = tl.constexpr(formats.FP8_MAX)
 MIN_AMAX = tl.constexpr(formats.MIN_AMAX)
 SCALE_BLOCK = tl.constexpr(formats.SCALE_BLOCK)
+STRIP = tl.constexpr(packing.STRIP)
+MIDDLE = tl.constexpr(packing.MIDDLE)
 
 
 @triton.jit
@@ -42,6 +44,56 @@ def _decode_e4m3(byte):
     bits = byte.to(tl.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
     return (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(tl.bfloat16)
+
+
+@triton.jit
+def _bf16_half(word, high):
+    """One of the two bf16 of an int32, as float32."""
+    return tl.where(high, word & -65536, word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_e2m1(s, q, pair, ks, g, h, UPCAST: tl.constexpr):
+    """The same of MXFP4: its bits lie where bf16 wants them."""
+    last = ((q << 1) & 0x8000) | ((q >> 4) & 0xC0) | ((q >> 5) & 0x100)
+    bits = tl.where(pair == 3, last, (q << (3 * pair)) & 0x81C0)
+    magnitude = (bits & 0x1C0) >> 6
+    value = tl.where(magnitude < 2, 0.5 * magnitude, 0.0)
+    value = tl.where((magnitude >= 2) & (magnitude < 4), 0.5 * magnitude, value)
+    value = tl.where((magnitude >= 4) & (magnitude < 6), 1.0 * magnitude - 2, value)
+    value = tl.where(magnitude >= 6, 2.0 * magnitude - 8, value)
+    value = tl.where((bits & 0x8000) != 0, -value, value)
+    words = tl.load(s + (ks // 64 * 8)[None, :] + g)
+    exponent = (words >> ((ks // 32 % 2 * 16)[None, :] + 8 * h)) & 255
+    # A float32 whose exponent it is: 2**(exponent - 127).
+    scale = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
+    return cast(value * scale, tl.bfloat16, UPCAST)
+
+
+@triton.jit
+def _load_packed(
+    w, s, rows, ks, stride_wn, stride_sn, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    E2M1: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[rows, inputs] of packed weights in bf16: the word of each from `packing`'s formula. Eight
+    weights of a word are as many loads of it, which the first-level cache answers."""
+    strip = (rows // STRIP).to(tl.int64)[:, None]
+    g = (rows % 8)[:, None]
+    h = (rows // 8 % 2)[:, None]
+    k = ks % 16
+    word = ks // 64 * 128 + k % 8 // 2 * 4 + ks % 64 // 16
+    q = tl.load(w + strip * stride_wn + word[None, :] + g * 16) >> (k % 2 * 16)[None, :]
+    pair = (k // 8 * 2)[None, :] + h
+    if E2M1:
+        return _load_e2m1(s + strip * stride_sn, q, pair, ks, g, h, UPCAST)
+    code = (q >> (4 * pair)) & 15
+    WITHIN: tl.constexpr = max(1, 64 // GROUP)
+    group = ks // GROUP
+    at = (group // WITHIN * (8 * WITHIN) + group % WITHIN)[None, :] + g * WITHIN
+    s_at = s + strip * stride_sn + at * (2 if ZERO else 1)
+    scale = _bf16_half(tl.load(s_at), h == 1)
+    zero = (_bf16_half(tl.load(s_at + 1), h == 1) - 128.0) if ZERO else 1.0 * MIDDLE
+    return cast((code.to(tl.float32) - zero) * scale, tl.bfloat16, UPCAST)
 
 
 @triton.jit
@@ -91,12 +143,12 @@ def activate(
 def masked_gemm_kernel(
     x, s_x, w, s_w, b_w, counts_ptr, out, s_out, experts, capacity, tiles_n, step, second, depth,
     width, stride_xe, stride_xm, stride_we, stride_wn, stride_se, stride_sm, stride_sk, w_rows,
-    scale_rows, scale_cols,
+    scale_rows, scale_cols, stride_ge, stride_gn,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     LANES: tl.constexpr, FUSED: tl.constexpr, X_SCALE_GROUP: tl.constexpr, W_SCALE: tl.constexpr,
     QUANTISE: tl.constexpr, DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, LIMIT: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, E2M1: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     counts, ends = load_counts(counts_ptr, experts, capacity, tiles_n, BLOCK_M, LANES)
     total = tl.max(ends, 0)
@@ -122,8 +174,18 @@ def masked_gemm_kernel(
             ks = k * BLOCK_K + tl.arange(0, BLOCK_K)
             inside = ks < depth
             a = tl.load(x_at + ks[:, None], mask=inside[:, None] & live[None, :], other=0.0)
-            b0 = tl.load(w0 + ks[None, :], mask=inside[None, :], other=0.0)
-            b1 = tl.load(w1 + ks[None, :], mask=inside[None, :], other=0.0)
+            if W_SCALE == "group":  # stored over whole steps
+                w_e = w + e64 * stride_we
+                s_e = s_w + e64 * stride_ge
+                b0 = _load_packed(
+                    w_e, s_e, rows0, ks, stride_wn, stride_gn, GROUP, ZERO, E2M1, UPCAST
+                )
+                b1 = _load_packed(
+                    w_e, s_e, rows1, ks, stride_wn, stride_gn, GROUP, ZERO, E2M1, UPCAST
+                )
+            else:
+                b0 = tl.load(w0 + ks[None, :], mask=inside[None, :], other=0.0)
+                b1 = tl.load(w1 + ks[None, :], mask=inside[None, :], other=0.0)
             part0 = _dot(b0, a, DECODE_W, DECODE_X, UPCAST)
             part1 = _dot(b1, a, DECODE_W, DECODE_X, UPCAST)
             if W_SCALE == "block":

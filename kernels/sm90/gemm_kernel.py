@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .. import formats
 from .epilogue import Variant, write_activation, write_products
+from .packed import multiply_packed
 from .ring import Job, Ring, Schedule, gdc_launch, gdc_wait, produce
 
 SCALE_BLOCK = gl.constexpr(formats.SCALE_BLOCK)
@@ -185,6 +186,8 @@ def _finish_tile(
         acc0, acc1, stage, phase = _multiply_fp8(
             ring, job, variant, stage, phase, w_scale, expert, col, WARP_GROUP, MMA, SHAPE
         )
+    elif ring.PACKED:
+        acc0, acc1, stage, phase = multiply_packed(ring, job, stage, phase, MMA, SHAPE)
     else:
         acc0, acc1, stage, phase = _multiply_bf16(
             ring, job, stage, phase, WARP_GROUP, variant.SWAP_AB, MMA, SHAPE
@@ -240,10 +243,11 @@ def experts_kernel(
     BURST: gl.constexpr, WARP_GROUPS: gl.constexpr, FP8: gl.constexpr, SWAP_AB: gl.constexpr,
     FUSED: gl.constexpr, W_SCALE: gl.constexpr, ALIGNED: gl.constexpr, CHAINED: gl.constexpr,
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, CLAMPED: gl.constexpr,
-    UP_COLUMN: gl.constexpr,
+    UP_COLUMN: gl.constexpr, STRIP: gl.constexpr, W_COLUMNS: gl.constexpr,
+    S_COLUMNS: gl.constexpr, GROUP: gl.constexpr, DECODE: gl.constexpr,
 ):  # fmt: skip
     """One launch over all live tiles; see the module docstring."""
-    ring = Ring.create(w_desc, busy_desc, s_desc, STAGES, WARP_GROUPS, FP8)
+    ring = Ring.create(w_desc, busy_desc, s_desc, STAGES, WARP_GROUPS, FP8, GROUP > 0)
     variant = Variant(SWAP_AB, FUSED, W_SCALE, ALIGNED, ALPHA, BETA, LIMIT, CLAMPED)
     # The second tile: the up rows follow all gate rows, or take turns with them; or the next tile.
     second = gl.to_tensor(BLOCK_N)
@@ -254,7 +258,8 @@ def experts_kernel(
         second = width
     job = Job(
         experts, capacity, tiles_n, w_rows, second, steps_k, scale_rows, scale_cols, width, step,
-        BLOCK_N, BLOCK_M, BLOCK_M_BUSY, BLOCK_K, LANES, BURST, UP_COLUMN,
+        BLOCK_N, BLOCK_M, BLOCK_M_BUSY, BLOCK_K, LANES, BURST, UP_COLUMN, STRIP, W_COLUMNS,
+        S_COLUMNS, GROUP, DECODE,
     )  # fmt: skip
     if FUSED:
         # Counts and rows come from the launch before; what does not depend on it is done by now.

@@ -6,6 +6,7 @@ import triton
 
 from ..formats import SCALE_BLOCK
 from ..launch import Device, Tiles
+from ..packing import STRIP
 from ..problem import Problem, lane_count
 
 
@@ -15,7 +16,6 @@ def _prepare(
     """Arguments, programs and options of one launch; `chained` overlaps its start with the end of
     the launch before."""
     experts, capacity, depth = p.x.shape
-    w_rows = p.w.shape[1]
     fp8 = p.format.fp8_rows
     _step, second, tiles_n = p.geometry(tiles.block_n)
     # Interleaved, a tile's channels come from twice as many weight rows.
@@ -31,11 +31,11 @@ def _prepare(
     alpha, beta, limit, clamped = p.epilogue()
     arguments = (
         *_descriptors(p, tiles), p.w_scale, p.w_bias, p.masked_m, p.out, p.out_scale,
-        experts, capacity, tiles_n, w_rows, steps, *p.block_grid(), p.width,
+        experts, capacity, tiles_n, p.w_rows, steps, *p.block_grid(), p.width,
         tiles.block_n, tiles.block_m, tiles.block_m_busy, tiles.block_k, tiles.stages,
         lane_count(experts), burst, tiles.warp_groups, fp8, tiles.swap_ab, p.fused,
         p.format.weight_scale, not fp8 or aligned, chained, alpha, beta, limit or 0.0, clamped,
-        depth if p.interleaved else 0,
+        depth if p.interleaved else 0, *_packed_step(p, tiles),
     )  # fmt: skip
     bound = experts * triton.cdiv(capacity, tiles.block_m) * tiles_n
     options = {
@@ -45,6 +45,19 @@ def _prepare(
         "launch_pdl": chained or p.fused,
     }
     return arguments, min(bound, device.sms * tiles.per_sm), options
+
+
+def _packed_step(p: Problem, tiles: Tiles) -> tuple[int, int, int, int, str]:
+    """Channels that are described as one row; columns of a step, of weights and of their scales;
+    inputs that share a scale, 0 where weights are not packed; and how they are decoded."""
+    fmt = p.format
+    if not fmt.packed:
+        return 1, tiles.block_k, 0, 0, "none"
+    assert tiles.block_k % fmt.group == 0, f"steps of {tiles.block_k}, groups of {fmt.group}"
+    assert tiles.swap_ab, "packed weights are the first operand"
+    scales = tiles.block_k // fmt.group * STRIP * fmt.scale_bytes // 4
+    decode = "e2m1" if fmt.code == "e2m1" else "zero" if fmt.zero_points else "middle"
+    return STRIP, 2 * tiles.block_k, scales, fmt.group, decode
 
 
 def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
@@ -59,19 +72,24 @@ def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:
     def matrix(tensor: Any, rows: int, block: int, width: int = depth) -> Any:
         return TensorDescriptor(tensor, [rows, width], [width, 1], [block, tiles.block_k], layout)
 
+    def strips(tensor: Any, columns: int) -> Any:
+        _experts, _strips, width = tensor.shape
+        size, block = [_experts * _strips, width], [tiles.block_n // STRIP, columns]
+        return TensorDescriptor(tensor, size, [width, 1], block, NVMMASharedLayout(0, 32))
+
     rows = matrix(p.x, experts * capacity, tiles.block_m)
     scales = rows
     if p.x_scale is not None:
         flat = NVMMASharedLayout(0, 32, rank=1)
         size = p.x_scale.numel()
         scales = TensorDescriptor(p.x_scale, [size], [1], [max(tiles.block_m_busy, 32)], flat)
-    w_rows, spread = experts * p.w.shape[1], 2 if p.interleaved else 1
-    return (
-        matrix(p.w, w_rows // spread, tiles.block_n, spread * depth),
-        rows,
-        matrix(p.x, experts * capacity, tiles.block_m_busy),
-        scales,
-    )
+    if p.format.packed:
+        _strip, w_columns, s_columns, _group, _how = _packed_step(p, tiles)
+        weights, scales = strips(p.w, w_columns), strips(p.w_scale, s_columns)
+    else:
+        w_rows, spread = experts * p.w_rows, 2 if p.interleaved else 1
+        weights = matrix(p.w, w_rows // spread, tiles.block_n, spread * depth)
+    return weights, rows, matrix(p.x, experts * capacity, tiles.block_m_busy), scales
 
 
 def run_hopper(p: Problem, tiles: Tiles, device: Device, *, chained: bool) -> None:

@@ -21,7 +21,10 @@ class Job:
 
     Where gate and up rows take turns (UP_COLUMN > 0), two weight rows are described as one of twice
     the depth: the second tile's rows are the first one's, from column UP_COLUMN on. What the last
-    step of a gate row reads beyond it belongs to the up row, and meets rows filled with zeros."""
+    step of a gate row reads beyond it belongs to the up row, and meets rows filled with zeros.
+
+    Packed weights are described by strips of STRIP rows, a step by W_COLUMNS words and its scales,
+    of GROUP inputs each (0: not packed), by S_COLUMNS."""
 
     experts: gl.tensor
     capacity: gl.tensor
@@ -40,14 +43,24 @@ class Job:
     LANES: gl.constexpr
     BURST: gl.constexpr
     UP_COLUMN: gl.constexpr
+    STRIP: gl.constexpr
+    W_COLUMNS: gl.constexpr
+    S_COLUMNS: gl.constexpr
+    GROUP: gl.constexpr
+    DECODE: gl.constexpr
 
     @gluon.jit
-    def first_row(self, expert, n):
-        """Of weight tile `n`, as the weights are described to the copy engine."""
+    def first_rows(self, expert, n):
+        """Of both tiles of weight tile `n`, as the weights are described to the copy engine."""
         per_expert = self.w_rows
         if self.UP_COLUMN > 0:
             per_expert = self.w_rows // 2
-        return expert * per_expert + n * self.STEP
+        row = expert * per_expert + n * self.STEP
+        second = row + self.second
+        if self.STRIP > 1:
+            row = row // self.STRIP
+            second = second // self.STRIP
+        return row, second
 
     @gluon.jit
     def weight_row(self, channel, SECOND: gl.constexpr):
@@ -101,22 +114,27 @@ class Schedule:
 
 @gluon.aggregate
 class Ring:
-    """Stages of (two weight tiles, activation tile, activation scales) and their barriers."""
+    """Stages of (two weight tiles, activation tile, activation scales) and their barriers; packed
+    weights have scales of their own, one tile each."""
 
     w0: gl.shared_memory_descriptor
     w1: gl.shared_memory_descriptor
     x: gl.shared_memory_descriptor
     s: gl.shared_memory_descriptor
+    v0: gl.shared_memory_descriptor
+    v1: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
     WARP_GROUPS: gl.constexpr
     FP8: gl.constexpr
+    PACKED: gl.constexpr
 
     @gluon.jit
     def create(
-        w_desc, x_desc, s_desc, STAGES: gl.constexpr, WARP_GROUPS: gl.constexpr, FP8: gl.constexpr
-    ):
+        w_desc, x_desc, s_desc, STAGES: gl.constexpr, WARP_GROUPS: gl.constexpr, FP8: gl.constexpr,
+        PACKED: gl.constexpr,
+    ):  # fmt: skip
         w_shape: gl.constexpr = [STAGES] + w_desc.block_type.shape  # noqa: RUF005
         x_shape: gl.constexpr = [STAGES] + x_desc.block_type.shape  # noqa: RUF005
         w0 = gl.allocate_shared_memory(w_desc.dtype, w_shape, w_desc.layout)
@@ -132,7 +150,14 @@ class Ring:
             s = gl.allocate_shared_memory(s_desc.dtype, s_shape, s_desc.layout)
         else:
             s = x
-        return Ring(w0, w1, x, s, full, empty, STAGES, WARP_GROUPS, FP8)
+        if PACKED:
+            v_shape: gl.constexpr = [STAGES] + s_desc.block_type.shape  # noqa: RUF005
+            v0 = gl.allocate_shared_memory(s_desc.dtype, v_shape, s_desc.layout)
+            v1 = gl.allocate_shared_memory(s_desc.dtype, v_shape, s_desc.layout)
+        else:
+            v0 = x
+            v1 = x
+        return Ring(w0, w1, x, s, v0, v1, full, empty, STAGES, WARP_GROUPS, FP8, PACKED)
 
     @gluon.jit
     def advance(self, stage, phase, STEP: gl.constexpr = 1):
@@ -155,7 +180,9 @@ class Ring:
     def fetch_weights(self, w_desc, x_desc, s_desc, job, stage, phase, row0, row1, step):
         """Both weight tiles of BURST steps, once their stages are free. The parts of a weight row
         that follow each other in memory are asked for together, which DRAM rewards."""
-        weight_bytes: gl.constexpr = 2 * w_desc.block_type.nbytes
+        weight_bytes: gl.constexpr = 2 * (
+            w_desc.block_type.nbytes + (s_desc.block_type.nbytes if self.PACKED else 0)
+        )
         row_bytes: gl.constexpr = x_desc.block_type.nbytes + (
             s_desc.block_type.nbytes if self.FP8 else 0
         )
@@ -163,11 +190,17 @@ class Ring:
             mbarrier.wait(self.empty.index(stage + i), phase)
             mbarrier.expect(self.full.index(stage + i), weight_bytes + row_bytes)
         for i in gl.static_range(job.BURST):
-            at = [row0, (step + i) * job.BLOCK_K]
+            at = [row0, (step + i) * job.W_COLUMNS]
             tma.async_load(w_desc, at, self.full.index(stage + i), self.w0.index(stage + i))
         for i in gl.static_range(job.BURST):
-            at = [row1, job.UP_COLUMN + (step + i) * job.BLOCK_K]
+            at = [row1, job.UP_COLUMN + (step + i) * job.W_COLUMNS]
             tma.async_load(w_desc, at, self.full.index(stage + i), self.w1.index(stage + i))
+        if self.PACKED:
+            for i in gl.static_range(job.BURST):
+                column = (step + i) * job.S_COLUMNS
+                bar = self.full.index(stage + i)
+                tma.async_load(s_desc, [row0, column], bar, self.v0.index(stage + i))
+                tma.async_load(s_desc, [row1, column], bar, self.v1.index(stage + i))
 
     @gluon.jit
     def fetch_rows(self, x_desc, s_desc, job, stage, row, step, scale_at):
@@ -200,14 +233,12 @@ def gdc_launch():
 def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase, early):
     """Fetch one tile's stages; the weights of the first `early` of them are already under way."""
     expert, n, row, _rows = schedule.locate(tile)
-    row0 = job.first_row(expert, n)
+    row0, row1 = job.first_rows(expert, n)
     x_row = expert * job.capacity + row
     scale_at = expert * job.steps_k * job.capacity + row
     for k in range(0, job.steps_k, job.BURST):
         if k >= early:
-            ring.fetch_weights(
-                w_desc, x_desc, s_desc, job, stage, phase, row0, row0 + job.second, k
-            )
+            ring.fetch_weights(w_desc, x_desc, s_desc, job, stage, phase, row0, row1, k)
         ring.fetch_rows(x_desc, s_desc, job, stage, x_row, k, scale_at)
         stage, phase = ring.advance(stage, phase, job.BURST)
     return stage, phase
@@ -217,12 +248,10 @@ def _stream_tile(ring, job, w_desc, x_desc, s_desc, tile, schedule, stage, phase
 def _stream_early(ring, job, w_desc, x_desc, s_desc, tile, schedule):
     """Fetch the first tile's weights, as many stages as the ring has; returns how many."""
     expert, n, _row, _rows = schedule.locate(tile)
-    row0 = job.first_row(expert, n)
+    row0, row1 = job.first_rows(expert, n)
     early = gl.minimum(job.steps_k, ring.STAGES)
     for k in range(0, early, job.BURST):
-        ring.fetch_weights(
-            w_desc, x_desc, s_desc, job, k, gl.to_tensor(1), row0, row0 + job.second, k
-        )
+        ring.fetch_weights(w_desc, x_desc, s_desc, job, k, gl.to_tensor(1), row0, row1, k)
     return early
 
 

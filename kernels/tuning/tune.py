@@ -21,6 +21,7 @@ from ..expert_layer import layer_problems, weight_specs, workspace_tensors
 from ..experts import run_layer
 from ..formats import SCALE_BLOCK
 from ..launch import (
+    PACKED_STEP,
     Device,
     Launch,
     Shape,
@@ -48,7 +49,9 @@ BURSTS = (1, 2)  # four were at most 0.5 % faster, and a coarser ring
 
 def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]:
     """Tiles worth measuring for this many rows, for each of the two GEMMs."""
-    fp8 = shape.format.fp8_rows
+    fmt, fp8 = shape.format, shape.format.fp8_rows
+    if shape.format.packed:
+        return packed_candidates(shape, expected_m)
     full = 128 if fp8 else 64
     exact = row_tile(expected_m)
     # block_n, block_m, block_m_busy, block_k, warps, per_sm, swap_ab, warp_groups
@@ -78,10 +81,32 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
         # The first GEMM's channels share a scale, so they are the depth of the second one.
         inner = block_n if fp8 else depth
         for burst in BURSTS if expected_m <= 128 else BURSTS[:1]:
-            rest = fp8, warps, per_sm, swap_ab, burst, groups
+            rest = fmt, warps, per_sm, swap_ab, burst, groups
             gate_up.append(hopper_tiles(*tile, depth, *rest))
             down.append(hopper_tiles(*tile, inner, *rest))
     return list(dict.fromkeys(gate_up)), list(dict.fromkeys(down))
+
+
+def packed_candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]:
+    """The same where weights are decoded in registers: they are the wide operand, and a warp
+    decodes 16 or 32 channels of each tile."""
+    exact = row_tile(expected_m)
+    # block_n, block_m, block_m_busy, warps, per_sm
+    tiles: list[tuple[int, int, int, int, int]] = []
+    if expected_m <= 64:
+        tiles += [(128, exact, 64, 8, 1), (64, exact, 64, 4, 2), (64, exact, 64, 4, 1)]
+    if expected_m <= 32:
+        tiles += [(64, exact, 32, 4, 2), (128, exact, 32, 8, 1)]
+    if expected_m >= 32:
+        tiles += [(64, min(exact, 64), 128, 4, 1), (128, 64, 64, 8, 1), (64, 64, 64, 4, 2)]
+    if expected_m >= 64:
+        tiles.append((64, 128, 128, 4, 1))
+    found = [
+        hopper_tiles(n, m, busy, PACKED_STEP, shape.format, warps, per_sm, burst=burst)
+        for n, m, busy, warps, per_sm in tiles
+        for burst in (BURSTS if expected_m <= 64 else BURSTS[:1])
+    ]
+    return list(dict.fromkeys(found)), list(dict.fromkeys(found))
 
 
 def compatible(shape: Shape, gate_up: Tiles, down: Tiles) -> bool:
@@ -137,6 +162,8 @@ def random_layer(
 
     experts, hidden, inter = shape.experts, shape.hidden, shape.inter
     x = dense(experts, shape.capacity, hidden)
+    if shape.format.packed:
+        return x, None, _random_packed(shape, device)
     w13, w2 = dense(experts, 2 * inter, hidden), dense(experts, hidden, inter)
     if not shape.format.fp8_rows:
         return x, None, ExpertWeights(w13, w2)
@@ -148,6 +175,23 @@ def random_layer(
     wanted: Any = weight_specs(shape)
     w13_scale, w2_scale = same(*wanted.w13_scale.shape), same(*wanted.w2_scale.shape)
     return x, x_scale, ExpertWeights(w13, w2, w13_scale, w2_scale, shape.format)
+
+
+def _random_packed(shape: Shape, device: torch.device | str) -> ExpertWeights:
+    """Any code is a weight; every scale is the same."""
+    wanted: Any = weight_specs(shape)
+
+    def codes(spec: Any) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, spec.shape, dtype=torch.int32, device=device)
+
+    def scales(spec: Any) -> torch.Tensor:
+        pairs = torch.full((*spec.shape, 2), 0.02, dtype=torch.bfloat16, device=device)
+        return pairs.view(torch.int32).squeeze(-1)
+
+    return ExpertWeights(
+        codes(wanted.w13), codes(wanted.w2), scales(wanted.w13_scale), scales(wanted.w2_scale),
+        shape.format,
+    )  # fmt: skip
 
 
 def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:

@@ -81,10 +81,11 @@ def _torch_transport(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
                 kind="unsupported",
             )
         )
-    own = FORMATS["unquantized"].own
-    if model.weight_format != "unquantized" or not own or model.hidden_act not in own.activations:
+    known = FORMATS.get(model.weight_format)
+    own = known.own if known else None
+    if own is None or own.rows != "bf16" or model.hidden_act not in own.activations:
         got = f"{model.weight_format} weights, activation {model.hidden_act}, torch transport"
-        errors.append(leave(EXPERTS, got, "unquantized with silu"))
+        errors.append(leave(EXPERTS, got, "formats whose rows are bf16, with silu"))
     if launch.deepep_mode == "auto":
         errors.append(
             Rejection(

@@ -92,6 +92,9 @@ def _deep_gemm(rows: str, *, least: Capability | None = None, plain: bool = Fals
 
 _BLACKWELL = (10, 0)
 _OWN_FP8 = OwnExperts(rows="fp8", below=_BLACKWELL)
+_PARTLY = ("awq_marlin", "compressed-tensors", "gptq_marlin", "moe_wna16")
+"""Quantizations of which some kinds have rows of their own."""
+_OWN_INT4 = OwnExperts(rows="bf16")
 _FP8 = _deep_gemm("fp8")
 _FP4 = _deep_gemm("fp8", least=_BLACKWELL)
 _HUMMING = HostExperts(
@@ -136,6 +139,15 @@ _ROWS = (
         own=_OWN_FP8,
     ),
     WeightFormat(name="w8a8_fp8", title="FP8 per channel (w8a8_fp8)", own=_OWN_FP8),
+    *(
+        WeightFormat(name=f"{name}_int4", title=title, own=_OWN_INT4)
+        for name, title in (
+            ("compressed-tensors", "int4 in groups of 32 or 128: compressed-tensors"),
+            ("awq_marlin", "AWQ"),
+            ("gptq_marlin", "symmetric GPTQ"),
+            ("moe_wna16", "moe_wna16"),
+        )
+    ),
     WeightFormat(
         name="fp8_fp4",
         title="FP4 experts in an FP8 checkpoint",
@@ -180,7 +192,7 @@ _ROWS = (
     ),
     *(
         # The layer's gate leaves them on the path that asserts in the first forward.
-        WeightFormat(name=name, title=name)
+        WeightFormat(name=name, title=f"other {name}" if name in _PARTLY else name)
         for name in (
             "auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes",
             "blockwise_int8", "compressed-tensors", "gguf", "gptq", "gptq_marlin",

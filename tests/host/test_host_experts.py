@@ -16,7 +16,12 @@ from moe_plugin.planning.weight_formats import FORMATS
 from ..support.hosts import program, run_host
 
 _FP8 = {"fp8_block", "fp8_tensor", "fp8_fp4", "fp8_nvfp4"}
-MADE_HERE = {"unquantized", "humming_fp4", "mxfp4", "gptq", "compressed-tensors_fp8", *_FP8}
+_INT4 = {
+    f"{name}_int4" for name in ("awq_marlin", "compressed-tensors", "gptq_marlin", "moe_wna16")
+}
+MADE_HERE = {
+    "unquantized", "humming_fp4", "mxfp4", "gptq", "compressed-tensors_fp8", *_FP8, *_INT4
+}  # fmt: skip
 """Formats that are no method of the host's by name: several kinds of one, or none. ``mxfp4`` and
 ``gptq`` are registered under a condition."""
 ONLY_BUILT = {

@@ -16,6 +16,7 @@ from moe_plugin.kernels.experts_torch import (
     quantise_groups_torch,
 )
 from moe_plugin.kernels.formats import SCALE_BLOCK, SWIGLU, Activation, Format
+from moe_plugin.kernels.packing import E2M1, MIDDLE, pack_codes, pack_scales
 from moe_plugin.kernels.tuning.tune import zipf_counts
 from moe_plugin.kernels.weights import ExpertWeights
 
@@ -105,6 +106,40 @@ def quantise_tensors(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (w.float() / scale[:, None, None]).to(torch.float8_e4m3fn), scale
 
 
+def quantise_codes(
+    w: torch.Tensor, fmt: Format
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Round [L, N, K] to codes of 0 to 15, with one scale [L, N, ceil(K / group)], bf16 or of MXFP4
+    its exponent byte, and where the format has them one zero point per group (ragged tails)."""
+    groups = -(-w.shape[-1] // fmt.group)
+    padded = torch.nn.functional.pad(w.float(), (0, groups * fmt.group - w.shape[-1]))
+    tiles = padded.unflatten(-1, (groups, fmt.group))
+    if fmt.code == "e2m1":
+        largest = tiles.abs().amax(-1).clamp_min(1e-10)
+        exponent = torch.floor(torch.log2(largest)) - 2 + 127  # the largest code is 6
+        values = tiles / torch.exp2(exponent - 127).unsqueeze(-1)
+        steps = torch.tensor(E2M1, device=w.device)
+        nearest = (values.abs().unsqueeze(-1) - steps).abs().argmin(-1)
+        codes = nearest + 8 * (values < 0)
+        return codes.flatten(-2)[..., : w.shape[-1]].to(torch.uint8), exponent.to(torch.uint8), None
+    if fmt.zero_points:
+        low, high = tiles.amin(-1).clamp_max(0), tiles.amax(-1).clamp_min(0)
+        scale = ((high - low).clamp_min(1e-10) / 15).bfloat16()
+        zero = (-low / scale.float()).round().clamp(0, 15)
+        middle = zero.unsqueeze(-1)
+    else:
+        scale = (tiles.abs().amax(-1).clamp_min(1e-10) / 7).bfloat16()
+        zero, middle = None, MIDDLE
+    codes = ((tiles / scale.float().unsqueeze(-1)).round() + middle).clamp(0, 15)
+    return codes.flatten(-2)[..., : w.shape[-1]].to(torch.uint8), scale, zero
+
+
+def pack(w: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantise_codes` in the order of the kernels."""
+    codes, scale, zero = quantise_codes(w, fmt)
+    return pack_codes(codes, fmt), pack_scales(scale, w.shape[-1], fmt, zero)
+
+
 QUANTISE = {"block": quantise_blocks, "channel": quantise_channels, "tensor": quantise_tensors}
 
 
@@ -113,6 +148,8 @@ def make_weights(
     activation: Activation = SWIGLU,
 ) -> ExpertWeights:  # fmt: skip
     """Random experts that keep activations near unit variance."""
+    if fmt.packed:
+        activation = replace(activation, interleaved=False)
     w13, w13_scale = _make_matrix(experts, 2 * inter, hidden, fmt, gen)
     w2, w2_scale = _make_matrix(experts, hidden, inter, fmt, gen)
     bias = [
@@ -125,20 +162,23 @@ def make_weights(
 def _make_matrix(
     experts: int, n: int, k: int, fmt: Format, gen: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    fp8 = fmt.weight_bits == 8
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    w = torch.empty((experts, n, k), dtype=dtype, device=gen.device)
-    scales = []
+    dtype = torch.float8_e4m3fn if fmt.weight_bits == 8 else torch.bfloat16
+    w = torch.empty((0 if fmt.packed else experts, n, k), dtype=dtype, device=gen.device)
+    packed, scales = [], []
     for e in range(experts):
         dense = torch.randn((1, n, k), generator=gen, device=gen.device) / k**0.5
         # Channels of different sizes, so that no scale can stand for its neighbour's.
         dense *= 0.5 + torch.arange(n, device=gen.device)[:, None] % 7 / 6
-        if fp8:
+        if fmt.packed:
+            words, scale = pack(dense, fmt)
+            packed.append(words)
+            scales.append(scale)
+        elif fmt.weight_bits == 8:
             w[e : e + 1], scale = QUANTISE[fmt.weight_scale](dense)
             scales.append(scale)
         else:
             w[e : e + 1] = dense
-    return w, torch.cat(scales) if fp8 else None
+    return torch.cat(packed) if packed else w, torch.cat(scales) if scales else None
 
 
 def make_layer(

@@ -49,8 +49,9 @@ def test_tiles_fit_the_multiprocessor(shape: Shape, rows: int) -> None:
     launch = heuristic(shape, rows, H100)
     assert launch.hopper
     for tiles in (launch.gate_up, launch.down):
-        itemsize = shape.format.weight_bits // 8
-        stage = (2 * tiles.block_n + tiles.block_m_busy) * tiles.block_k * itemsize
+        fmt = shape.format
+        bits = 2 * tiles.block_n * fmt.weight_bits + tiles.block_m_busy * fmt.row_bits
+        stage = bits * tiles.block_k // 8
         assert tiles.stages >= 2
         assert tiles.stages * stage * tiles.per_sm < SM90_SHARED_BYTES
         assert tiles.block_m_busy >= tiles.block_m

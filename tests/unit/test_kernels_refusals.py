@@ -62,7 +62,10 @@ BOTH = {
     "strided channels": (lambda c: {"x": strided(c["x"])}, "strides of hidden_states"),
     "flat rows": (lambda c: {"x": c["x"][0]}, "hidden_states and w2"),
     "strided weights": (of_weights(w13=strided), "strides of w13"),
-    "other width": (of_weights(w13=lambda w: w[:, :-16]), "w13: got"),
+    "other width": (
+        of_weights(w13=lambda w: w[:, : w.shape[1] * 3 // 4]),
+        "(w13|w13_scale): got",  # packed, the width of w13 is what tells the size
+    ),
     "other dtype": (of_weights(w2=lambda w: w.half()), "w2: got .*float16"),
     "unknown format": (of_weights(format=lambda f: replace(f, name="fp6")), "format: got fp6"),
     "changed format": (of_weights(format=lambda f: replace(f, group=7)), "format: got"),

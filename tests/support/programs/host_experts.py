@@ -52,6 +52,8 @@ def configs() -> dict[str, Any]:
     token = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True}
     groups = {"group_0": {"targets": ["Linear"], "weights": {**channel, "dynamic": False},
                           "input_activations": {**token, "dynamic": True}}}  # fmt: skip
+    four = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    int4 = {"group_0": {"targets": ["Linear"], "weights": {**four, "dynamic": False}}}
     return {
         "unquantized": None,
         "fp8_block": _fp8([128, 128]),
@@ -74,6 +76,9 @@ def configs() -> dict[str, Any]:
         "blockwise_int8": QUANTIZATION_METHODS["blockwise_int8"](True, "dynamic", [], [128, 128]),
         "compressed-tensors": _from(
             "compressed-tensors", format="float-quantized", config_groups=groups, ignore=[]
+        ),
+        "compressed-tensors_int4": _from(
+            "compressed-tensors", format="pack-quantized", config_groups=int4, ignore=[]
         ),
     }
 

@@ -1,0 +1,204 @@
+"""4-bit weights of the host's layers, brought into the order of our kernels when they are loaded.
+
+What the host's methods hold, with K inputs and N output channels of w13 or w2; eight codes to an
+int32, lowest first:
+
+    compressed-tensors   weight_packed [L, K/8, N], weight_scale [L, K/group, N],
+                         weight_zero_point [L, K/group, N/8] where it is asymmetric
+    GPTQ                 qweight and scales the same; its Marlin method knows symmetric ones alone
+    AWQ                  qweight [L, K, N/8] in AWQ's own order of eight, scales, qzeros alike
+    moe_wna16            qweight [L, N, K/2] and qzeros [L, N/2, K/group] in bytes, scales
+                         [L, N, K/group]
+
+Each would be repacked for the host's own kernels. Ours take its place: expert by expert, codes
+within the memory that they have, so that nothing needs room for two. Scales become a parameter of
+their own, so that whatever moves experts between ranks moves them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UnsupportedError, explain
+from ...kernels.formats import FORMATS, Format
+from ..host_symbols import FUSED_FUNCTION, check_symbol
+
+if TYPE_CHECKING:
+    import torch
+
+_RUNNER = "marlin"
+_SCALES = "scale_words"
+_CODES = ("weight_packed", "qweight")
+_READ_ONCE = ("weight_scale", "scales", "weight_zero_point", "qzeros")
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where AWQ keeps a channel among the eight of a word."""
+
+
+def codes_of(layer: Any, name: str) -> Any | None:
+    """The parameter that holds the codes of w13 or w2, if the layer has packed weights."""
+    found = (getattr(layer, f"{name}_{suffix}", None) for suffix in _CODES)
+    return next((codes for codes in found if codes is not None), None)
+
+
+def stored_weights(layer: Any, name: str) -> Any:
+    """The parameter that holds w13 or w2, packed or not."""
+    codes = codes_of(layer, name)
+    return getattr(layer, f"{name}_weight") if codes is None else codes
+
+
+def packed_format(layer: Any) -> Format:
+    """The format of a layer whose weights are packed, loaded or not.
+
+    Raises:
+        UnsupportedError: one that our kernels do not decode.
+    """
+    known: Format | None = getattr(layer, "_moe_plugin_format", None)
+    if known is not None:
+        return known
+    scale, zero = _scale(layer, "w13"), _zero(layer, "w13")
+    groups = scale.shape[2 if _in_bytes(codes_of(layer, "w13")) else 1]
+    group = layer.hidden_size // groups
+    found = _bits(layer), group, zero is not None
+    for fmt in FORMATS.values():
+        same = (fmt.weight_bits, fmt.group, fmt.zero_points) == found
+        if fmt.packed and same and not _by_activation(layer):
+            return fmt
+    got = f"{_bits(layer)} bits, groups of {group}, {'with' if zero is not None else 'no'} zero"
+    raise UnsupportedError(
+        explain(
+            f"MoE layer {layer.layer_id}: packed weights",
+            got=f"{got} points{', ordered by activation' if _by_activation(layer) else ''}",
+            allowed=", ".join(fmt.name for fmt in FORMATS.values() if fmt.packed),
+            fix="--use-batched-dp-moe off",
+        )
+    )
+
+
+def let_host_build(backend: str) -> None:
+    """Give the host's Marlin runner a function behind this all-to-all: without one it refuses to be
+    built, and with it the layer. Our experts stand before it in every forward."""
+    if check_symbol(FUSED_FUNCTION) is not None:
+        return
+    from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
+
+    if FusedOpPool.get_fused_func(backend, _RUNNER) is None:
+        FusedOpPool.register_fused_func(backend, _RUNNER, _not_ours)
+
+
+def _not_ours(dispatch_output: Any, *_: Any) -> Any:
+    raise UnsupportedError(
+        explain(
+            "experts of packed weights behind an all-to-all",
+            got=type(dispatch_output).__name__,
+            allowed="low-latency rows, which the plugin's experts take",
+            fix="--deepep-mode low_latency",
+        )
+    )
+
+
+def keep_from_host(layer: Any) -> None:
+    """Have the layer's method repack for our kernels where it would for the host's."""
+    layer._moe_plugin_format = packed_format(layer)
+    layer.quant_method.process_weights_after_loading = repack
+
+
+def repack(layer: Any) -> None:
+    """Bring a loaded layer's weights into our order; a second call finds nothing to do."""
+    import torch
+
+    from ...kernels.packing import STRIP, pack_codes, pack_scales, packed_words, scale_words
+
+    if _scale(layer, "w13").numel() == 0:
+        return
+    fmt = packed_format(layer)
+    sizes = {"w13": (2 * layer.intermediate_size_per_partition, layer.hidden_size)}
+    sizes["w2"] = sizes["w13"][1], sizes["w13"][0] // 2
+    for name, (rows, depth) in sizes.items():
+        parameter, read = codes_of(layer, name), _reader(layer, name)
+        experts, strips = parameter.shape[0], rows // STRIP
+        place = parameter.data.view(torch.int32)
+        if place.numel() != experts * strips * packed_words(depth):  # a ragged depth is padded
+            place = place.new_empty((experts, strips, packed_words(depth)))
+        scales = place.new_empty((experts, strips, scale_words(depth, fmt)))
+        for expert in range(experts):
+            codes, scale, zero = read(expert)
+            scales[expert] = pack_scales(scale, depth, fmt, zero)
+            place.view(experts, -1)[expert] = pack_codes(codes, fmt).flatten()
+        parameter.data = place.view(experts, strips, packed_words(depth))
+        setattr(layer, f"{name}_{_SCALES}", torch.nn.Parameter(scales, requires_grad=False))
+    for name in sizes:
+        for suffix in _READ_ONCE:
+            if (parameter := getattr(layer, f"{name}_{suffix}", None)) is not None:
+                parameter.data = parameter.data.new_empty(0)
+
+
+def packed_weights(layer: Any, name: str) -> tuple[Any, Any]:
+    """Codes and scales of w13 or w2, as `ExpertWeights` takes them; no copy."""
+    return codes_of(layer, name), getattr(layer, f"{name}_{_SCALES}")
+
+
+def _in_bytes(codes: Any) -> bool:
+    return bool(codes.dtype.itemsize == 1)
+
+
+def _scale(layer: Any, name: str) -> Any:
+    found = getattr(layer, f"{name}_weight_scale", None)
+    return getattr(layer, f"{name}_scales") if found is None else found
+
+
+def _zero(layer: Any, name: str) -> Any | None:
+    if type(layer.quant_method).__name__ == "GPTQMarlinMoEMethod":
+        return None  # has the parameter, and never reads it
+    found = getattr(layer, f"{name}_weight_zero_point", None)
+    found = getattr(layer, f"{name}_qzeros", None) if found is None else found
+    return None if found is None or found.numel() == 0 else found
+
+
+def _quantisation(layer: Any) -> Any:
+    scheme = getattr(layer, "scheme", None)
+    return scheme if hasattr(scheme, "num_bits") else layer.quant_method.quant_config
+
+
+def _bits(layer: Any) -> int:
+    given = _quantisation(layer)
+    return int(getattr(given, "num_bits", None) or given.weight_bits)
+
+
+def _by_activation(layer: Any) -> bool:
+    """Whether inputs of a group are not neighbours."""
+    given = _quantisation(layer)
+    order = getattr(given, "actorder", None)
+    return bool(getattr(given, "desc_act", False)) or getattr(order, "value", order) == "group"
+
+
+def _reader(layer: Any, name: str) -> Callable[[int], tuple[Any, Any, Any]]:
+    """(codes [N, K], scales [N, groups], zero points or None) of one expert."""
+    codes, scale, zero = codes_of(layer, name), _scale(layer, name), _zero(layer, name)
+    if _in_bytes(codes):
+        return partial(_read_bytes, codes, scale, zero)
+    depth = layer.hidden_size if name == "w13" else layer.intermediate_size_per_partition
+    return partial(_read_words, codes, scale, zero, codes.shape[1] == depth)
+
+
+def _read_words(codes: Any, scale: Any, zero: Any, awq: bool, expert: int) -> tuple[Any, Any, Any]:
+    order = _AWQ_ORDER if awq else tuple(range(8))
+    packed = codes.data[expert]
+    unpacked = _nibbles(packed, order) if awq else _nibbles(packed.T, order).T
+    zeros = None if zero is None else _nibbles(zero.data[expert], order).T
+    return unpacked.T, scale.data[expert].T, zeros
+
+
+def _read_bytes(codes: Any, scale: Any, zero: Any, expert: int) -> tuple[Any, Any, Any]:
+    unpacked = _nibbles(codes.data[expert], (0, 1))
+    zeros = None if zero is None else _nibbles(zero.data[expert].T, (0, 1)).T
+    return unpacked, scale.data[expert], zeros
+
+
+def _nibbles(packed: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """[rows, words] to [rows, codes]; `order`: which of a word's codes comes next."""
+    import torch
+
+    shifts = torch.tensor([4 * place for place in order], device=packed.device)
+    return ((packed.unsqueeze(-1).to(torch.int32) >> shifts) & 15).flatten(-2).to(torch.uint8)

@@ -1,0 +1,133 @@
+"""The SM90 product of weights that are decoded in registers, `wgmma`'s first operand.
+
+A lane's 16 bytes of a strip (`packing`) become the 32 values that four instructions want of it: of
+each two weights one mask and one shift, a subtraction that is exact, and the multiplication by
+their scale, which rounds to bf16 as dequantising does. Scaling sums of a group in float32 instead
+would cost as many operations at 64 rows and four times as many in groups of 32.
+"""
+
+# mypy: ignore-errors
+# Device code: the types are the compiler's, not Python's.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .. import packing
+from . import decode
+
+STRIP = gl.constexpr(packing.STRIP)
+TAKES = gl.constexpr(decode.TAKES)
+
+
+@gluon.constexpr_function
+def _assembly(how):
+    return decode.ASSEMBLY[how]
+
+
+@gluon.constexpr_function
+def _powers(count, unit):
+    """Bases of `count` steps of `unit` along the columns."""
+    return [[0, unit << i] for i in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _code_layout(shape, warps):
+    """A lane's 16 bytes in one load; of several blocks of 64 inputs one load each."""
+    strips = [[1 << i, 0] for i in range(shape[0].bit_length() - 1)]
+    mine = warps.bit_length() - 1
+    registers = [[0, 1], [0, 2], *_powers(shape[1] // 128, 128), *strips[mine:]]
+    return gl.DistributedLinearLayout(registers, _powers(32, 4), strips[:mine], [], shape)
+
+
+@gluon.constexpr_function
+def _scale_layout(shape, warps, each):
+    """Four lanes of the same channels read the same `each` words; then the next eight channels."""
+    strips = [[1 << i, 0] for i in range(shape[0].bit_length() - 1)]
+    mine = warps.bit_length() - 1
+    registers = [*_powers(each, 1), *_powers(shape[1] // (8 * each), 8 * each), *strips[mine:]]
+    lanes = [[0, 0], [0, 0], *_powers(8, each)]
+    return gl.DistributedLinearLayout(registers, lanes, strips[:mine], [], shape)
+
+
+@gluon.jit
+def _spread(values, LIKE: gl.constexpr):
+    """[strips, A, 8, C] to every word that these scales are of: [strips, A, B, 8, 4, C, D]."""
+    PLACE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, gl.SliceLayout(6, LIKE)))
+    values = gl.convert_layout(values, PLACE, assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(values, 2), 4), 6)
+
+
+@gluon.jit
+def _load(codes, scales, job):
+    """One tile as it is stored, from shared memory."""
+    EACH: gl.constexpr = (
+        1
+        if job.DECODE == "e2m1"
+        else (max(1, 64 // job.GROUP) * (2 if job.DECODE == "zero" else 1))
+    )
+    q = codes.load(_code_layout(codes.shape, gl.num_warps()))
+    s = scales.load(_scale_layout(scales.shape, gl.num_warps(), EACH))
+    return q, s
+
+
+@gluon.jit
+def _decode(q, s, job, MMA: gl.constexpr):
+    """One tile, [16 x strips, inputs] in bf16, in the registers of a first operand."""
+    STRIPS: gl.constexpr = q.shape[0]
+    BLOCKS: gl.constexpr = q.shape[1] // 128
+    # Groups are A x C: whole blocks of 64 inputs, or parts of one.
+    C: gl.constexpr = max(1, 64 // job.GROUP)
+    A: gl.constexpr = BLOCKS if job.GROUP <= 64 else BLOCKS * 64 // job.GROUP
+    q = q.reshape(STRIPS, A, BLOCKS // A, 8, 4, C, 4 // C)
+    if job.DECODE == "zero":
+        s, z = s.reshape(STRIPS, A, 8, C, 2).split()
+        z = _spread(z, q.type.layout)
+    elif job.DECODE == "e2m1":
+        s = s.reshape(STRIPS, A, 8)
+        s = gl.join(s, s >> 16)
+        z = s
+    else:
+        s = s.reshape(STRIPS, A, 8, C)
+        z = s
+    s = _spread(s, q.type.layout)
+    if job.DECODE != "zero":
+        z = s
+    v = gl.inline_asm_elementwise(
+        _assembly(job.DECODE), TAKES, [q, s, z], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
+    )
+    near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
+    far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
+    # strip, a, b, g, t, c, d, p, h, j: channels strip, h, g, and inputs a, b, c, d, j, t, p
+    tile = gl.join(near, far).permute((0, 8, 3, 1, 2, 5, 6, 9, 4, 7))
+    tile = tile.reshape(STRIP * STRIPS, 64 * BLOCKS)
+    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
+    """Both tiles' products. One tile is decoded while the tensor cores work on the other; a wait
+    stands before each decoding, since its registers are those of the product before last."""
+    acc0 = gl.zeros(SHAPE, gl.float32, MMA)
+    acc1 = gl.zeros(SHAPE, gl.float32, MMA)
+    for k in range(job.steps_k):
+        mbarrier.wait(ring.full.index(stage), phase)
+        x = ring.rows(stage, SHAPE[1]).permute((1, 0))
+        q0, s0 = _load(ring.w0.index(stage), ring.v0.index(stage), job)
+        q1, s1 = _load(ring.w1.index(stage), ring.v1.index(stage), job)
+        w = _decode(q0, s0, job, MMA)
+        acc0 = warpgroup_mma(w, x, acc0, is_async=True)
+        acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
+        # The products of the step before are done with its rows.
+        mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
+        w = _decode(q1, s1, job, MMA)
+        acc1 = warpgroup_mma(w, x, acc1, is_async=True)
+        acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
+        stage, phase = ring.advance(stage, phase)
+    acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
+    mbarrier.arrive(ring.empty.index(ring.before(stage)))
+    return acc0, acc1, stage, phase

@@ -1,0 +1,131 @@
+"""4-bit weights as the host's methods hold them, repacked: what they stand for stays the same."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_plugin.errors import UnsupportedError
+from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
+from moe_plugin.integration.serve.packed_weights import keep_from_host
+from moe_plugin.kernels.experts_torch import dequantise_expert_torch
+from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO
+
+EXPERTS, HIDDEN, INTER = 3, 384, 128
+SIZES = {"w13": (2 * INTER, HIDDEN), "w2": (HIDDEN, INTER)}
+AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # the channel that each nibble of AWQ's words holds
+
+
+def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+
+def words(codes: torch.Tensor, places: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Eight neighbours of the last dimension in an int32."""
+    eights = codes.to(torch.int64).unflatten(-1, (-1, 8))
+    packed = sum(eights[..., place] << (4 * at) for at, place in enumerate(places))
+    return (packed - ((packed >> 31) << 32)).to(torch.int32)
+
+
+def in_bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Two neighbours of the last dimension in a byte."""
+    return (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+
+
+def host_layer(method: str, group: int, zeros: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A layer as the method's loader leaves it, and the weights that it stands for."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Module()
+    layer.layer_id = 4
+    layer.moe_runner_config = SimpleNamespace(activation="silu")
+    layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, INTER
+    layer.quant_method = type(method, (), {})()
+    layer.quant_method.quant_config = SimpleNamespace(weight_bits=4, desc_act=False)
+    if method == "CompressedTensorsFusedMoEMethod":
+        layer.scheme = SimpleNamespace(num_bits=4, actorder=None)
+    stands_for = {}
+    for name, (rows, depth) in SIZES.items():
+        codes = torch.randint(0, 16, (EXPERTS, rows, depth), generator=generator)
+        scale = torch.rand((EXPERTS, rows, depth // group), generator=generator).bfloat16()
+        zero = torch.randint(0, 16, scale.shape, generator=generator)
+        middle = zero.repeat_interleave(group, -1) if zeros else 8
+        stands_for[name] = (codes - middle) * scale.float().repeat_interleave(group, -1)
+        across = {"weight_packed": words(codes).mT, "weight_scale": scale.mT}
+        if method == "CompressedTensorsFusedMoEMethod":
+            stored = across | ({"weight_zero_point": words(zero.mT)} if zeros else {})
+        elif method == "GPTQMarlinMoEMethod":
+            stored = {"qweight": words(codes).mT, "scales": scale.mT.half(),
+                      "qzeros": words(zero.mT)}  # fmt: skip
+        elif method == "AWQMoEMethod":
+            stored = {"qweight": words(codes.mT, AWQ_PLACES), "scales": scale.mT,
+                      "qzeros": words(zero.mT, AWQ_PLACES)}  # fmt: skip
+        else:
+            stored = {"qweight": in_bytes(codes), "scales": scale,
+                      "qzeros": in_bytes(zero.mT).mT if zeros else torch.empty(0)}  # fmt: skip
+        for key, tensor in stored.items():
+            layer.register_parameter(f"{name}_{key}", parameter(tensor))
+    return layer, stands_for
+
+
+CASES = [
+    ("CompressedTensorsFusedMoEMethod", INT4_G32),
+    ("CompressedTensorsFusedMoEMethod", INT4_G128_ZERO),
+    ("GPTQMarlinMoEMethod", INT4_G128),
+    ("AWQMoEMethod", INT4_G128_ZERO),
+    ("MoeWNA16Method", INT4_G32),
+    ("MoeWNA16Method", INT4_G128_ZERO),
+]
+
+
+@pytest.mark.parametrize(("method", "fmt"), CASES, ids=str)
+def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -> None:
+    layer, expected = host_layer(method, fmt.group, fmt.zero_points)
+    assert loaded_format(layer) == fmt
+    codes = {name: p for name, p in layer.named_parameters() if "weight" in name}
+    kept = [p for name, p in codes.items() if "_scale" not in name and "_zero" not in name]
+    before = [p.data_ptr() for p in kept]
+    keep_from_host(layer)
+    for _ in range(2):  # the host may ask twice
+        layer.quant_method.process_weights_after_loading(layer)
+        weights = expert_weights(layer)
+        assert weights.format == loaded_format(layer) == fmt
+        for expert in range(EXPERTS):
+            w13, w2 = dequantise_expert_torch(weights, expert)
+            assert torch.equal(w13, expected["w13"][expert])
+            assert torch.equal(w2, expected["w2"][expert])
+    assert [p.data_ptr() for p in kept] == before, "codes stay in the memory that they had"
+    held = sum(p.numel() * p.element_size() for p in layer.parameters())
+    weighs = EXPERTS * 3 * HIDDEN * INTER
+    assert held == weighs // 2 + weighs // fmt.group * (4 if fmt.zero_points else 2)
+
+
+def test_scales_move_with_their_experts() -> None:
+    """Whoever moves experts between ranks takes every parameter that has one row for each."""
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
+    keep_from_host(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    moved = {name for name, p in layer.named_parameters() if len(p) == EXPERTS}
+    assert moved == {f"{n}_{k}" for n in SIZES for k in ("weight_packed", "scale_words")}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_bits": 8}, "8 bits"),
+        ({"actorder": "group"}, "ordered by activation"),
+    ],
+)
+def test_what_kernels_do_not_decode_is_refused(change: dict[str, Any], says: str) -> None:
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
+    vars(layer.scheme).update(change)
+    with pytest.raises(UnsupportedError, match=rf"MoE layer 4: packed weights: got .*{says}"):
+        loaded_format(layer)
+
+
+def test_groups_of_another_size_are_refused() -> None:
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 64, False)
+    with pytest.raises(UnsupportedError, match="groups of 64"):
+        loaded_format(layer)
