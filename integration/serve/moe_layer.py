@@ -147,9 +147,11 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
 
     cfg, own_tokens = runner.config, dispatch_output.topk_ids.shape[0]
+    plan = buffer.current_plan()
     expected_m = rows_to_launch_for(
-        buffer.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts
-    )
+        buffer.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts,
+        groups_apart=plan is not None and plan.groups_apart,
+    )  # fmt: skip
     weights = expert_weights(layer)
     if weights.w13.is_cuda:  # some models give the layer its limit after it was made
         warm_up(runner.config, weights.format, weights.activation)

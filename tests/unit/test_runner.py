@@ -7,7 +7,7 @@ import pytest
 from moe_plugin.errors import ConfigError
 from moe_plugin.kernels.weights import ExpertWeights
 from moe_plugin.runtime.config import BatchedMoEConfig
-from moe_plugin.runtime.metadata import DPMetadata
+from moe_plugin.runtime.metadata import ROWS_OF_OTHERS, DPMetadata, rows_to_launch_for
 from moe_plugin.runtime.runner import BatchedMoERunner, expected_rows
 
 GOOD = {
@@ -61,6 +61,18 @@ def test_expected_rows_is_a_mean_and_at_least_one() -> None:
     """64 tokens x top-8 over 256 experts: 2 rows; an idle forward still asks for one."""
     assert DPMetadata((32, 32)).expected_rows(8, 256) == 2
     assert DPMetadata((0, 0)).expected_rows(8, 256) == 1
+
+
+def test_a_decode_graph_expects_rows_of_groups_that_prefill_beside_it() -> None:
+    """Not for so few tokens that few experts have rows at all; 4 ranks of 128 experts, top-8."""
+    rows = {
+        tokens: rows_to_launch_for(None, tokens, 4, 8, 128, groups_apart=True)
+        for tokens in (1, 3, 4, 32, 64, 128, 1024)
+    }
+    assert rows == {
+        1: 1, 3: 1, 4: ROWS_OF_OTHERS, 32: ROWS_OF_OTHERS, 64: 16, 128: 32, 1024: 256
+    }  # fmt: skip
+    assert rows_to_launch_for(None, 4, 4, 8, 128) == 1
 
 
 @pytest.mark.parametrize(
