@@ -109,10 +109,11 @@ def test_chunking_off_is_bounded_by_the_context_only() -> None:
     assert plan(QWEN, chunked_prefill_size=-1, disaggregation_mode="decode").verdict == "ok"
 
 
-def test_fp4_experts_run_on_blackwell() -> None:
-    """On the host's DeepGEMM, within our budgets."""
-    found = plan(replace(V3, weight_format="fp8_fp4"), compute_capability=(10, 0))
-    assert (found.verdict, found.runner) == ("ok", "host")
+def test_fp4_experts_run_on_blackwell_and_hopper() -> None:
+    """On the host's DeepGEMM, within our budgets; on Hopper on ours."""
+    for capability, runner in (((10, 0), "host"), ((9, 0), "moe_plugin")):
+        found = plan(replace(V3, weight_format="fp8_fp4"), compute_capability=capability)
+        assert (found.verdict, found.runner) == ("ok", runner)
 
 
 def test_two_batch_overlap_holds_two_batches() -> None:
