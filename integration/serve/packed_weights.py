@@ -37,8 +37,8 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ keeps a channel among the eight of a word."""
 
 
-def codes_of(layer: Any, name: str) -> Any | None:
-    """The parameter that holds the codes of w13 or w2, if the layer has packed weights."""
+def codes_of(layer: Any, name: str) -> Any:
+    """The parameter that holds the codes of w13 or w2; None where weights are not packed."""
     if _is_fp4(layer):
         return getattr(layer, f"{name}_weight")
     found = (getattr(layer, f"{name}_{suffix}", None) for suffix in _CODES)
