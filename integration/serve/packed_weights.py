@@ -126,7 +126,10 @@ def repack(layer: Any) -> None:
         place = parameter.data.view(torch.int32)
         if place.numel() != experts * strips * packed_words(depth):  # a ragged depth is padded
             place = place.new_empty((experts, strips, packed_words(depth)))
-        scales = place.new_empty((experts, strips, scale_words(depth, fmt)))
+        # Weights that are loaded anew stay where captured graphs read them.
+        kept = getattr(layer, f"{name}_{_SCALES}", None)
+        size = (experts, strips, scale_words(depth, fmt))
+        scales = place.new_empty(size) if kept is None else kept.data
         for expert in range(experts):
             codes, scale, zero = read(expert)
             scales[expert] = pack_scales(scale, depth, fmt, zero)

@@ -10,7 +10,7 @@ import torch
 
 from moe_plugin.errors import UnsupportedError
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
-from moe_plugin.integration.serve.packed_weights import keep_from_host
+from moe_plugin.integration.serve.packed_weights import keep_from_host, packed_weights
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
 from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP4
 from moe_plugin.kernels.packing import E2M1
@@ -36,9 +36,11 @@ def in_bytes(codes: torch.Tensor) -> torch.Tensor:
     return (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
 
 
-def host_layer(method: str, group: int, zeros: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+def host_layer(
+    method: str, group: int, zeros: bool, seed: int = 0
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """A layer as the method's loader leaves it, and the weights that it stands for."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     layer = torch.nn.Module()
     layer.layer_id = 4
     layer.moe_runner_config = SimpleNamespace(activation="silu")
@@ -111,6 +113,25 @@ def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -
     held = sum(p.numel() * p.element_size() for p in layer.parameters())
     weighs = EXPERTS * 3 * HIDDEN * INTER
     assert held == weighs // 2 + weighs // fmt.group * fmt.scale_bytes
+
+
+def test_weights_loaded_anew_stay_where_graphs_read_them() -> None:
+    """As the host reloads: shapes as they were created, filled, processed once more."""
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
+    created = {name: p.shape for name, p in layer.named_parameters()}
+    keep_from_host(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    places = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
+    other, expected = host_layer("CompressedTensorsFusedMoEMethod", 32, False, seed=1)
+    for name, loaded in other.named_parameters():
+        mine = getattr(layer, name)
+        if mine.shape != created[name]:
+            mine.resize_(created[name])
+        mine.copy_(loaded)
+    layer.quant_method.process_weights_after_loading(layer)
+    after = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
+    assert after == places
+    assert torch.equal(dequantise_expert_torch(expert_weights(layer), 1)[0], expected["w13"][1])
 
 
 def test_scales_move_with_their_experts() -> None:
