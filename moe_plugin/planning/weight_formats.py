@@ -142,7 +142,7 @@ _ROWS = (
     *(
         WeightFormat(name=f"{name}_int4", title=title, own=_OWN_PACKED)
         for name, title in (
-            ("compressed-tensors", "int4 in groups of 32 or 128: compressed-tensors"),
+            ("compressed-tensors", "int4 in groups of 32 or 128: symmetric compressed-tensors"),
             ("awq_marlin", "AWQ"),
             ("gptq_marlin", "symmetric GPTQ"),
             ("moe_wna16", "moe_wna16"),
