@@ -363,3 +363,13 @@ def test_mode_auto_decodes_on_our_experts(
     found = plan(model, moe_runner_backend=runner, runner_typed=True, **{**given, **more})
     assert found.own_decode == own
     assert (found.experts == "host (prefill) and moe_plugin (decode)") == own
+
+
+def test_the_workspace_follows_the_rows_that_the_experts_take() -> None:
+    """FP4 experts of an FP8 checkpoint take bf16 rows on ours."""
+    sizes = {
+        name: plan(replace(V3, weight_format=name)).workspace_bytes
+        for name in ("fp8_block", "compressed-tensors_fp8", "fp8_fp4", "compressed-tensors_int4")
+    }
+    assert sizes["compressed-tensors_fp8"] == sizes["fp8_block"]
+    assert sizes["compressed-tensors_int4"] == sizes["fp8_fp4"] > sizes["fp8_block"]
