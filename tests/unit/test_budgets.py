@@ -365,6 +365,13 @@ def test_mode_auto_decodes_on_our_experts(
     assert (found.experts == "host (prefill) and moe_plugin (decode)") == own
 
 
+def test_fp4_experts_that_ours_repack_are_not_the_hosts_as_well() -> None:
+    """Mode auto would have the host compute prefill from the same weights."""
+    for capability in ((9, 0), (10, 0)):
+        model, launch = replace(V3, weight_format="fp8_fp4"), {"deepep_mode": "auto"}
+        assert not plan(model, compute_capability=capability, **launch).own_decode
+
+
 def test_the_workspace_follows_the_rows_that_the_experts_take() -> None:
     """FP4 experts of an FP8 checkpoint take bf16 rows on ours."""
     sizes = {
