@@ -72,9 +72,16 @@ def pack_codes(codes: torch.Tensor, fmt: Format) -> torch.Tensor:
     for pair, places in enumerate(PLACES[fmt.code]):
         for p in range(2):
             code = codes[..., pair % 2, pair // 2, p]
-            for bit, place in enumerate(places):
-                words |= ((code >> bit) & 1) << (place + 16 * p)
+            for bit, count, place in _runs(places):
+                words |= ((code >> bit) & ((1 << count) - 1)) << (place + 16 * p)
     return words.flatten(-4)
+
+
+def _runs(places: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Neighbouring bits that stay neighbours: (first bit, how many, place of the first)."""
+    starts = [b for b, place in enumerate(places) if b == 0 or place != places[b - 1] + 1]
+    ends = [*starts[1:], len(places)]
+    return [(b, end - b, places[b]) for b, end in zip(starts, ends, strict=True)]
 
 
 def unpack_codes(words: torch.Tensor, depth: int, fmt: Format) -> torch.Tensor:

@@ -35,11 +35,14 @@ def has_zero_points(config: dict[str, Any]) -> bool:
 
 
 def _is_int4_group(group: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Symmetric ones: the host's loader turns codes and scales, but not zero points, which then do
+    not fit their parameter."""
     weights = group.get("weights") or {}
     return (
         (group.get("format") or config.get("format")) == "pack-quantized"
         and (weights.get("type"), weights.get("num_bits")) == ("int", 4)
         and (weights.get("strategy"), weights.get("group_size") in _GROUPS) == ("group", True)
+        and weights.get("symmetric", True)
         and weights.get("actorder") in (None, "static", "weight")
         and not group.get("input_activations")
     )

@@ -50,7 +50,9 @@ def weights_of(path: str, text: Any, quantization: dict[str, Any], **launch: Any
         tensors = found.tensors
         if launch["weight_format"].endswith(INT4):
             zeros = 4 if has_zero_points(quantization) else 0
-            tensors = [(name, size * (zeros if _is_zero(name) else 1)) for name, size in tensors]
+            tensors = tuple(
+                (name, size * (zeros if _is_zero(name) else 1)) for name, size in tensors
+            )
         return from_tensors(tensors, shape)
     weights = from_shape(shape)
     return (

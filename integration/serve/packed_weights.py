@@ -9,6 +9,7 @@ int32, lowest first:
     AWQ                  qweight [L, K, N/8] in AWQ's own order of eight, scales, qzeros alike
     moe_wna16            qweight [L, N, K/2] and qzeros [L, N/2, K/group] in bytes, scales
                          [L, N, K/group]
+    FP4 (DeepSeek-V4)    weight [L, N, K/2] in bytes, weight_scale_inv [L, N, K/32], powers of two
 
 Each would be repacked for the host's own kernels. Ours take its place: expert by expert, codes
 within the memory that they have, so that nothing needs room for two. Scales become a parameter of
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
 _RUNNER = "marlin"
 _SCALES = "scale_words"
 _CODES = ("weight_packed", "qweight")
-_READ_ONCE = ("weight_scale", "scales", "weight_zero_point", "qzeros")
+_READ_ONCE = ("weight_scale", "weight_scale_inv", "scales", "weight_zero_point", "qzeros")
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ keeps a channel among the eight of a word."""
 
 
-def codes_of(layer: Any, name: str) -> Any | None:
-    """The parameter that holds the codes of w13 or w2, if the layer has packed weights."""
+def codes_of(layer: Any, name: str) -> Any:
+    """The parameter that holds the codes of w13 or w2; None where weights are not packed."""
+    if _is_fp4(layer):
+        return getattr(layer, f"{name}_weight")
     found = (getattr(layer, f"{name}_{suffix}", None) for suffix in _CODES)
     return next((codes for codes in found if codes is not None), None)
 
@@ -60,16 +63,18 @@ def packed_format(layer: Any) -> Format:
     scale, zero = _scale(layer, "w13"), _zero(layer, "w13")
     groups = scale.shape[2 if _in_bytes(codes_of(layer, "w13")) else 1]
     group = layer.hidden_size // groups
-    found = _bits(layer), group, zero is not None
+    code = "e2m1" if _is_fp4(layer) else "integer"
+    found = code, _bits(layer), group, zero is not None
     for fmt in FORMATS.values():
-        same = (fmt.weight_bits, fmt.group, fmt.zero_points) == found
+        same = (fmt.code, fmt.weight_bits, fmt.group, fmt.zero_points) == found
         if fmt.packed and same and not _by_activation(layer):
             return fmt
-    got = f"{_bits(layer)} bits, groups of {group}, {'with' if zero is not None else 'no'} zero"
+    zeros = "with" if zero is not None else "no"
+    order = ", ordered by activation" if _by_activation(layer) else ""
     raise UnsupportedError(
         explain(
             f"MoE layer {layer.layer_id}: packed weights",
-            got=f"{got} points{', ordered by activation' if _by_activation(layer) else ''}",
+            got=f"{code}, {_bits(layer)} bits, groups of {group}, {zeros} zero points{order}",
             allowed=", ".join(fmt.name for fmt in FORMATS.values() if fmt.packed),
             fix="--use-batched-dp-moe off",
         )
@@ -121,7 +126,10 @@ def repack(layer: Any) -> None:
         place = parameter.data.view(torch.int32)
         if place.numel() != experts * strips * packed_words(depth):  # a ragged depth is padded
             place = place.new_empty((experts, strips, packed_words(depth)))
-        scales = place.new_empty((experts, strips, scale_words(depth, fmt)))
+        # Weights that are loaded anew stay where captured graphs read them.
+        kept = getattr(layer, f"{name}_{_SCALES}", None)
+        size = (experts, strips, scale_words(depth, fmt))
+        scales = place.new_empty(size) if kept is None else kept.data
         for expert in range(experts):
             codes, scale, zero = read(expert)
             scales[expert] = pack_scales(scale, depth, fmt, zero)
@@ -139,13 +147,21 @@ def packed_weights(layer: Any, name: str) -> tuple[Any, Any]:
     return codes_of(layer, name), getattr(layer, f"{name}_{_SCALES}")
 
 
+def _is_fp4(layer: Any) -> bool:
+    """Whether the experts are FP4, and are not turned into FP8 as they are loaded."""
+    method = getattr(layer, "quant_method", None)
+    fp4 = getattr(method, "is_fp4_expert", False)
+    return bool(fp4) and not getattr(method, "dequant_fp4_to_fp8", False)
+
+
 def _in_bytes(codes: Any) -> bool:
     return bool(codes.dtype.itemsize == 1)
 
 
 def _scale(layer: Any, name: str) -> Any:
-    found = getattr(layer, f"{name}_weight_scale", None)
-    return getattr(layer, f"{name}_scales") if found is None else found
+    names = ("weight_scale", "weight_scale_inv", "scales")
+    found = (getattr(layer, f"{name}_{suffix}", None) for suffix in names)
+    return next(scale for scale in found if scale is not None)
 
 
 def _zero(layer: Any, name: str) -> Any | None:
@@ -162,6 +178,8 @@ def _quantisation(layer: Any) -> Any:
 
 
 def _bits(layer: Any) -> int:
+    if _is_fp4(layer):
+        return 4
     given = _quantisation(layer)
     return int(getattr(given, "num_bits", None) or given.weight_bits)
 
@@ -176,6 +194,8 @@ def _by_activation(layer: Any) -> bool:
 def _reader(layer: Any, name: str) -> Callable[[int], tuple[Any, Any, Any]]:
     """(codes [N, K], scales [N, groups], zero points or None) of one expert."""
     codes, scale, zero = codes_of(layer, name), _scale(layer, name), _zero(layer, name)
+    if _is_fp4(layer):
+        return partial(_read_fp4, codes, scale)
     if _in_bytes(codes):
         return partial(_read_bytes, codes, scale, zero)
     depth = layer.hidden_size if name == "w13" else layer.intermediate_size_per_partition
@@ -194,6 +214,13 @@ def _read_bytes(codes: Any, scale: Any, zero: Any, expert: int) -> tuple[Any, An
     unpacked = _nibbles(codes.data[expert], (0, 1))
     zeros = None if zero is None else _nibbles(zero.data[expert].T, (0, 1)).T
     return unpacked, scale.data[expert], zeros
+
+
+def _read_fp4(codes: Any, scale: Any, expert: int) -> tuple[Any, Any, Any]:
+    import torch
+
+    bits = scale.data[expert].float().view(torch.int32)  # powers of two: exponents are all of them
+    return _nibbles(codes.data[expert], (0, 1)), ((bits >> 23) & 255).to(torch.uint8), None
 
 
 def _nibbles(packed: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

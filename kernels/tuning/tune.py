@@ -22,7 +22,6 @@ from ..experts import run_layer
 from ..formats import SCALE_BLOCK
 from ..launch import (
     PACKED_STEP,
-    Device,
     Launch,
     Shape,
     Tiles,
@@ -31,7 +30,7 @@ from ..launch import (
     row_tile,
     table_key,
 )
-from ..problem import Problem, device_of
+from ..problem import device_of
 from ..sm90.gemm_launch import run_hopper
 from ..weights import ExpertWeights
 from ..workspace import launch_workspace
@@ -75,15 +74,15 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
         ]  # fmt: skip
     if expected_m >= 64 and not fp8:
         shapes += [(64, 256, 256, full, 8, 1, True, 1)]
-    gate_up, down = [], []
+    gate_up: list[Tiles] = []
+    down: list[Tiles] = []
     for block_n, block_m, busy, depth, warps, per_sm, swap_ab, groups in shapes:
         tile = (block_n, block_m, busy)
         # The first GEMM's channels share a scale, so they are the depth of the second one.
         inner = block_n if fp8 else depth
         for burst in BURSTS if expected_m <= 128 else BURSTS[:1]:
-            rest = fmt, warps, per_sm, swap_ab, burst, groups
-            gate_up.append(hopper_tiles(*tile, depth, *rest))
-            down.append(hopper_tiles(*tile, inner, *rest))
+            for found, step in ((gate_up, depth), (down, inner)):
+                found.append(hopper_tiles(*tile, step, fmt, warps, per_sm, swap_ab, burst, groups))
     return list(dict.fromkeys(gate_up)), list(dict.fromkeys(down))
 
 
@@ -225,18 +224,10 @@ def measure(
         if which == "gate_up":
             work.append(partial(run_hopper, gate_up, launch.gate_up, device, chained=False))
         elif which == "down":
-            work.append(partial(_run_down, down, launch.down, device))
+            work.append(partial(run_hopper, down, launch.down, device, chained=True))
         else:
             work.append(partial(run_layer, gate_up, down, launch, device))
     return graph_seconds(work)
-
-
-def _run_down(down: Problem, tiles: Tiles, device: Device) -> None:
-    """The second GEMM alone: nothing else clears its counters, and without that no part would be
-    the last one, which adds the others up."""
-    if down.counters is not None:
-        down.counters.zero_()
-    run_hopper(down, tiles, device, chained=True)
 
 
 def tune_cell(

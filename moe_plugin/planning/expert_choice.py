@@ -131,6 +131,8 @@ def decodes_on_own(model: ModelFacts, launch: LaunchFacts) -> bool:
     known, host = FORMATS.get(model.weight_format), host_of(model, launch)
     if known is None or known.own is None or host is None or host.runner != "deep_gemm":
         return False
+    if known.own.rows not in host.normal_rows:  # nor the same weights: ours repack them
+        return False
     if launch.moe_runner_backend != "auto" and "auto" in known.host:
         return False
     if launch.dispatch_dtype not in ("auto", known.own.rows):

@@ -26,6 +26,7 @@ from .mixed_chunks import may_mix
 from .plan import Budget, Plan, Rejection, Source
 from .row_budgets import RowBudget, row_budgets
 from .transport_checks import check_model, check_tokens_per_rank, token_multiple
+from .weight_formats import FORMATS
 
 RUNNING = "max_running_requests"
 
@@ -117,6 +118,14 @@ def _sized(
     return within_memory(build, model, launch, limits)
 
 
+def _fp8_rows(model: ModelFacts, runner: str) -> bool:
+    """Whether the experts take rows in FP8, and quantise between their GEMMs."""
+    known = FORMATS.get(model.weight_format)
+    if runner == "moe_plugin" and known is not None and known.own is not None:
+        return known.own.rows == "fp8"
+    return model.weight_format.startswith("fp8")
+
+
 def _plan_once(
     model: ModelFacts, launch: LaunchFacts, limits: Limits, capability: Capability
 ) -> Plan:
@@ -162,7 +171,7 @@ def _plan_once(
             model.moe_intermediate_size,
             model.dtype,
             ranks=launch.tp_size,
-            fp8=model.weight_format.startswith("fp8"),
+            fp8=_fp8_rows(model, runner),
             host=runner == "host",
             batches=2 if launch.two_batch_overlap else 1,
         ),

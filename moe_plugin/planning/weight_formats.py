@@ -94,7 +94,7 @@ _BLACKWELL = (10, 0)
 _OWN_FP8 = OwnExperts(rows="fp8", below=_BLACKWELL)
 _PARTLY = ("awq_marlin", "compressed-tensors", "gptq_marlin", "moe_wna16")
 """Quantizations of which some kinds have rows of their own."""
-_OWN_INT4 = OwnExperts(rows="bf16")
+_OWN_PACKED = OwnExperts(rows="bf16")
 _FP8 = _deep_gemm("fp8")
 _FP4 = _deep_gemm("fp8", least=_BLACKWELL)
 _HUMMING = HostExperts(
@@ -140,9 +140,9 @@ _ROWS = (
     ),
     WeightFormat(name="w8a8_fp8", title="FP8 per channel (w8a8_fp8)", own=_OWN_FP8),
     *(
-        WeightFormat(name=f"{name}_int4", title=title, own=_OWN_INT4)
+        WeightFormat(name=f"{name}_int4", title=title, own=_OWN_PACKED)
         for name, title in (
-            ("compressed-tensors", "int4 in groups of 32 or 128: compressed-tensors"),
+            ("compressed-tensors", "int4 in groups of 32 or 128: symmetric compressed-tensors"),
             ("awq_marlin", "AWQ"),
             ("gptq_marlin", "symmetric GPTQ"),
             ("moe_wna16", "moe_wna16"),
@@ -151,6 +151,7 @@ _ROWS = (
     WeightFormat(
         name="fp8_fp4",
         title="FP4 experts in an FP8 checkpoint",
+        own=OwnExperts(rows="bf16", below=_BLACKWELL),
         host={"auto": _FP4, "deep_gemm": _FP4, "humming": _HUMMING},
     ),
     WeightFormat(

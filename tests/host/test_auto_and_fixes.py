@@ -66,15 +66,14 @@ INT4 = {
         }
     },
 }  # fmt: skip
-ORDERED = {
-    **INT4,
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {**INT4["config_groups"]["group_0"]["weights"], "actorder": "group"},
-        }
-    },
-}
+
+
+def int4(**more: Any) -> dict[str, Any]:
+    """INT4 with another description of its weights."""
+    group = INT4["config_groups"]["group_0"]
+    return {**INT4, "config_groups": {"group_0": group | {"weights": group["weights"] | more}}}
+
+
 MINIMAX = variant(
     QWEN3_30B, architectures=["MiniMaxM2ForCausalLM"], model_type="minimax_m2", hidden_size=3072,
     num_local_experts=256, quantization_config=NVFP4,
@@ -91,7 +90,8 @@ MORE = {
     ),
     "kimi-int4": variant(MODELS["kimi-k2"], quantization_config=INT4),
     "qwen3-fp4": variant(QWEN3_30B, quantization_config=NVFP4),
-    "kimi-int4-ordered": variant(MODELS["kimi-k2"], quantization_config=ORDERED),
+    "kimi-int4-ordered": variant(MODELS["kimi-k2"], quantization_config=int4(actorder="group")),
+    "kimi-int4-zeros": variant(MODELS["kimi-k2"], quantization_config=int4(symmetric=False)),
     "qwen3-int8": quantized("w8a8_int8"),
     "qwen3-awq": quantized("awq", bits=4, group_size=128, zero_point=True),
     "minimax-fp4": MINIMAX,
@@ -182,13 +182,16 @@ ROWS = (
     Row("humming, bf16", "qwen3", (*TP8, *ON, *HUMMING), "refused", says="humming"),
     Row("humming, FP8", "deepseek-v3", (*LL, *HUMMING), "refused", says="humming"),
     Row("humming by quantization", "kimi-int4", (*LL, "--quantization", "humming"), "planned"),
-    Row("FP4 experts, Hopper", "r1-fp4-experts", LL, "refused", says="humming"),
+    Row("FP4 experts, Hopper", "r1-fp4-experts", LL, "planned", runner="moe_plugin"),
+    Row("FP4 experts, DeepGEMM", "r1-fp4-experts", (*LL, "--moe-runner-backend", "deep_gemm"),
+        "refused", says="--moe-runner-backend auto"),
     Row("FP4 experts, humming", "r1-fp4-experts", (*LL, *HUMMING), "planned"),
     Row("int4", "kimi-int4", LL, "planned", runner="moe_plugin"),
     Row("int4, FP8 rows", "kimi-int4", (*LL, "--deepep-dispatcher-output-dtype", "fp8"),
         "refused", says="compressed-tensors_int4"),
     Row("int4, ordered by activation", "kimi-int4-ordered", LL, "refused",
         says="compressed-tensors"),
+    Row("int4 with zero points", "kimi-int4-zeros", LL, "refused", says="compressed-tensors"),
     Row("awq", "qwen3-awq", LL, "planned", runner="moe_plugin"),
     # One refusal, not one per start.
     Row("on, another backend, no experts", "qwen3-int8", (*TP8, *ON, "--moe-a2a-backend", "nixl"),

@@ -109,10 +109,11 @@ def test_chunking_off_is_bounded_by_the_context_only() -> None:
     assert plan(QWEN, chunked_prefill_size=-1, disaggregation_mode="decode").verdict == "ok"
 
 
-def test_fp4_experts_run_on_blackwell() -> None:
-    """On the host's DeepGEMM, within our budgets."""
-    found = plan(replace(V3, weight_format="fp8_fp4"), compute_capability=(10, 0))
-    assert (found.verdict, found.runner) == ("ok", "host")
+def test_fp4_experts_run_on_blackwell_and_hopper() -> None:
+    """On the host's DeepGEMM, within our budgets; on Hopper on ours."""
+    for capability, runner in (((10, 0), "host"), ((9, 0), "moe_plugin")):
+        found = plan(replace(V3, weight_format="fp8_fp4"), compute_capability=capability)
+        assert (found.verdict, found.runner) == ("ok", runner)
 
 
 def test_two_batch_overlap_holds_two_batches() -> None:
@@ -362,3 +363,20 @@ def test_mode_auto_decodes_on_our_experts(
     found = plan(model, moe_runner_backend=runner, runner_typed=True, **{**given, **more})
     assert found.own_decode == own
     assert (found.experts == "host (prefill) and moe_plugin (decode)") == own
+
+
+def test_fp4_experts_that_ours_repack_are_not_the_hosts_as_well() -> None:
+    """Mode auto would have the host compute prefill from the same weights."""
+    for capability in ((9, 0), (10, 0)):
+        model, launch = replace(V3, weight_format="fp8_fp4"), {"deepep_mode": "auto"}
+        assert not plan(model, compute_capability=capability, **launch).own_decode
+
+
+def test_the_workspace_follows_the_rows_that_the_experts_take() -> None:
+    """FP4 experts of an FP8 checkpoint take bf16 rows on ours."""
+    sizes = {
+        name: plan(replace(V3, weight_format=name)).workspace_bytes
+        for name in ("fp8_block", "compressed-tensors_fp8", "fp8_fp4", "compressed-tensors_int4")
+    }
+    assert sizes["compressed-tensors_fp8"] == sizes["fp8_block"]
+    assert sizes["compressed-tensors_int4"] == sizes["fp8_fp4"] > sizes["fp8_block"]

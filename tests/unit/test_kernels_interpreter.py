@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_plugin.kernels.formats import BF16, FORMATS, FP8_BLOCK, Format
-from tests.support.kernel_cases import ACTIVATIONS, Layer, check, make_layer
+from tests.support.kernel_cases import ACTIVATIONS, DIFFERENT, Layer, check, make_layer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
@@ -24,6 +24,7 @@ if INTERPRETED:
     from moe_plugin.kernels.launch import Device
 
 NAMES = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+FEWER = pytest.mark.parametrize("fmt", DIFFERENT.values(), ids=DIFFERENT)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
@@ -40,7 +41,7 @@ def run_layer(layer: "Layer", expected_m: int = 4) -> torch.Tensor:
 
 
 @inside
-@NAMES
+@FEWER
 @pytest.mark.parametrize("counts", [(0, 0), (1, 0), (0, 1), (16, 16), (7, 12)], ids=str)
 def test_counts(fmt: Format, counts: tuple[int, ...]) -> None:
     layer = make_layer(16, 256, 64, counts, fmt, "cpu")
@@ -48,7 +49,7 @@ def test_counts(fmt: Format, counts: tuple[int, ...]) -> None:
 
 
 @inside
-@NAMES
+@FEWER
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(fmt: Format, name: str) -> None:
     layer = make_layer(16, 256, 112, (5, 0, 16), fmt, "cpu", activation=ACTIVATIONS[name])
@@ -56,7 +57,7 @@ def test_activations(fmt: Format, name: str) -> None:
 
 
 @inside
-@NAMES
+@FEWER
 @pytest.mark.parametrize("masked_m", [(40, 3, -1000), (-1, 2**31 - 1, 16), (16, -(2**31), 17)])
 def test_counts_outside_the_capacity_read_as_the_nearest_inside(
     fmt: Format, masked_m: tuple[int, ...]
@@ -70,7 +71,7 @@ def test_counts_outside_the_capacity_read_as_the_nearest_inside(
 
 
 @inside
-@NAMES
+@FEWER
 @pytest.mark.parametrize("capacity", [16, 17, 48, 66, 128])
 def test_capacities(fmt: Format, capacity: int) -> None:
     layer = make_layer(capacity, 128, 64, (capacity, 0, 3), fmt, "cpu")
@@ -93,7 +94,7 @@ def test_bf16_hidden_of_any_multiple_of_16(hidden: int) -> None:
 
 
 @inside
-@NAMES
+@FEWER
 @pytest.mark.parametrize("seed", range(5))
 def test_fresh_seeds(fmt: Format, seed: int) -> None:
     draw = random.Random(seed)
@@ -103,7 +104,7 @@ def test_fresh_seeds(fmt: Format, seed: int) -> None:
 
 
 @inside
-@NAMES
+@FEWER
 def test_rows_give_the_same_bits_whatever_the_other_counts_are(fmt: Format) -> None:
     layer = make_layer(16, 256, 64, (5, 9), fmt, "cpu")
     alone = Layer(layer.x, layer.x_scale, layer.weights, (0, 9))

@@ -10,9 +10,10 @@ import torch
 
 from moe_plugin.errors import UnsupportedError
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
-from moe_plugin.integration.serve.packed_weights import keep_from_host
+from moe_plugin.integration.serve.packed_weights import keep_from_host, packed_weights
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
-from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO
+from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP4
+from moe_plugin.kernels.packing import E2M1
 
 EXPERTS, HIDDEN, INTER = 3, 384, 128
 SIZES = {"w13": (2 * INTER, HIDDEN), "w2": (HIDDEN, INTER)}
@@ -35,21 +36,32 @@ def in_bytes(codes: torch.Tensor) -> torch.Tensor:
     return (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
 
 
-def host_layer(method: str, group: int, zeros: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+def host_layer(
+    method: str, group: int, zeros: bool, seed: int = 0
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """A layer as the method's loader leaves it, and the weights that it stands for."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     layer = torch.nn.Module()
     layer.layer_id = 4
     layer.moe_runner_config = SimpleNamespace(activation="silu")
     layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, INTER
     layer.quant_method = type(method, (), {})()
     layer.quant_method.quant_config = SimpleNamespace(weight_bits=4, desc_act=False)
+    layer.quant_method.is_fp4_expert = method == "Fp8MoEMethod"
     if method == "CompressedTensorsFusedMoEMethod":
         layer.scheme = SimpleNamespace(num_bits=4, actorder=None)
     stands_for = {}
     for name, (rows, depth) in SIZES.items():
         codes = torch.randint(0, 16, (EXPERTS, rows, depth), generator=generator)
         scale = torch.rand((EXPERTS, rows, depth // group), generator=generator).bfloat16()
+        if method == "Fp8MoEMethod":
+            scale = torch.exp2((8 * scale.float()).round() - 7)
+            values = torch.tensor(E2M1)[codes & 7] * (1 - 2 * (codes >> 3))
+            stands_for[name] = values * scale.repeat_interleave(group, -1)
+            stored = {"weight": in_bytes(codes).view(torch.int8), "weight_scale_inv": scale}
+            for key, tensor in stored.items():
+                layer.register_parameter(f"{name}_{key}", parameter(tensor))
+            continue
         zero = torch.randint(0, 16, scale.shape, generator=generator)
         middle = zero.repeat_interleave(group, -1) if zeros else 8
         stands_for[name] = (codes - middle) * scale.float().repeat_interleave(group, -1)
@@ -77,6 +89,7 @@ CASES = [
     ("AWQMoEMethod", INT4_G128_ZERO),
     ("MoeWNA16Method", INT4_G32),
     ("MoeWNA16Method", INT4_G128_ZERO),
+    ("Fp8MoEMethod", MXFP4),
 ]
 
 
@@ -99,7 +112,26 @@ def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -
     assert [p.data_ptr() for p in kept] == before, "codes stay in the memory that they had"
     held = sum(p.numel() * p.element_size() for p in layer.parameters())
     weighs = EXPERTS * 3 * HIDDEN * INTER
-    assert held == weighs // 2 + weighs // fmt.group * (4 if fmt.zero_points else 2)
+    assert held == weighs // 2 + weighs // fmt.group * fmt.scale_bytes
+
+
+def test_weights_loaded_anew_stay_where_graphs_read_them() -> None:
+    """As the host reloads: shapes as they were created, filled, processed once more."""
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
+    created = {name: p.shape for name, p in layer.named_parameters()}
+    keep_from_host(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    places = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
+    other, expected = host_layer("CompressedTensorsFusedMoEMethod", 32, False, seed=1)
+    for name, loaded in other.named_parameters():
+        mine = getattr(layer, name)
+        if mine.shape != created[name]:
+            mine.resize_(created[name])
+        mine.copy_(loaded)
+    layer.quant_method.process_weights_after_loading(layer)
+    after = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
+    assert after == places
+    assert torch.equal(dequantise_expert_torch(expert_weights(layer), 1)[0], expected["w13"][1])
 
 
 def test_scales_move_with_their_experts() -> None:

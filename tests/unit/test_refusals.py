@@ -114,10 +114,10 @@ LL = "--deepep-mode low_latency"
         ),
         (
             replace(V3, weight_format="fp8_fp4"),
-            {},
-            "experts for the batched layout",
+            {"moe_runner_backend": "deep_gemm"},
+            "MoE runner",
             "DeepGEMM needs compute capability 10.0",
-            "--moe-runner-backend humming",
+            "--moe-runner-backend auto",
         ),
         (
             replace(V3, weight_format="mxfp4"),

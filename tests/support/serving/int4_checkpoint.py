@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_plugin.kernels.formats import Format
+from moe_plugin.kernels.packing import MIDDLE
 
 from ..kernel_cases import quantise_codes
 from .checkpoint import write_tokenizer
@@ -19,23 +20,18 @@ _PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 def write_int4(model: Path, folder: Path, fmt: Format, device: str = "cpu") -> tuple[Path, Path]:
     """Two checkpoints below ``folder``: ``model`` with packed experts, and with the weights that
     these stand for, rounded to bf16 after their scale as kernels round them. ``device``: where
-    they are rounded."""
+    they are rounded; ``fmt`` has no zero points."""
     packed, plain = {}, {}
     for name, tensor in load_file(model / "model.safetensors").items():
         if ".experts." not in name or not name.endswith(_PROJECTIONS):
             packed[name] = plain[name] = tensor
             continue
         found = quantise_codes(tensor[None].to(device), fmt)
-        codes, scale, zero = (None if part is None else part[0].cpu() for part in found)
-        assert codes is not None
-        assert scale is not None
+        codes, scale = found[0][0].cpu(), found[1][0].cpu()
         packed[f"{name}_packed"] = _words(codes)
         packed[f"{name}_scale"] = scale
         packed[f"{name}_shape"] = torch.tensor(tensor.shape)
-        if zero is not None:
-            packed[f"{name}_zero_point"] = _words(zero.T).T.contiguous()
-        middle = 8 if zero is None else zero.repeat_interleave(fmt.group, -1)
-        weight = (codes.int() - middle) * scale.float().repeat_interleave(fmt.group, -1)
+        weight = (codes.int() - MIDDLE) * scale.float().repeat_interleave(fmt.group, -1)
         plain[name] = weight.bfloat16().to(tensor.dtype)
     config = json.loads((model / "config.json").read_text())
     return (
@@ -48,7 +44,7 @@ def quantization(fmt: Format) -> dict[str, object]:
     """``quantization_config`` as Kimi-K2-Thinking has it: experts alone."""
     weights = {
         "num_bits": fmt.weight_bits, "type": "int", "strategy": "group", "group_size": fmt.group,
-        "symmetric": not fmt.zero_points, "dynamic": False, "actorder": None,
+        "symmetric": True, "dynamic": False, "actorder": None,
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors",

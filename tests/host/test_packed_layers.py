@@ -1,0 +1,17 @@
+"""Packed experts have the parameters that we read, in the host's own methods."""
+
+from ..support.hosts import host_result, program
+
+
+def test_what_the_hosts_methods_create_is_repacked() -> None:
+    """Names, orders and groups; what they stand for is in tests/unit/test_packed_weights."""
+    found = host_result(program("packed_layers"))
+    assert {name: each["format"] for name, each in found.items()} == {
+        "compressed-tensors": "int4_g32",
+        "compressed-tensors, asymmetric": "int4_g128_zero",
+        "AWQ": "int4_g128_zero",
+        "GPTQ": "int4_g128",
+        "moe_wna16": "int4_g128_zero",
+        "FP4": "mxfp4",
+    }
+    assert all(each["shapes"] == [[256, 256], [256, 128]] for each in found.values())
