@@ -138,8 +138,12 @@ def _weights(launch: Launch, memory: dict[str, Any], built: dict[str, Any]) -> l
     ratio = memory["weights_bytes"] / built["weights"]
     # Scales of FP4 experts are loaded in float32 and packed into a byte each.
     least = 0.85 if "fp4-experts" in launch["model"] else 0.97
-    # Of several stages that one which holds everything that any stage may hold.
-    most = 1.05 if "--pp-size" not in launch["flags"] else 1.6
+    # Of several stages that one which holds everything that any stage may hold; and what flags ask
+    # for counts, though some of the host's models do not follow them.
+    flags = launch["flags"]
+    most = 1.8 if "--pp-size" in flags else 1.05
+    if {"--enable-dp-lm-head", "--ep-num-redundant-experts"} & set(flags):
+        most = max(most, 1.25)
     if not least < ratio < most:
         faults.append(f"weights: {memory['weights_bytes']} planned, {built['weights']}")
     # Some models do not tell the host which layers a stage holds: it then counts all of them.
@@ -166,7 +170,7 @@ def _not_smaller(launch: Launch, answer: Answer, ask: Ask) -> list[str]:
     ours = int(usable * answer["resolved"]["mem_fraction_static"]) - built
     if cap := launch["flags"].get("--max-total-tokens"):
         theirs = min(theirs, int(cap) * stock["built"]["kv_token"])
-    if ours >= theirs - usable // 1000:
+    if ours >= theirs - max(usable // 400, theirs // 150):  # rounded on either side
         return []
     if _needed_of_slack(launch, answer) > usable * (1 - stock["resolved"]["mem_fraction_static"]):
         return []  # it has no room there for what the user's own values need
@@ -272,6 +276,9 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
             why.append("rows that one of W4AFP8's kernels does not take")
         if layer["rows"] == "fp8" and tokens * ranks % 128 and backend == "deepep":
             why.append("scales of FP8 rows past the end of their tensor")
+    prefill = stock["prefill"]
+    if prefill["backend"] != "disabled" and not prefill["bs"]:
+        why.append("no prefill batch to capture")
     layout = stock["layout"]
     if not layout["builds"]:
         why.append("mode auto")
