@@ -195,6 +195,7 @@ def launch_facts(
         pp_size=cfg.pp_size,
         redundant_experts=cfg.ep_num_redundant_experts,
         draft_width=draft_width(server_args, cfg),
+        typed_draft_tokens=server_args.speculative_num_draft_tokens or 1,
         draft_has_routed_moe=draft_has_routed_moe(server_args, cfg),
         draft_a2a_backend=draft_backend,
         two_batch_overlap=cfg.enable_two_batch_overlap,

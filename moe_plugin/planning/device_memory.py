@@ -89,7 +89,13 @@ def pools(plan: Plan, launch: LaunchFacts) -> int:
 
 
 def hosts_rule(
-    launch: LaunchFacts, facts: MemoryFacts, chunk: int, running: int, graph: int, prefill: int
+    launch: LaunchFacts,
+    facts: MemoryFacts,
+    chunk: int,
+    running: int,
+    graph: int,
+    prefill: int,
+    drafts: int,
 ) -> Runtime:
     """The host's own estimate (``memory_hook.py: handle_gpu_memory_settings``), without its guess
     for DeepEP.
@@ -101,10 +107,11 @@ def hosts_rule(
         running: requests over all DP groups; 0 when unset.
         graph: largest captured decode batch of a DP group.
         prefill: prefill graphs, or 0.
+        drafts: rows of a decoding request.
     """
     role, groups = launch.disaggregation_mode, launch.attn_dp_size
     if role == "decode":
-        tokens = (running or graph or 1) * (launch.draft_width if launch.draft_width > 1 else 1)
+        tokens = (running or graph or 1) * drafts
     else:
         tokens = chunk if chunk > 0 else launch.max_prefill_tokens
     activations = 512 * MIB + max(tokens, 2048) * TOKEN_BYTES
@@ -119,8 +126,8 @@ def hosts_rule(
     return Runtime(activations, graphs)
 
 
-def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts) -> Runtime:
-    """The host's estimate for the budgets of a plan."""
+def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts, drafts: int) -> Runtime:
+    """The host's estimate for the budgets of a plan, with so many rows of a decoding request."""
     graph = plan.cuda_graph_max_bs_decode or launch.cuda_graph_max_bs_decode or 0
     if launch.disaggregation_mode != "prefill":  # counted by the host though none is captured
         graph = graph or stock_graph(launch, facts, plan.max_running_requests)
@@ -129,7 +136,7 @@ def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts) -> Runtime
     if launch.prefill_graphs:
         largest = plan.cuda_graph_max_bs_prefill or launch.cuda_graph_max_bs_prefill
         prefill = prefill_sizes(largest or UNSET_PREFILL_GRAPH)
-    rule = hosts_rule(launch, facts, chunk, plan.max_running_requests, graph, prefill)
+    rule = hosts_rule(launch, facts, chunk, plan.max_running_requests, graph, prefill, drafts)
     if plan.bounds_prefill:
         return rule
     # Mode auto: the buffer of the normal mode, which is touched while prefill graphs are captured.
@@ -162,8 +169,10 @@ def stock_kept(launch: LaunchFacts, facts: MemoryFacts) -> int:
     graph = launch.cuda_graph_max_bs_decode or stock_graph(launch, facts, running)
     prefill = 0
     if launch.prefill_graphs:
-        prefill = prefill_sizes(launch.cuda_graph_max_bs_prefill or UNSET_PREFILL_GRAPH)
-    rule = hosts_rule(launch, facts, chunk, running, graph, prefill)
+        typed = launch.cuda_graph_max_bs_prefill
+        prefill = prefill_sizes(UNSET_PREFILL_GRAPH if typed is None else typed)
+    drafts = launch.typed_draft_tokens
+    rule = hosts_rule(launch, facts, chunk, running, graph, prefill, drafts)
     if launch.backend_late:
         return above_floor(rule.activations + rule.graphs, facts)
     return with_guess(launch, facts, rule, prefill)

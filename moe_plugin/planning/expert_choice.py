@@ -36,7 +36,7 @@ def dispatches_fp8(model: ModelFacts, launch: LaunchFacts) -> bool:
 def host_of(model: ModelFacts, launch: LaunchFacts) -> HostExperts | None:
     """The host's experts that this runner backend leads to."""
     known = FORMATS.get(model.weight_format)
-    return known.host.get(launch.moe_runner_backend) if known else None
+    return known.host.get(launch.moe_runner_backend, known.any_runner) if known else None
 
 
 def _own_problem(model: ModelFacts, launch: LaunchFacts) -> str:

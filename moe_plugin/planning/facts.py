@@ -71,6 +71,8 @@ class LaunchFacts:
         redundant_experts: extra physical experts (EPLB).
         draft_width: rows per running request in the widest decode-like forward; 1 without
             speculative decoding.
+        typed_draft_tokens: ``--speculative-num-draft-tokens`` as typed, else 1: the host's memory
+            rule goes by it.
         draft_has_routed_moe: the draft model has routed MoE layers.
         draft_a2a_backend: all-to-all backend of the draft; None follows the target's.
         two_batch_overlap: the host splits batches in two.
@@ -136,6 +138,7 @@ class LaunchFacts:
     pp_size: int = 1
     redundant_experts: int = 0
     draft_width: int = 1
+    typed_draft_tokens: int = 1
     draft_has_routed_moe: bool = False
     draft_a2a_backend: str | None = None
     two_batch_overlap: bool = False

@@ -55,7 +55,7 @@ Build = Callable[[LaunchFacts], Plan]
 def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool = False) -> Memory:
     """The memory of a plan; with ``lean`` at the least that runs instead of by the host's rule."""
     facts = _facts(launch)
-    rule = planned_rule(plan, launch, facts)
+    rule = planned_rule(plan, launch, facts, launch.draft_width)
     least = least_runtime(plan, launch, facts, model.weights, model.context_length)
     workspace = pools(plan, launch) * plan.workspace_bytes
     ours = plan.rdma_device_bytes + workspace
@@ -80,7 +80,8 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
         used = rule if fraction == rounded_fraction(by_rule, facts) else least
     left = int(facts.usable_bytes * fraction) - weights
     prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
-    host = with_guess(launch, facts, rule, prefill)
+    hosts = planned_rule(plan, launch, facts, launch.typed_draft_tokens)
+    host = with_guess(launch, facts, hosts, prefill)
     memory = Memory(
         device_bytes=facts.device_bytes,
         usable_bytes=facts.usable_bytes,

@@ -94,8 +94,10 @@ class Memory:
 
     @property
     def less_than_stock(self) -> bool:
-        """Whether the KV cache is smaller than under the host alone, by more than rounding."""
-        return self.kv_cache_bytes + self.usable_bytes // 2000 < self._capped(self.stock_kv_bytes)
+        """Whether the KV cache is smaller than under the host alone: by more than half a percent,
+        or the step of a fraction of three digits."""
+        stock = self._capped(self.stock_kv_bytes)
+        return self.kv_cache_bytes + max(self.usable_bytes // 1000, stock // 200) < stock
 
     def _capped(self, left: int) -> int:
         if self.kv_token_cap is None or not self.kv_token_bytes:

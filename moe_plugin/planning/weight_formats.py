@@ -68,7 +68,8 @@ class WeightFormat:
         title: what people call it.
         own: the plugin's experts for it; None without.
         host: the host's experts, by the value of ``--moe-runner-backend`` that leads to them;
-            every other value ends in an error of the host's, before or in the first forward.
+            every other value ends in an error of the host's, before or in the first forward,
+        any_runner: unless its method asks for no runner at all: then this, whatever the value is.
         with_runner: what has to be typed together with an explicit runner.
     """
 
@@ -76,6 +77,7 @@ class WeightFormat:
     title: str
     own: OwnExperts | None = None
     host: Mapping[str, HostExperts] = field(default_factory=dict)
+    any_runner: HostExperts | None = None
     with_runner: tuple[Change, ...] = ()
 
 
@@ -176,10 +178,8 @@ _ROWS = (
     WeightFormat(
         name="w4afp8",
         title="int4 weights with FP8 rows (W4AFP8)",
-        # Its method asks for no runner: these names change nothing.
-        host=dict.fromkeys(
-            ("auto", "cutlass", "deep_gemm", "humming", "marlin", "triton", "triton_kernel"), _W4A8
-        ),
+        host={"auto": _W4A8},
+        any_runner=_W4A8,
     ),
     WeightFormat(
         name="humming",

@@ -112,7 +112,11 @@ def built(server_args: Any) -> dict[str, Any]:
             model = loader._initialize_model(config, LoadConfig(), quantization)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}", "weights": 0, "layers": []}
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights = sum(
+            parameter.numel() * parameter.element_size()
+            for name, parameter in model.named_parameters()
+            if not name.endswith("_swizzled")  # shares the scales' memory once they are loaded
+        )
         mode = DeepEPMode(view.deepep_mode)
         kinds: list[dict[str, Any]] = []
         for layer in model.modules():
