@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The feature tests in six processes at once, on two GPUs or on several pairs of them:
-# `features.sh STACK [SECONDS]`, from the checkout's root. Each test's outcome is written as it ends, so that a time limit loses only what
-# still runs. Results and logs: ${OUT:-/tmp/out}; join them with benchmarks/features.py.
+# `features.sh STACK [SECONDS]`, from the checkout's root. Each test's outcome is written as it ends,
+# so that a time limit loses only what still runs. Results and logs: ${OUT:-/tmp/out}; join them with benchmarks/features.py.
 set -uo pipefail
 stack=$1
 limit=${2:-1500}
@@ -17,6 +17,7 @@ groups=(
 )
 [ -n "${FEATURES:-}" ] && groups=("$FEATURES")
 pairs=$(($(nvidia-smi -L | wc -l) / 2))
+[ "$pairs" -gt 0 ] || { echo "requires 2 or more GPUs" >&2 && exit 1; }
 for number in "${!groups[@]}"; do
     group=${groups[$number]}
     first=$((2 * (number % pairs)))

@@ -91,7 +91,7 @@ def carry_request(server_args: Any, record: Any, changes: Mapping[str, str | Non
         else None,
     }
     switch, tokens = (changes.get(flag, value) for flag, value in typed.items())
-    parsed = parse_switch(switch) if switch is not None else None
+    parsed = parse_switch(str(switch)) if switch is not None else None
     most = parse_max_tokens(str(tokens)) if tokens is not None else None
     setattr(record, _ATTRIBUTE, _request(parsed, most))
 

@@ -282,6 +282,8 @@ OPTIONAL: tuple[HostSymbol, ...] = (
     MEMORY_POOLS,
     MODEL_FORWARD,
     METRICS,
+    RECORD_FIELDS,
+    FUSED_FUNCTION,
 )
 """Without one of these the plugin does less; what bounds a batch does not depend on them."""
 

@@ -10,6 +10,7 @@ from ...backends.deepep import limits_of
 from ...capability import get_backend
 from ...planning.limits import Limits
 from ...planning.plan import Change, Plan, Rejection, refusal
+from ...planning.weight_formats import FORMATS
 
 HOST_TOKENS_PER_RANK = 128
 """T of the host where a backend's capacity variable is not set; the same for all of ours."""
@@ -68,11 +69,13 @@ def export_variables(plan: Plan, weight_format: str) -> None:
     """Set what the host reads, in this process and in those that it starts.
 
     T, which some backends are checked against during resolution and all read when dispatchers are
-    built; and bf16 rows for bf16 weights on our experts, where a variable decides for all layers.
+    built; and bf16 rows where our experts want them, if a variable decides for all layers.
     """
     backend = get_backend(plan.capability.backend)
     _export(limits_of(backend, plan.transport).capacity_variable, plan.max_dispatch_tokens_per_rank)
-    if plan.runner == "moe_plugin" and weight_format == "unquantized":
+    known = FORMATS.get(weight_format)
+    own = known.own if known is not None else None
+    if plan.runner == "moe_plugin" and own is not None and own.rows == "bf16":
         _export(backend.bf16_variable, 1)
 
 

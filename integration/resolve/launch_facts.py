@@ -84,7 +84,9 @@ def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
         return bool(backend != "disabled")
     if getattr(cfg, "disable_cuda_graph", False):
         return False
-    if phase == "prefill" and (cfg.pp_size > 1 or cfg.enable_two_batch_overlap):
+    if phase == "prefill" and (
+        cfg.pp_size > 1 or cfg.enable_two_batch_overlap or getattr(cfg, "dcp_size", 1) > 1
+    ):
         return False  # the host captures none there by itself
     return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
 

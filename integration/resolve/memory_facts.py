@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...planning.memory import DTYPE_BYTES
@@ -12,7 +13,7 @@ from .safetensors_files import read_checkpoint
 from .weight_facts import weights_of
 
 _KV_ELEMENT = {"fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "bf16": 2.0, "bfloat16": 2.0, "mxfp8": 1 + 1 / 32}
-_KV_ELEMENT |= {"fp4_e2m1": 0.5 + 1 / 16, "nvfp4": 0.5 + 1 / 16, "int8": 1.0}
+_KV_ELEMENT |= {"fp4_mx_block16": 0.5 + 1 / 16, "nvfp4": 0.5 + 1 / 16}
 
 
 def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
@@ -50,14 +51,24 @@ def kv_element(server_args: Any, cfg: Any, dtype: str) -> float:
     from sglang.srt.arg_groups.overrides import model_config_of
 
     name = str(cfg.kv_cache_dtype)
-    if name == "auto":
-        config = quantization_config(model_config_of(server_args))
-        scheme = config.get("kv_cache_scheme") or {}
-        algorithm = str(config.get("kv_cache_quant_algo")).upper()
-        # ``configure_kv_cache_dtype``: scales that are loaded need the pool that they are for.
-        if algorithm == "FP8" or (scheme.get("type"), scheme.get("num_bits")) == ("float", 8):
-            return 1.0
+    # ``configure_kv_cache_dtype``: scales that are loaded need the pool that they are for.
+    if name == "auto" and brings_kv_scales(quantization_config(model_config_of(server_args))):
+        return 1.0
     return _KV_ELEMENT.get(name, float(DTYPE_BYTES.get(dtype, 2)))
+
+
+def brings_kv_scales(config: Mapping[str, Any]) -> bool:
+    """Whether the host loads FP8 scales of the KV cache: each of its methods has its own words."""
+    scheme = config.get("kv_cache_scheme")
+    scheme = scheme if isinstance(scheme, dict) else {}
+    fp8 = (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+    method = str(config.get("quant_method"))
+    if method == "compressed-tensors":
+        static = scheme.get("symmetric", True) and not scheme.get("dynamic", False)
+        return bool(fp8 and static and scheme.get("strategy") == "tensor")
+    if method.startswith("modelopt") and fp8:
+        return True
+    return str(config.get("kv_cache_quant_algo")).upper() == "FP8"
 
 
 def _packed_row(server_args: Any, cfg: Any) -> int:

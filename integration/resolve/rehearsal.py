@@ -24,8 +24,9 @@ _rehearsing = False
 
 @contextlib.contextmanager
 def completed_refusals(server_args: Any) -> Iterator[None]:
-    """What is refused inside names every fix that it takes, each seen to be accepted together with
-    the others. Where none is, the fix is to run without batched data-parallel MoE."""
+    """What is refused inside names every fix that it takes, seen to be refused by us no more. What
+    the host itself refuses then is its own. Where none is left, the fix is to run without batched
+    data-parallel MoE."""
     try:
         yield
     except MoePluginError as error:

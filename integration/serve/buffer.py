@@ -162,6 +162,7 @@ def _free_bytes() -> int:
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what torch keeps for later is no room for the buffer, but can be
     return int(torch.cuda.mem_get_info()[0])
 
 

@@ -6,6 +6,7 @@ the HTTP server's process reads when it is scraped. docs/operations.md says what
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,8 @@ from ..attached_plan import plan_of
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter, Histogram
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "sglang_moe_plugin_"
 RATIOS = (*(2.0**-k for k in range(8, 0, -1)), 3 / 4, 1.0)
 """Edges of the rows of a step as a share of T. What lies above 1 was let pass by nobody."""
@@ -26,10 +29,16 @@ DECODES = ("decode", "idle", "target_verify")
 
 
 def after_init_metrics_collector(result: Any, scheduler: Any) -> Any:
-    """AFTER hook on ``Scheduler.init_metrics_collector``; nothing without ``--enable-metrics``."""
+    """AFTER hook on ``Scheduler.init_metrics_collector``; nothing without ``--enable-metrics``.
+
+    No server stays down for want of a metric: the host's collector may be somebody's own class.
+    """
     plan, host = plan_of(scheduler.server_args), scheduler.metrics_collector
     if plan is not None and host is not None:
-        STATS.observer = PlanMetrics(plan, host.labels)
+        try:
+            STATS.observer = PlanMetrics(plan, host.labels)
+        except Exception as error:
+            logger.warning("moe_plugin offers no metrics: %s: %s", type(error).__name__, error)
     return result
 
 
@@ -38,7 +47,8 @@ class PlanMetrics:
 
     Args:
         plan: of this process.
-        labels: the host's: model, ranks, and what the user added.
+        labels: the host's: model, ranks, and what the user added. One that has the name of a label
+            of ours is left out.
         registry: of the metrics; prometheus_client's own by default.
     """
 
@@ -48,6 +58,9 @@ class PlanMetrics:
         # Not before the host has set PROMETHEUS_MULTIPROC_DIR, which this import reads.
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+        described = plan_labels(plan)
+        own = {"mode", "execution", *described}
+        labels = {name: value for name, value in labels.items() if name not in own}
         names, registry = tuple(labels), registry or REGISTRY
 
         def gauge(name: str, text: str, value: float) -> Gauge:
@@ -87,7 +100,6 @@ class PlanMetrics:
                 0,
             ),
         }
-        described = plan_labels(plan)
         Gauge(
             PREFIX + "plan_info",
             "The plan that this rank runs under; always 1.",

@@ -9,7 +9,7 @@ from typing import Any
 from ...backends.deepep import limits_of
 from ...capability import get_backend
 from ...errors import HostMismatchError, UnsupportedError, explain
-from .. import flags
+from .. import flags, host_symbols
 from ..attached_plan import plan_of, was_resolved
 from ..resolve.capacity import HOST_TOKENS_PER_RANK
 from ..resolve.host_environment import environment_int
@@ -83,7 +83,12 @@ def refuse_planned(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) ->
 def _check_hooks_applied() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    missing = [target for target in STATUS.hooked if target not in HookRegistry._patched]
+    optional = {symbol.target for symbol in host_symbols.OPTIONAL}
+    missing = [
+        target
+        for target in STATUS.hooked
+        if target not in optional and target not in HookRegistry._patched
+    ]
     if missing:
         raise HostMismatchError(
             f"the host did not apply our hooks on {missing} (its log says why). "

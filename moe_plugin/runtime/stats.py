@@ -6,10 +6,14 @@ the model, and a replayed CUDA graph runs no Python: they know eager forwards an
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from ..errors import MoePluginError, explain
+
+logger = logging.getLogger(__name__)
 
 Execution = Literal["replayed", "eager"]
 
@@ -59,20 +63,27 @@ class Stats:
     def record_step(self, mode: str, execution: Execution, rows: int) -> None:
         """The model ran once, with ``rows`` of this rank in each dispatch."""
         self.steps[mode, execution] += 1
-        if self.observer is not None:
-            self.observer.step(mode, execution, rows)
+        self._tell(lambda observer: observer.step(mode, execution, rows))
 
     def record_refusal(self) -> None:
         """The guard refuses a batch. The process may end with it: tell before it is raised."""
         self.refusals += 1
-        if self.observer is not None:
-            self.observer.refusal()
+        self._tell(lambda observer: observer.refusal())
 
     def record_device_bytes(self, what: Literal["buffer", "workspace"], taken: int) -> None:
         """Device memory that the buffer, or a layer's rows, took."""
         setattr(self, f"{what}_device_bytes", taken)
-        if self.observer is not None:
-            self.observer.device_bytes(what, taken)
+        self._tell(lambda observer: observer.device_bytes(what, taken))
+
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        """No step fails because an observer does, such as one whose disk is full: it is dropped."""
+        if self.observer is None:
+            return
+        try:
+            event(self.observer)
+        except Exception:
+            logger.warning("steps are no longer observed", exc_info=True)
+            self.observer = None
 
     def count_layer(self, layer_id: int) -> None:
         """One forward of one MoE layer ran in our runner."""

@@ -97,7 +97,7 @@ ROWS = (
     Row("4 (FP8 rows)", "qwen3-fp8", LL, env={CAPACITY: "8"}, fix=f"{CAPACITY}=16"),
     Row("4 (chunk)", "qwen3-fp8", (*LL, "--chunked-prefill-size", "65536"), fix="-size 8192"),
     Row("5", "qwen3", LL, tokens=256),
-    Row("5 (normal prefill)", "qwen3", TP8, fix="--deepep-mode low_latency"),
+    Row("5 (normal prefill)", "qwen3", TP8, fix="--moe-runner-backend deep_gemm"),
     Row("6", "qwen3", LL, env={"SGLANG_DEEPEP_BF16_DISPATCH": "1"}, tokens=256),
     Row("7", "qwen3", (*LL, "--moe-runner-backend", "deep_gemm"), tokens=256, runner="host"),
     Row("8", "qwen3-fp8", (*LL, "--moe-runner-backend", "triton"), fix="backend auto"),

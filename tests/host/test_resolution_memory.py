@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moe_plugin.integration.resolve.memory_facts import brings_kv_scales
 from moe_plugin.planning.memory_record import CONTEXT_BYTES, MIB
 
 from ..support.resolving import LL, Worker
@@ -102,6 +103,42 @@ def test_the_plan_knows_the_hosts_own_sizing(
     (same,) = worker.ask([{"argv": [*argv, *filled, *off]}])
     assert memory["host_fraction"] == pytest.approx(fraction(same), abs=0.0011)
     assert fraction(ours) >= min(fraction(stock), memory["mem_fraction_static"])
+
+
+@pytest.mark.parametrize(
+    "flags", [("--dcp-size", "2"), ("--attn-cp-size", "2", "--attn-dp-size", "4")]
+)
+def test_graphs_that_the_host_leaves_out_take_nothing_from_the_kv_cache(
+    worker: Worker, models: dict[str, str], flags: tuple[str, ...]
+) -> None:
+    """It captures none for prefills with context parallelism, whatever the plan counted."""
+    argv = ["--model-path", models["deepseek-v3"], "--tp-size", "8", *LL, *flags]
+    stock, ours = worker.ask([
+        {"argv": [*argv, "--use-batched-dp-moe", "off"]},
+        {"argv": argv},
+    ])  # fmt: skip
+    assert ours["ok"], ours["error"]
+    assert fraction(ours) >= fraction(stock) - 0.0011
+
+
+@pytest.mark.parametrize(
+    ("config", "scaled"),
+    [
+        ({"quant_method": "fp8", "kv_cache_quant_algo": "FP8"}, True),
+        ({"quant_method": "fp8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}, False),
+        ({"quant_method": "modelopt", "kv_cache_scheme": {"type": "float", "num_bits": 8}}, True),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {
+            "type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}}, True),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {
+            "type": "float", "num_bits": 8, "strategy": "token", "dynamic": True}}, False),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": None}, False),
+        ({}, False),
+    ],
+)  # fmt: skip
+def test_scales_of_the_kv_cache_are_read_as_the_host_reads_them(
+    config: dict[str, Any], scaled: bool
+) -> None:
+    assert brings_kv_scales(config) is scaled
 
 
 def test_after_capture_only_the_eager_workspace_is_kept(

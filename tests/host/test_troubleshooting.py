@@ -18,7 +18,7 @@ from moe_plugin.errors import MoePluginError
 from moe_plugin.integration import flags, plugin
 from moe_plugin.integration.resolve.refusals import leave_alone
 from moe_plugin.integration.status import STATUS
-from moe_plugin.runtime.transports.agreement import check_ranks_agree
+from moe_plugin.runtime.transports.agreement import check_ranks_agree, check_room
 from moe_plugin.runtime.transports.guarded import check_tokens
 
 from ..support.hosts import program, run_host
@@ -57,6 +57,15 @@ def _ranks_differ(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     group = SimpleNamespace(size=lambda: 2)
     return _raised(partial(check_ranks_agree, group, {"tokens per rank": 256}))
+
+
+def _no_room(monkeypatch: pytest.MonkeyPatch) -> str:
+    def gather(found: list[Any], mine: Any, group: Any) -> None:
+        found[:] = [mine, 2**20]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    group = SimpleNamespace(size=lambda: 2)
+    return _raised(partial(check_room, group, 2**30, 2**31))
 
 
 def _shipped(package: str, *files: str) -> bytes:
@@ -116,6 +125,7 @@ def test_messages_of_the_plugins_own(
         assert message in _not_active(message.split()[-1], monkeypatch)
     assert "(n <= T)" in _raised(partial(check_tokens, 257, 256, "on this rank"))
     assert "one all-to-all for all ranks" in _ranks_differ(monkeypatch)
+    assert "device memory for the all-to-all's buffer" in _no_room(monkeypatch)
     with caplog.at_level(logging.WARNING):
         leave_alone(SimpleNamespace(), ["a reason"])
     assert "leaves this launch alone: a reason" in caplog.text

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
-from moe_plugin import BatchedBackend, CapabilityFacts, ConfigError, Limits, Mode, capability
+from moe_plugin import (
+    BatchedBackend,
+    Capability,
+    CapabilityFacts,
+    ConfigError,
+    Limits,
+    Mode,
+    capability,
+)
 from moe_plugin.backends import BUILT_IN, mooncake, nixl, pplx
 from moe_plugin.backends.not_batched import NOT_BATCHED
 from moe_plugin.capability import use_batched_dp_moe
+from moe_plugin.integration.resolve.capacity import export_variables, withdraw_variables
 from moe_plugin.planning.facts import LaunchFacts, ModelFacts
 from moe_plugin.planning.plan import Plan
 from moe_plugin.planning.planner import make_plan
+from moe_plugin.planning.weight_formats import FORMATS
 from moe_plugin.runtime.stats import Stats
 from moe_plugin.runtime.transports.guarded import RowGuard
 
@@ -185,3 +196,21 @@ def test_a_guard_that_sees_no_combines_counts_no_dispatches() -> None:
     RowGuard(128, stats=stats).check(4)
     stats.check_calls()
     assert stats.max_rows == {"all": 4}
+
+
+@pytest.mark.parametrize("weights", [name for name, fmt in FORMATS.items() if fmt.own])
+def test_rows_that_our_experts_want_in_bf16_reach_the_variable_of_all_layers(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(nixl.NIXL.bf16_variable or "", raising=False)
+    plan = Plan(
+        capability=Capability(True, "", BOTH, "nixl"),
+        max_dispatch_tokens_per_rank=128,
+        transport="nixl",
+    )
+    export_variables(plan, weights)
+    exported = os.environ.get(nixl.NIXL.bf16_variable or "")
+    withdraw_variables()
+    own = FORMATS[weights].own
+    assert own is not None
+    assert (exported == "1") == (own.rows == "bf16")

@@ -34,10 +34,10 @@ PLAN = Plan(
 class Scraped:
     """A registry with the plan's metrics, fed by its own counters."""
 
-    def __init__(self, plan: Plan = PLAN) -> None:
+    def __init__(self, plan: Plan = PLAN, **more: str) -> None:
         self.registry = CollectorRegistry()
         self.stats = Stats()
-        self.stats.observer = metrics.PlanMetrics(plan, LABELS, self.registry)
+        self.stats.observer = metrics.PlanMetrics(plan, LABELS | more, self.registry)
 
     def value(self, name: str, **labels: str) -> float | None:
         """Of one series; None where there is none."""
@@ -52,6 +52,36 @@ class Scraped:
 @pytest.fixture
 def scraped() -> Scraped:
     return Scraped()
+
+
+@pytest.mark.parametrize("name", ["mode", "execution", "version", "ranks"])
+def test_a_users_label_may_have_the_name_of_one_of_ours(name: str) -> None:
+    """``--extra-metric-labels``: ours wins, and the server starts."""
+    scraped = Scraped(**{name: "theirs"})
+    scraped.stats.record_step("decode", "eager", 3)
+    assert scraped.value("steps_total", mode="decode", execution="eager") == 1
+
+
+def test_a_collector_without_labels_costs_the_metrics_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server_args = SimpleNamespace()
+    attach_plan(server_args, PLAN)
+    scheduler = SimpleNamespace(server_args=server_args, metrics_collector=object())
+    metrics.after_init_metrics_collector(None, scheduler)
+    assert "offers no metrics: AttributeError" in caplog.text
+
+
+def test_an_observer_that_fails_is_dropped(scraped: Scraped) -> None:
+    class Full:
+        def step(self, *_: object) -> None:
+            raise OSError("no space left on device")
+
+    scraped.stats.observer = Full()  # type: ignore[assignment]
+    for _ in range(2):
+        scraped.stats.record_step("decode", "eager", 3)
+    assert scraped.stats.observer is None
+    assert scraped.stats.steps["decode", "eager"] == 2
 
 
 def test_the_plan_is_there_before_the_first_step(scraped: Scraped) -> None:

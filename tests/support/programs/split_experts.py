@@ -40,6 +40,7 @@ def computed(own_decode):
     plan = SimpleNamespace(
         runner="host",
         own_decode=own_decode,
+        groups_apart=False,
         transport="deepep",
         max_dispatch_tokens_per_rank=TOKENS,
     )
