@@ -8,7 +8,7 @@ from ...kernels.formats import FORMATS
 
 INT4 = "_int4"
 """Ends the name of a quantisation whose checkpoint has such experts."""
-_GROUPS = frozenset(fmt.group for fmt in FORMATS.values() if fmt.packed)
+_GROUPS = frozenset(fmt.group_size for fmt in FORMATS.values() if fmt.packed)
 
 
 def is_int4(name: str, config: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _RUNNER = "marlin"
-_SCALES = "scale_words"
+_SCALES = "packed_scales"
 _CODES = ("weight_packed", "qweight")
 _READ_ONCE = ("weight_scale", "weight_scale_inv", "scales", "weight_zero_point", "qzeros")
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -66,7 +66,7 @@ def packed_format(layer: Any) -> Format:
     code = "e2m1" if _is_fp4(layer) else "integer"
     found = code, _bits(layer), group, zero is not None
     for fmt in FORMATS.values():
-        same = (fmt.code, fmt.weight_bits, fmt.group, fmt.zero_points) == found
+        same = (fmt.code, fmt.weight_bits, fmt.group_size, fmt.zero_points) == found
         if fmt.packed and same and not _by_activation(layer):
             return fmt
     zeros = "with" if zero is not None else "no"

@@ -95,7 +95,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "fmt"), CASES, ids=str)
 def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -> None:
-    layer, expected = host_layer(method, fmt.group, fmt.zero_points)
+    layer, expected = host_layer(method, fmt.group_size, fmt.zero_points)
     assert loaded_format(layer) == fmt
     codes = {name: p for name, p in layer.named_parameters() if "weight" in name}
     kept = [p for name, p in codes.items() if "_scale" not in name and "_zero" not in name]
@@ -112,7 +112,7 @@ def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -
     assert [p.data_ptr() for p in kept] == before, "codes stay in the memory that they had"
     held = sum(p.numel() * p.element_size() for p in layer.parameters())
     weighs = EXPERTS * 3 * HIDDEN * INTER
-    assert held == weighs // 2 + weighs // fmt.group * fmt.scale_bytes
+    assert held == weighs // 2 + weighs // fmt.group_size * fmt.scale_bytes
 
 
 def test_weights_loaded_anew_stay_where_graphs_read_them() -> None:
@@ -140,7 +140,7 @@ def test_scales_move_with_their_experts() -> None:
     keep_from_host(layer)
     layer.quant_method.process_weights_after_loading(layer)
     moved = {name for name, p in layer.named_parameters() if len(p) == EXPERTS}
-    assert moved == {f"{n}_{k}" for n in SIZES for k in ("weight_packed", "scale_words")}
+    assert moved == {f"{n}_{k}" for n in SIZES for k in ("weight_packed", "packed_scales")}
 
 
 @pytest.mark.parametrize(
