@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, explain
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _RUNNER = "marlin"
 _SCALES = "packed_scales"
 _CODES = ("weight_packed", "qweight")
+_NAMES = ("w13", "w2")
 _READ_ONCE = ("weight_scale", "weight_scale_inv", "scales", "weight_zero_point", "qzeros")
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ keeps a channel among the eight of a word."""
@@ -107,6 +109,7 @@ def keep_from_host(layer: Any) -> None:
     """Have the layer's method repack for our kernels where it would for the host's."""
     layer._moe_plugin_format = packed_format(layer)
     layer.quant_method.process_weights_after_loading = repack
+    layer.quant_method.restore_weights_before_loading = restore
 
 
 def repack(layer: Any) -> None:
@@ -115,18 +118,28 @@ def repack(layer: Any) -> None:
 
     from ...kernels.packing import STRIP, pack_codes, pack_scales, packed_words, scale_words
 
-    if _scale(layer, "w13").numel() == 0:
+    if _is_repacked(layer):
         return
     fmt = packed_format(layer)
+    layer._moe_plugin_loaded = {
+        name: (parameter.shape, parameter.dtype) for name, parameter in _loaded(layer)
+    }
+    # Weights that are loaded anew stay where captured graphs read them.
+    before = vars(layer).pop("_moe_plugin_codes", {})
     sizes = {"w13": (2 * layer.intermediate_size_per_partition, layer.hidden_size)}
     sizes["w2"] = sizes["w13"][1], sizes["w13"][0] // 2
     for name, (rows, depth) in sizes.items():
         parameter, read = codes_of(layer, name), _reader(layer, name)
         experts, strips = parameter.shape[0], rows // STRIP
-        place = parameter.data.view(torch.int32)
-        if place.numel() != experts * strips * packed_words(depth):  # a ragged depth is padded
-            place = place.new_empty((experts, strips, packed_words(depth)))
-        # Weights that are loaded anew stay where captured graphs read them.
+        words = parameter.data.view(torch.int32)
+        whole = (experts, strips, packed_words(depth))
+        ragged = words.numel() != prod(whole)  # a depth that is padded needs room of its own
+        if name in before:
+            place = before[name]
+            if ragged:  # loaded at the beginning of what is written now
+                parameter.data = parameter.data.clone()
+        else:
+            place = words.new_empty(whole) if ragged else words
         kept = getattr(layer, f"{name}_{_SCALES}", None)
         size = (experts, strips, scale_words(depth, fmt))
         scales = place.new_empty(size) if kept is None else kept.data
@@ -134,12 +147,26 @@ def repack(layer: Any) -> None:
             codes, scale, zero = read(expert)
             scales[expert] = pack_scales(scale, depth, fmt, zero)
             place.view(experts, -1)[expert] = pack_codes(codes, fmt).flatten()
-        parameter.data = place.view(experts, strips, packed_words(depth))
+        parameter.data = place.view(whole)
         setattr(layer, f"{name}_{_SCALES}", torch.nn.Parameter(scales, requires_grad=False))
-    for name in sizes:
-        for suffix in _READ_ONCE:
-            if (parameter := getattr(layer, f"{name}_{suffix}", None)) is not None:
-                parameter.data = parameter.data.new_empty(0)
+    for name, parameter in _loaded(layer):
+        if name.endswith(_READ_ONCE):
+            parameter.data = parameter.data.new_empty(0)
+
+
+def restore(layer: Any) -> None:
+    """Give the layer's parameters the shapes in which the host loads them, codes in the memory that
+    they have. Before the first `repack`, and a second time, there is nothing to do."""
+    if not _is_repacked(layer):
+        return
+    layer._moe_plugin_codes = {name: codes_of(layer, name).data for name in _NAMES}
+    for name, (shape, dtype) in layer._moe_plugin_loaded.items():
+        parameter = getattr(layer, name)
+        if name.endswith(_READ_ONCE):
+            parameter.data = parameter.data.new_empty(shape)
+        else:
+            packed = parameter.data.flatten().view(dtype)
+            parameter.data = packed[: shape.numel()].view(shape)
 
 
 def packed_weights(layer: Any, name: str) -> tuple[Any, Any]:
@@ -152,6 +179,17 @@ def _is_fp4(layer: Any) -> bool:
     method = getattr(layer, "quant_method", None)
     fp4 = getattr(method, "is_fp4_expert", False)
     return bool(fp4) and not getattr(method, "dequant_fp4_to_fp8", False)
+
+
+def _is_repacked(layer: Any) -> bool:
+    return bool(_scale(layer, "w13").numel() == 0)
+
+
+def _loaded(layer: Any) -> list[tuple[str, Any]]:
+    """The parameters that `repack` reads or does away with, by name."""
+    names = [f"{name}_{each}" for name in _NAMES for each in ("weight", *_CODES, *_READ_ONCE)]
+    found = ((name, getattr(layer, name, None)) for name in names)
+    return [(name, parameter) for name, parameter in found if parameter is not None]
 
 
 def _in_bytes(codes: Any) -> bool:

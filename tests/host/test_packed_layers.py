@@ -15,3 +15,5 @@ def test_what_the_hosts_methods_create_is_repacked() -> None:
         "FP4": "mxfp4",
     }
     assert all(each["shapes"] == [[256, 256], [256, 128]] for each in found.values())
+    left = {name: each["not restored"] for name, each in found.items() if each["not restored"]}
+    assert left == {}, "parameters that the host could not load into again"

@@ -16,7 +16,7 @@ from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP
 from moe_plugin.kernels.packing import E2M1
 
 EXPERTS, HIDDEN, INTER = 3, 384, 128
-SIZES = {"w13": (2 * INTER, HIDDEN), "w2": (HIDDEN, INTER)}
+NAMES = ("w13", "w2")
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # the channel that each nibble of AWQ's words holds
 
 
@@ -37,21 +37,23 @@ def in_bytes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def host_layer(
-    method: str, group: int, zeros: bool, seed: int = 0
+    method: str, group: int, zeros: bool, seed: int = 0, inter: int = INTER
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """A layer as the method's loader leaves it, and the weights that it stands for."""
     generator = torch.Generator().manual_seed(seed)
     layer = torch.nn.Module()
     layer.layer_id = 4
     layer.moe_runner_config = SimpleNamespace(activation="silu")
-    layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, INTER
-    layer.quant_method = type(method, (), {})()
+    layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, inter
+    nothing = {"restore_weights_before_loading": lambda _method, _layer: None}  # as most have it
+    layer.quant_method = type(method, (), nothing)()
     layer.quant_method.quant_config = SimpleNamespace(weight_bits=4, desc_act=False)
     layer.quant_method.is_fp4_expert = method == "Fp8MoEMethod"
     if method == "CompressedTensorsFusedMoEMethod":
         layer.scheme = SimpleNamespace(num_bits=4, actorder=None)
     stands_for = {}
-    for name, (rows, depth) in SIZES.items():
+    sizes = {"w13": (2 * inter, HIDDEN), "w2": (HIDDEN, inter)}
+    for name, (rows, depth) in sizes.items():
         codes = torch.randint(0, 16, (EXPERTS, rows, depth), generator=generator)
         scale = torch.rand((EXPERTS, rows, depth // group), generator=generator).bfloat16()
         if method == "Fp8MoEMethod":
@@ -115,23 +117,36 @@ def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -
     assert held == weighs // 2 + weighs // fmt.group_size * fmt.scale_bytes
 
 
-def test_weights_loaded_anew_stay_where_graphs_read_them() -> None:
-    """As the host reloads: shapes as they were created, filled, processed once more."""
-    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
-    created = {name: p.shape for name, p in layer.named_parameters()}
+RAGGED = [(method, fmt, 96) for method, fmt in CASES if fmt.group_size == 32]
+
+
+@pytest.mark.parametrize(
+    ("method", "fmt", "inter"), [*((*case, INTER) for case in CASES), *RAGGED], ids=str
+)
+def test_weights_loaded_anew_stay_where_graphs_read_them(method: str, fmt: Any, inter: int) -> None:
+    """As the host reloads, and once more: restored, filled, processed. A depth of 96 is padded."""
+    layer, _ = host_layer(method, fmt.group_size, fmt.zero_points, inter=inter)
+    created = {name: (p.shape, p.dtype) for name, p in layer.named_parameters()}
     keep_from_host(layer)
+    layer.quant_method.restore_weights_before_loading(layer)  # nothing is repacked yet
     layer.quant_method.process_weights_after_loading(layer)
-    places = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
-    other, expected = host_layer("CompressedTensorsFusedMoEMethod", 32, False, seed=1)
-    for name, loaded in other.named_parameters():
-        mine = getattr(layer, name)
-        if mine.shape != created[name]:
-            mine.resize_(created[name])
-        mine.copy_(loaded)
-    layer.quant_method.process_weights_after_loading(layer)
-    after = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
-    assert after == places
-    assert torch.equal(dequantise_expert_torch(expert_weights(layer), 1)[0], expected["w13"][1])
+    graph = [tensor.data for name in NAMES for tensor in packed_weights(layer, name)]
+    for seed in (1, 2):
+        other, expected = host_layer(method, fmt.group_size, fmt.zero_points, seed, inter)
+        for _ in range(2):  # the host restores again where a load failed
+            layer.quant_method.restore_weights_before_loading(layer)
+        mine = dict(layer.named_parameters())
+        assert {name: (mine[name].shape, mine[name].dtype) for name in created} == created
+        for name, loaded in other.named_parameters():
+            mine[name].copy_(loaded)
+        layer.quant_method.process_weights_after_loading(layer)
+        now = [tensor for name in NAMES for tensor in packed_weights(layer, name)]
+        for read, held in zip(graph, now, strict=True):
+            assert (read.data_ptr(), read.shape) == (held.data_ptr(), held.shape)
+        for expert in range(EXPERTS):
+            found = dequantise_expert_torch(expert_weights(layer), expert)
+            for name, weights in zip(NAMES, found, strict=True):
+                assert torch.equal(weights, expected[name][expert])
 
 
 def test_scales_move_with_their_experts() -> None:
@@ -140,7 +155,7 @@ def test_scales_move_with_their_experts() -> None:
     keep_from_host(layer)
     layer.quant_method.process_weights_after_loading(layer)
     moved = {name for name, p in layer.named_parameters() if len(p) == EXPERTS}
-    assert moved == {f"{n}_{k}" for n in SIZES for k in ("weight_packed", "packed_scales")}
+    assert moved == {f"{n}_{k}" for n in NAMES for k in ("weight_packed", "packed_scales")}
 
 
 @pytest.mark.parametrize(
