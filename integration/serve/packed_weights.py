@@ -34,7 +34,11 @@ _RUNNER = "marlin"
 _SCALES = "packed_scales"
 _CODES = ("weight_packed", "qweight")
 _NAMES = ("w13", "w2")
-_READ_ONCE = ("weight_scale", "weight_scale_inv", "scales", "weight_zero_point", "qzeros")
+_READ_ONCE = (
+    "weight_scale", "weight_scale_inv", "scales", "weight_zero_point", "qzeros", "weight_g_idx",
+    "g_idx", "g_idx_sort_indices",
+)  # fmt: skip
+"""What nothing reads once weights are repacked."""
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ keeps a channel among the eight of a word."""
 

@@ -10,13 +10,18 @@ import torch
 
 from moe_plugin.errors import UnsupportedError
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
-from moe_plugin.integration.serve.packed_weights import keep_from_host, packed_weights
+from moe_plugin.integration.serve.packed_weights import codes_of, keep_from_host, packed_weights
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
 from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP4
 from moe_plugin.kernels.packing import E2M1
 
 EXPERTS, HIDDEN, INTER = 3, 384, 128
 NAMES = ("w13", "w2")
+ORDERS = {
+    "CompressedTensorsFusedMoEMethod": ("weight_g_idx", "g_idx_sort_indices"),
+    "GPTQMarlinMoEMethod": ("g_idx", "g_idx_sort_indices"),
+}
+"""Parameters of methods whose inputs may be ordered by activation."""
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # the channel that each nibble of AWQ's words holds
 
 
@@ -81,6 +86,9 @@ def host_layer(
                       "qzeros": in_bytes(zero.mT).mT if zeros else torch.empty(0)}  # fmt: skip
         for key, tensor in stored.items():
             layer.register_parameter(f"{name}_{key}", parameter(tensor))
+        for key in ORDERS.get(method, ()):
+            order = torch.arange(depth, dtype=torch.int32).expand(EXPERTS, depth)
+            layer.register_parameter(f"{name}_{key}", parameter(order))
     return layer, stands_for
 
 
@@ -99,8 +107,7 @@ CASES = [
 def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -> None:
     layer, expected = host_layer(method, fmt.group_size, fmt.zero_points)
     assert loaded_format(layer) == fmt
-    codes = {name: p for name, p in layer.named_parameters() if "weight" in name}
-    kept = [p for name, p in codes.items() if "_scale" not in name and "_zero" not in name]
+    kept = [codes_of(layer, name) for name in NAMES]
     before = [p.data_ptr() for p in kept]
     keep_from_host(layer)
     for _ in range(2):  # the host may ask twice
