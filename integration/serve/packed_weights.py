@@ -3,8 +3,7 @@
 What the host's methods hold, with K inputs and N output channels of w13 or w2; eight codes to an
 int32, lowest first:
 
-    compressed-tensors   weight_packed [L, K/8, N], weight_scale [L, K/group, N],
-                         weight_zero_point [L, K/group, N/8] where it is asymmetric
+    compressed-tensors   weight_packed [L, K/8, N], weight_scale [L, K/group, N], symmetric
     GPTQ                 qweight and scales the same; its Marlin method knows symmetric ones alone
     AWQ                  qweight [L, K, N/8] in AWQ's own order of eight, scales, qzeros alike
     moe_wna16            qweight [L, N, K/2] and qzeros [L, N/2, K/group] in bytes, scales
@@ -35,8 +34,8 @@ _SCALES = "packed_scales"
 _CODES = ("weight_packed", "qweight")
 _NAMES = ("w13", "w2")
 _READ_ONCE = (
-    "weight_scale", "weight_scale_inv", "scales", "weight_zero_point", "qzeros", "weight_g_idx",
-    "g_idx", "g_idx_sort_indices",
+    "weight_scale", "weight_scale_inv", "scales", "qzeros", "weight_g_idx", "g_idx",
+    "g_idx_sort_indices",
 )  # fmt: skip
 """What nothing reads once weights are repacked."""
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -71,16 +70,16 @@ def packed_format(layer: Any) -> Format:
     group = layer.hidden_size // groups
     code = "e2m1" if _is_fp4(layer) else "integer"
     found = code, _bits(layer), group, zero is not None
+    more = _unread(layer)
     for fmt in FORMATS.values():
         same = (fmt.code, fmt.weight_bits, fmt.group_size, fmt.zero_points) == found
-        if fmt.packed and same and not _by_activation(layer):
+        if fmt.packed and same and not more:
             return fmt
-    zeros = "with" if zero is not None else "no"
-    order = ", ordered by activation" if _by_activation(layer) else ""
+    zeros = "" if zero is None else ", zero points"
     raise UnsupportedError(
         explain(
             f"MoE layer {layer.layer_id}: packed weights",
-            got=f"{code}, {_bits(layer)} bits, groups of {group}, {zeros} zero points{order}",
+            got=f"{code}, {_bits(layer)} bits, groups of {group}{zeros}{more}",
             allowed=", ".join(fmt.name for fmt in FORMATS.values() if fmt.packed),
             fix="--use-batched-dp-moe off",
         )
@@ -209,8 +208,7 @@ def _scale(layer: Any, name: str) -> Any:
 def _zero(layer: Any, name: str) -> Any | None:
     if type(layer.quant_method).__name__ == "GPTQMarlinMoEMethod":
         return None  # has the parameter, and never reads it
-    found = getattr(layer, f"{name}_weight_zero_point", None)
-    found = getattr(layer, f"{name}_qzeros", None) if found is None else found
+    found = getattr(layer, f"{name}_qzeros", None)
     return None if found is None or found.numel() == 0 else found
 
 
@@ -226,11 +224,15 @@ def _bits(layer: Any) -> int:
     return int(getattr(given, "num_bits", None) or given.weight_bits)
 
 
-def _by_activation(layer: Any) -> bool:
-    """Whether inputs of a group are not neighbours."""
+def _unread(layer: Any) -> str:
+    """What else a layer has that would be left out; empty where there is nothing."""
     given = _quantisation(layer)
     order = getattr(given, "actorder", None)
-    return bool(getattr(given, "desc_act", False)) or getattr(order, "value", order) == "group"
+    if getattr(given, "desc_act", False) or getattr(order, "value", order) == "group":
+        return ", ordered by activation"  # inputs of a group are not neighbours
+    if getattr(layer, "w13_weight_zero_point", None) is not None:
+        return ", zero points that the host's loader does not transpose"
+    return ""
 
 
 def _reader(layer: Any, name: str) -> Callable[[int], tuple[Any, Any, Any]]:

@@ -8,7 +8,6 @@ def test_what_the_hosts_methods_create_is_repacked() -> None:
     found = host_result(program("packed_layers"))
     assert {name: each["format"] for name, each in found.items()} == {
         "compressed-tensors": "int4_g32",
-        "compressed-tensors, asymmetric": "int4_g128_zero",
         "AWQ": "int4_g128_zero",
         "GPTQ": "int4_g128",
         "moe_wna16": "int4_g128_zero",

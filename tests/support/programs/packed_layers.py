@@ -60,10 +60,10 @@ def layer(method, scheme=None):
     return {"format": weights.format.name, "shapes": shapes, "not restored": differ}
 
 
-def compressed_tensors(group, symmetric):
+def compressed_tensors():
     scheme = bare(
         CompressedTensorsWNA16MoE, num_bits=4, packed_factor=8, strategy="group",
-        group_size=group, actorder=None, sym=symmetric, load_up_proj_weight_first=False,
+        group_size=32, actorder=None, sym=True, load_up_proj_weight_first=False,
     )  # fmt: skip
     return layer(bare(CompressedTensorsFusedMoEMethod), scheme)
 
@@ -77,8 +77,7 @@ fp8 = SimpleNamespace(
 )
 emit(
     {
-        "compressed-tensors": compressed_tensors(32, True),
-        "compressed-tensors, asymmetric": compressed_tensors(128, False),
+        "compressed-tensors": compressed_tensors(),
         "AWQ": layer(
             bare(AWQMoEMethod, quant_config=config), bare(AWQMoEScheme, quant_config=config)
         ),
