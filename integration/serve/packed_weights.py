@@ -94,16 +94,21 @@ def let_host_build(backend: str) -> None:
     from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 
     if FusedOpPool.get_fused_func(backend, _RUNNER) is None:
-        FusedOpPool.register_fused_func(backend, _RUNNER, _not_ours)
+        FusedOpPool.register_fused_func(backend, _RUNNER, refuse_rows)
 
 
-def _not_ours(dispatch_output: Any, *_: Any) -> Any:
+def refuse_rows(dispatch_output: Any, *_: Any) -> Any:
+    """The host's Marlin runner where our experts do not stand before it.
+
+    Raises:
+        UnsupportedError: always.
+    """
     raise UnsupportedError(
         explain(
             "experts of packed weights behind an all-to-all",
             got=type(dispatch_output).__name__,
             allowed="low-latency rows, which the plugin's experts take",
-            fix="--deepep-mode low_latency",
+            fix="--use-batched-dp-moe off",
         )
     )
 
@@ -148,7 +153,11 @@ def repack(layer: Any) -> None:
         scales = place.new_empty(size) if kept is None else kept.data
         for expert in range(experts):
             codes, scale, zero = read(expert)
-            scales[expert] = pack_scales(scale, depth, fmt, zero)
+            try:
+                scales[expert] = pack_scales(scale, depth, fmt, zero)
+            except ValueError as error:
+                where = f"MoE layer {layer.layer_id}: {name}"
+                raise UnsupportedError(f"{where}: {error}: --use-batched-dp-moe off") from error
             place.view(experts, -1)[expert] = pack_codes(codes, fmt).flatten()
         parameter.data = place.view(whole)
         setattr(layer, f"{name}_{_SCALES}", torch.nn.Parameter(scales, requires_grad=False))
@@ -221,7 +230,7 @@ def _bits(layer: Any) -> int:
     if _is_fp4(layer):
         return 4
     given = _quantisation(layer)
-    return int(getattr(given, "num_bits", None) or given.weight_bits)
+    return int(getattr(given, "num_bits", None) or getattr(given, "weight_bits", 0))
 
 
 def _unread(layer: Any) -> str:

@@ -10,7 +10,12 @@ import torch
 
 from moe_plugin.errors import UnsupportedError
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
-from moe_plugin.integration.serve.packed_weights import codes_of, keep_from_host, packed_weights
+from moe_plugin.integration.serve.packed_weights import (
+    codes_of,
+    keep_from_host,
+    packed_weights,
+    refuse_rows,
+)
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
 from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP4
 from moe_plugin.kernels.packing import E2M1
@@ -183,6 +188,28 @@ def test_zero_points_that_the_host_does_not_transpose_are_refused() -> None:
     layer.w13_weight_zero_point = parameter(torch.zeros(EXPERTS, 12, 32, dtype=torch.int32))
     with pytest.raises(UnsupportedError, match=r"MoE layer 4: packed weights: got .*zero points"):
         loaded_format(layer)
+
+
+def test_a_layer_whose_scheme_says_no_bits_is_refused() -> None:
+    """NVFP4 of compressed-tensors, as a draft may have it."""
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
+    layer.scheme = layer.quant_method.quant_config = SimpleNamespace()
+    with pytest.raises(UnsupportedError, match=r"MoE layer 4: packed weights: got .*0 bits"):
+        loaded_format(layer)
+
+
+def test_exponents_that_kernels_do_not_compute_name_their_layer() -> None:
+    layer, _ = host_layer("Fp8MoEMethod", 32, False)
+    layer.w2_weight_scale_inv.data[1, 2, 3] = 4.0  # 2**(129 - 127)
+    keep_from_host(layer)
+    with pytest.raises(UnsupportedError, match=r"MoE layer 4: w2: exponent .*got 129.*-moe off"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_rows_that_are_not_ours_lead_out_of_the_plugin() -> None:
+    """The host may compute them in another mode; ours are registered in low latency alone."""
+    with pytest.raises(UnsupportedError, match=r"got tuple.*Fix: --use-batched-dp-moe off"):
+        refuse_rows(())
 
 
 def test_groups_of_another_size_are_refused() -> None:
