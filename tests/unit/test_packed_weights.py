@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_plugin.errors import UnsupportedError
+from moe_plugin.integration.resolve.int4_facts import is_int4
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
 from moe_plugin.integration.serve.packed_weights import (
     codes_of,
@@ -210,6 +211,32 @@ def test_rows_that_are_not_ours_lead_out_of_the_plugin() -> None:
     """The host may compute them in another mode; ours are registered in low latency alone."""
     with pytest.raises(UnsupportedError, match=r"got tuple.*Fix: --use-batched-dp-moe off"):
         refuse_rows(())
+
+
+COMPRESSED = {
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "weights": {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128}
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("compressed-tensors", COMPRESSED),
+        ("awq_marlin", {"bits": 4, "group_size": 128, "zero_point": True}),
+        ("gptq_marlin", {"bits": 4, "group_size": 128, "sym": True}),
+        ("moe_wna16", {"bits": 4, "group_size": 128}),
+    ],
+)
+def test_plans_leave_out_sizes_that_no_groups_fill(name: str, config: dict[str, Any]) -> None:
+    """The host halves such groups, or has one too few: its layer is none of ours."""
+    assert is_int4(name, config, (2048, 768))
+    assert not is_int4(name, config, (2048, 704))
+    assert not is_int4(name, config, (2112, 768))
 
 
 def test_groups_of_another_size_are_refused() -> None:
