@@ -230,7 +230,7 @@ def _bits(layer: Any) -> int:
     if _is_fp4(layer):
         return 4
     given = _quantisation(layer)
-    return int(getattr(given, "num_bits", None) or getattr(given, "weight_bits", 0))
+    return int(getattr(given, "num_bits", 0) or getattr(given, "weight_bits", 0))
 
 
 def _unread(layer: Any) -> str:
