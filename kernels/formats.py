@@ -28,8 +28,9 @@ class Format:
         row_bits: of one element of a dispatched row; 8 are float8_e4m3fn, with one float32 scale
             per `SCALE_BLOCK` channels.
         weight_scale: what shares a scale: nothing has one, blocks of `SCALE_BLOCK` x `SCALE_BLOCK`,
-            an output channel, a whole expert's matrix, or `group` inputs of an output channel.
-        group: inputs that share a scale where `weight_scale` is "group".
+            an output channel, a whole expert's matrix, or `group_size` inputs of an output
+            channel.
+        group_size: inputs that share a scale where `weight_scale` is "group".
         zero_points: whether weights are stored with one per scale.
         operand: where the tensor cores take weights from. Narrower ones than rows are decoded in
             registers, and stored as `packing` orders them.
@@ -41,7 +42,7 @@ class Format:
     weight_bits: int
     row_bits: int
     weight_scale: WeightScale = "none"
-    group: int = 0
+    group_size: int = 0
     zero_points: bool = False
     operand: Literal["shared", "registers"] = "shared"
     code: Code = "integer"

@@ -105,7 +105,7 @@ def ring_stages(
     """Deepest ring that leaves room for what the compiler keeps in shared memory besides."""
     scales = 4 * max(block_m_busy, 32) if fmt.fp8_rows else 0
     if fmt.packed:
-        scales = 2 * block_n * block_k // fmt.group * fmt.scale_bytes
+        scales = 2 * block_n * block_k // fmt.group_size * fmt.scale_bytes
     bits = 2 * block_n * fmt.weight_bits + block_m_busy * fmt.row_bits
     stage = bits * block_k // 8 + scales + 16
     # Weights wide, a warp stores what it computed; otherwise a bf16 tile changes hands.

@@ -54,7 +54,7 @@ def packed_words(depth: int) -> int:
 
 def scale_words(depth: int, fmt: Format) -> int:
     """int32 words of a strip's scales and zero points."""
-    return padded_depth(depth) // fmt.group * STRIP * fmt.scale_bytes // 4
+    return padded_depth(depth) // fmt.group_size * STRIP * fmt.scale_bytes // 4
 
 
 def pack_codes(codes: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -126,8 +126,8 @@ def pack_scales(
 def _across(values: torch.Tensor, depth: int, fmt: Format, beyond: float) -> torch.Tensor:
     """[..., strips, groups of 64 inputs or more down, 8, groups within, channels g and g + 8]."""
     *outer, rows, groups = values.shape
-    whole = padded_depth(depth) // fmt.group
-    within = max(1, _BLOCK // fmt.group)
+    whole = padded_depth(depth) // fmt.group_size
+    within = max(1, _BLOCK // fmt.group_size)
     values = pad(values, (0, whole - groups), value=beyond)
     values = values.view(*outer, rows // STRIP, 2, 8, whole // within, within)
     return values.movedim(-4, -1).transpose(-4, -3).contiguous()
@@ -139,11 +139,11 @@ def unpack_scales(
     """Inverse of `pack_scales`: float32 [..., N, ceil(K / group)], and zero points or None."""
     *outer, strips, _count = words.shape
     each = 2 if fmt.zero_points else 1
-    within = max(1, _BLOCK // fmt.group)
+    within = max(1, _BLOCK // fmt.group_size)
     values = words.view(torch.uint8 if fmt.code == "e2m1" else torch.bfloat16)
     values = values.view(*outer, strips, -1, 8, within, each, 2)
     values = values.movedim(-1, -5).transpose(-4, -3)  # strip, h, g, block, within, each
-    values = values.reshape(*outer, strips * STRIP, -1, each)[..., : -(-depth // fmt.group), :]
+    values = values.reshape(*outer, strips * STRIP, -1, each)[..., : -(-depth // fmt.group_size), :]
     scale = values[..., 0].float()
     if fmt.code == "e2m1":
         return torch.exp2(scale - 127), None
@@ -158,7 +158,7 @@ def dequantise_packed_torch(
     codes = unpack_codes(words, depth, fmt)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(fmt.group, -1)[..., :depth]
+        return values.repeat_interleave(fmt.group_size, -1)[..., :depth]
 
     if fmt.code == "e2m1":
         values = torch.tensor(E2M1, device=codes.device)[codes & 7]

@@ -45,7 +45,7 @@ def layer_bytes(shape: Shape, counts: tuple[int, ...]) -> int:
         weights += 3 * shape.hidden * shape.inter // 128**2 * 4
     if shape.format.weight_scale == "group":  # a checkpoint's, whose zero points take half a byte
         each = {1: 1, 2: 2, 4: 2.5}[shape.format.scale_bytes]
-        weights += int(3 * shape.hidden * shape.inter // shape.format.group * each)
+        weights += int(3 * shape.hidden * shape.inter // shape.format.group_size * each)
     row = shape.hidden * (itemsize + 2) + 2 * shape.inter * itemsize
     return live * weights + sum(counts) * row
 

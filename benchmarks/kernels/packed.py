@@ -164,7 +164,7 @@ def cells_of(
         )
         size = layer_bytes(shape, counts)
         yield {
-            "model": PACKED_MODELS[index].name, "format": fmt.name, "group": fmt.group,
+            "model": PACKED_MODELS[index].name, "format": fmt.name, "group": fmt.group_size,
             "rows": rows, "us": us, "bytes": size, "stream_fraction": size / us / 1e-6 / stream,
             "fp8_us": times[FP8_CHANNEL][0], "bf16_us": times[BF16][0],
             "dequantise_us": 1e6 * passes / copy + times[BF16][0],

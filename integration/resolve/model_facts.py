@@ -31,6 +31,7 @@ _CLAMP_ALONE = frozenset({"Step3p5ForCausalLM", "BailingMoeV3ForCausalLM", "Giga
 """Models whose experts clamp by ``gemm1_clamp_limit``, which the host's DeepGEMM ignores."""
 _ONLINE_HUMMING = "SGLANG_HUMMING_ONLINE_QUANT_CONFIG"
 _TRANSFORMERS = "TransformersMoEForCausalLM"
+_HIDDEN = ("routed_expert_hidden_size", "hidden_size")
 _INTERMEDIATE = ("moe_intermediate_size", "moe_hidden_size", "intermediate_size")
 
 
@@ -60,7 +61,7 @@ def model_facts(server_args: Any) -> ModelFacts:
     kind = weight_format(server_args, model)
     return ModelFacts(
         architecture=name,
-        hidden_size=_first(text, ("routed_expert_hidden_size", "hidden_size")),
+        hidden_size=_first(text, _HIDDEN),
         num_experts=routed_experts(text),
         top_k=_first(text, _TOP_K),
         moe_intermediate_size=_first(text, _INTERMEDIATE),
@@ -139,7 +140,9 @@ def weight_format(server_args: Any, model: Any) -> str:
         return "fp8_tensor" if not block else f"fp8_block{'' if block == [128, 128] else block}"
     if name == "compressed-tensors" and _is_fp8(config):
         return "compressed-tensors_fp8"
-    return f"{name}{INT4 if is_int4(str(name), config) else ''}"
+    text = model.hf_text_config
+    depths = _first(text, _HIDDEN), _first(text, _INTERMEDIATE)
+    return f"{name}{INT4 if is_int4(str(name), config, depths) else ''}"
 
 
 def _is_fp8(config: dict[str, Any]) -> bool:

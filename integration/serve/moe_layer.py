@@ -81,11 +81,15 @@ def _attach_runner(
 
 def _attach_for_decode(layer: Any, plan: Plan) -> None:
     """Mode auto: the host's experts keep normal dispatch and all that belongs to it; ours compute
-    what low latency brings."""
+    what low latency brings. A draft may have other weights than the plan's model: the host keeps
+    those that ours would repack, and those whose rows come in another dtype than ours take."""
+    fmt = loaded_format(layer)
+    if fmt.packed or fmt.fp8_rows != plan.fp8_rows:
+        return
     runner = _make_runner(layer, plan)
     setattr(layer, _RUNNER, runner)
-    if layer.w13_weight.is_cuda:
-        warm_up(runner.config, loaded_format(layer), layer_activation(layer))
+    if stored_weights(layer, "w13").is_cuda:
+        warm_up(runner.config, fmt, layer_activation(layer))
 
 
 def _check_rows_in_bf16(layer: Any, weights: str) -> None:

@@ -3,8 +3,7 @@
 What the host's methods hold, with K inputs and N output channels of w13 or w2; eight codes to an
 int32, lowest first:
 
-    compressed-tensors   weight_packed [L, K/8, N], weight_scale [L, K/group, N],
-                         weight_zero_point [L, K/group, N/8] where it is asymmetric
+    compressed-tensors   weight_packed [L, K/8, N], weight_scale [L, K/group, N], symmetric
     GPTQ                 qweight and scales the same; its Marlin method knows symmetric ones alone
     AWQ                  qweight [L, K, N/8] in AWQ's own order of eight, scales, qzeros alike
     moe_wna16            qweight [L, N, K/2] and qzeros [L, N/2, K/group] in bytes, scales
@@ -20,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, explain
@@ -30,9 +30,14 @@ if TYPE_CHECKING:
     import torch
 
 _RUNNER = "marlin"
-_SCALES = "scale_words"
+_SCALES = "packed_scales"
 _CODES = ("weight_packed", "qweight")
-_READ_ONCE = ("weight_scale", "weight_scale_inv", "scales", "weight_zero_point", "qzeros")
+_NAMES = ("w13", "w2")
+_READ_ONCE = (
+    "weight_scale", "weight_scale_inv", "scales", "qzeros", "weight_g_idx", "g_idx",
+    "g_idx_sort_indices",
+)  # fmt: skip
+"""What nothing reads once weights are repacked."""
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ keeps a channel among the eight of a word."""
 
@@ -65,16 +70,16 @@ def packed_format(layer: Any) -> Format:
     group = layer.hidden_size // groups
     code = "e2m1" if _is_fp4(layer) else "integer"
     found = code, _bits(layer), group, zero is not None
+    more = _unread(layer)
     for fmt in FORMATS.values():
-        same = (fmt.code, fmt.weight_bits, fmt.group, fmt.zero_points) == found
-        if fmt.packed and same and not _by_activation(layer):
+        same = (fmt.code, fmt.weight_bits, fmt.group_size, fmt.zero_points) == found
+        if fmt.packed and same and not more:
             return fmt
-    zeros = "with" if zero is not None else "no"
-    order = ", ordered by activation" if _by_activation(layer) else ""
+    zeros = "" if zero is None else ", zero points"
     raise UnsupportedError(
         explain(
             f"MoE layer {layer.layer_id}: packed weights",
-            got=f"{code}, {_bits(layer)} bits, groups of {group}, {zeros} zero points{order}",
+            got=f"{code}, {_bits(layer)} bits, groups of {group}{zeros}{more}",
             allowed=", ".join(fmt.name for fmt in FORMATS.values() if fmt.packed),
             fix="--use-batched-dp-moe off",
         )
@@ -89,16 +94,21 @@ def let_host_build(backend: str) -> None:
     from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 
     if FusedOpPool.get_fused_func(backend, _RUNNER) is None:
-        FusedOpPool.register_fused_func(backend, _RUNNER, _not_ours)
+        FusedOpPool.register_fused_func(backend, _RUNNER, refuse_rows)
 
 
-def _not_ours(dispatch_output: Any, *_: Any) -> Any:
+def refuse_rows(dispatch_output: Any, *_: Any) -> Any:
+    """The host's Marlin runner where our experts do not stand before it.
+
+    Raises:
+        UnsupportedError: always.
+    """
     raise UnsupportedError(
         explain(
             "experts of packed weights behind an all-to-all",
             got=type(dispatch_output).__name__,
             allowed="low-latency rows, which the plugin's experts take",
-            fix="--deepep-mode low_latency",
+            fix="--use-batched-dp-moe off",
         )
     )
 
@@ -107,6 +117,7 @@ def keep_from_host(layer: Any) -> None:
     """Have the layer's method repack for our kernels where it would for the host's."""
     layer._moe_plugin_format = packed_format(layer)
     layer.quant_method.process_weights_after_loading = repack
+    layer.quant_method.restore_weights_before_loading = restore
 
 
 def repack(layer: Any) -> None:
@@ -115,31 +126,59 @@ def repack(layer: Any) -> None:
 
     from ...kernels.packing import STRIP, pack_codes, pack_scales, packed_words, scale_words
 
-    if _scale(layer, "w13").numel() == 0:
+    if _is_repacked(layer):
         return
     fmt = packed_format(layer)
+    layer._moe_plugin_loaded = {
+        name: (parameter.shape, parameter.dtype) for name, parameter in _loaded(layer)
+    }
+    # Weights that are loaded anew stay where captured graphs read them.
+    before = vars(layer).pop("_moe_plugin_codes", {})
     sizes = {"w13": (2 * layer.intermediate_size_per_partition, layer.hidden_size)}
     sizes["w2"] = sizes["w13"][1], sizes["w13"][0] // 2
     for name, (rows, depth) in sizes.items():
         parameter, read = codes_of(layer, name), _reader(layer, name)
         experts, strips = parameter.shape[0], rows // STRIP
-        place = parameter.data.view(torch.int32)
-        if place.numel() != experts * strips * packed_words(depth):  # a ragged depth is padded
-            place = place.new_empty((experts, strips, packed_words(depth)))
-        # Weights that are loaded anew stay where captured graphs read them.
+        words = parameter.data.view(torch.int32)
+        whole = (experts, strips, packed_words(depth))
+        ragged = words.numel() != prod(whole)  # a depth that is padded needs room of its own
+        if name in before:
+            place = before[name]
+            if ragged:  # loaded at the beginning of what is written now
+                parameter.data = parameter.data.clone()
+        else:
+            place = words.new_empty(whole) if ragged else words
         kept = getattr(layer, f"{name}_{_SCALES}", None)
         size = (experts, strips, scale_words(depth, fmt))
         scales = place.new_empty(size) if kept is None else kept.data
         for expert in range(experts):
             codes, scale, zero = read(expert)
-            scales[expert] = pack_scales(scale, depth, fmt, zero)
+            try:
+                scales[expert] = pack_scales(scale, depth, fmt, zero)
+            except ValueError as error:
+                where = f"MoE layer {layer.layer_id}: {name}"
+                raise UnsupportedError(f"{where}: {error}: --use-batched-dp-moe off") from error
             place.view(experts, -1)[expert] = pack_codes(codes, fmt).flatten()
-        parameter.data = place.view(experts, strips, packed_words(depth))
+        parameter.data = place.view(whole)
         setattr(layer, f"{name}_{_SCALES}", torch.nn.Parameter(scales, requires_grad=False))
-    for name in sizes:
-        for suffix in _READ_ONCE:
-            if (parameter := getattr(layer, f"{name}_{suffix}", None)) is not None:
-                parameter.data = parameter.data.new_empty(0)
+    for name, parameter in _loaded(layer):
+        if name.endswith(_READ_ONCE):
+            parameter.data = parameter.data.new_empty(0)
+
+
+def restore(layer: Any) -> None:
+    """Give the layer's parameters the shapes in which the host loads them, codes in the memory that
+    they have. Before the first `repack`, and a second time, there is nothing to do."""
+    if not _is_repacked(layer):
+        return
+    layer._moe_plugin_codes = {name: codes_of(layer, name).data for name in _NAMES}
+    for name, (shape, dtype) in layer._moe_plugin_loaded.items():
+        parameter = getattr(layer, name)
+        if name.endswith(_READ_ONCE):
+            parameter.data = parameter.data.new_empty(shape)
+        else:
+            packed = parameter.data.flatten().view(dtype)
+            parameter.data = packed[: shape.numel()].view(shape)
 
 
 def packed_weights(layer: Any, name: str) -> tuple[Any, Any]:
@@ -152,6 +191,17 @@ def _is_fp4(layer: Any) -> bool:
     method = getattr(layer, "quant_method", None)
     fp4 = getattr(method, "is_fp4_expert", False)
     return bool(fp4) and not getattr(method, "dequant_fp4_to_fp8", False)
+
+
+def _is_repacked(layer: Any) -> bool:
+    return bool(_scale(layer, "w13").numel() == 0)
+
+
+def _loaded(layer: Any) -> list[tuple[str, Any]]:
+    """The parameters that `repack` reads or does away with, by name."""
+    names = [f"{name}_{each}" for name in _NAMES for each in ("weight", *_CODES, *_READ_ONCE)]
+    found = ((name, getattr(layer, name, None)) for name in names)
+    return [(name, parameter) for name, parameter in found if parameter is not None]
 
 
 def _in_bytes(codes: Any) -> bool:
@@ -167,8 +217,7 @@ def _scale(layer: Any, name: str) -> Any:
 def _zero(layer: Any, name: str) -> Any | None:
     if type(layer.quant_method).__name__ == "GPTQMarlinMoEMethod":
         return None  # has the parameter, and never reads it
-    found = getattr(layer, f"{name}_weight_zero_point", None)
-    found = getattr(layer, f"{name}_qzeros", None) if found is None else found
+    found = getattr(layer, f"{name}_qzeros", None)
     return None if found is None or found.numel() == 0 else found
 
 
@@ -181,14 +230,18 @@ def _bits(layer: Any) -> int:
     if _is_fp4(layer):
         return 4
     given = _quantisation(layer)
-    return int(getattr(given, "num_bits", None) or given.weight_bits)
+    return int(getattr(given, "num_bits", 0) or getattr(given, "weight_bits", 0))
 
 
-def _by_activation(layer: Any) -> bool:
-    """Whether inputs of a group are not neighbours."""
+def _unread(layer: Any) -> str:
+    """What else a layer has that would be left out; empty where there is nothing."""
     given = _quantisation(layer)
     order = getattr(given, "actorder", None)
-    return bool(getattr(given, "desc_act", False)) or getattr(order, "value", order) == "group"
+    if getattr(given, "desc_act", False) or getattr(order, "value", order) == "group":
+        return ", ordered by activation"  # inputs of a group are not neighbours
+    if getattr(layer, "w13_weight_zero_point", None) is not None:
+        return ", zero points that the host's loader does not transpose"
+    return ""
 
 
 def _reader(layer: Any, name: str) -> Callable[[int], tuple[Any, Any, Any]]:

@@ -29,7 +29,7 @@ def launch_portable(p: Problem, tiles: Tiles, device: Device, *, compile_only: b
         p.w.stride(0), p.w.stride(1), *s_strides, p.w_rows, scale_rows, scale_cols, *g_strides,
         tiles.block_n, tiles.block_m, block_k, tiles.stages, lane_count(experts), p.fused,
         p.x_scale_group if fp8_x else 0, p.format.weight_scale, p.out_scale is not None, decode,
-        decode and fp8_x, *p.epilogue(), p.interleaved, p.format.group, p.format.zero_points,
+        decode and fp8_x, *p.epilogue(), p.interleaved, p.format.group_size, p.format.zero_points,
         p.format.code == "e2m1",
         triton.knobs.runtime.interpret,
     )  # fmt: skip

@@ -53,11 +53,12 @@ def _packed_step(p: Problem, tiles: Tiles) -> tuple[int, int, int, int, str]:
     fmt = p.format
     if not fmt.packed:
         return 1, tiles.block_k, 0, 0, "none"
-    assert tiles.block_k % fmt.group == 0, f"steps of {tiles.block_k}, groups of {fmt.group}"
+    group = fmt.group_size
+    assert tiles.block_k % group == 0, f"steps of {tiles.block_k}, groups of {group}"
     assert tiles.swap_ab, "packed weights are the first operand"
-    scales = tiles.block_k // fmt.group * STRIP * fmt.scale_bytes // 4
+    scales = tiles.block_k // group * STRIP * fmt.scale_bytes // 4
     decode = "e2m1" if fmt.code == "e2m1" else "zero" if fmt.zero_points else "middle"
-    return STRIP, 2 * tiles.block_k, scales, fmt.group, decode
+    return STRIP, 2 * tiles.block_k, scales, group, decode
 
 
 def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:

@@ -65,6 +65,7 @@ def _spread(values, LIKE: gl.constexpr):
 @gluon.jit
 def _load(codes, scales, job):
     """One tile as it is stored, from shared memory."""
+    # EACH: neighbouring words with the scales of two channels for 64 inputs, and zero points.
     EACH: gl.constexpr = (
         1
         if job.DECODE == "e2m1"
@@ -80,7 +81,8 @@ def _decode(q, s, job, MMA: gl.constexpr):
     """One tile, [16 x strips, inputs] in bf16, in the registers of a first operand."""
     STRIPS: gl.constexpr = q.shape[0]
     BLOCKS: gl.constexpr = q.shape[1] // 128
-    # Groups are A x C: whole blocks of 64 inputs, or parts of one.
+    # C: scale groups within a block of 64 inputs.
+    # A: runs of blocks that share their scales, so that the tile has A x C groups.
     C: gl.constexpr = max(1, 64 // job.GROUP)
     A: gl.constexpr = BLOCKS if job.GROUP <= 64 else BLOCKS * 64 // job.GROUP
     q = q.reshape(STRIPS, A, BLOCKS // A, 8, 4, C, 4 // C)

@@ -104,6 +104,7 @@ class Plan:
         top_k: experts per token.
         attn_tp_size: ranks that one DP group's rows are scattered over.
         dtype: activation dtype by torch name.
+        fp8_rows: the model's experts take rows in FP8; a draft's may not.
         groups_apart: nothing of the model but the all-to-all joins the DP groups, so that each
             replays its own graph: ``--moe-dense-tp-size 1 --enable-dp-lm-head``, typed or filled.
         mixed_chunk: decode rows ride along with prefill chunks: ``--enable-mixed-chunk``, typed or
@@ -136,6 +137,7 @@ class Plan:
     top_k: int = 0
     attn_tp_size: int = 1
     dtype: str = "bfloat16"
+    fp8_rows: bool = False
     groups_apart: bool = False
     mixed_chunk: bool = False
 

@@ -149,6 +149,7 @@ def _plan_once(
     size = limits.buffer_bytes
     buffer = size(tokens_per_rank, model.hidden_size, launch.tp_size, experts) if size else 0
     values = {budget.name: budget.value for budget in budgets}
+    fp8_rows = _fp8_rows(model, runner)
     plan = Plan(
         capability=capability,
         max_dispatch_tokens_per_rank=tokens_per_rank,
@@ -171,7 +172,7 @@ def _plan_once(
             model.moe_intermediate_size,
             model.dtype,
             ranks=launch.tp_size,
-            fp8=_fp8_rows(model, runner),
+            fp8=fp8_rows,
             host=runner == "host",
             batches=2 if launch.two_batch_overlap else 1,
         ),
@@ -186,6 +187,7 @@ def _plan_once(
         top_k=model.top_k,
         attn_tp_size=launch.attn_tp_size,
         dtype=model.dtype,
+        fp8_rows=fp8_rows,
         mixed_chunk=launch.mixed_chunk,
     )
     return explain_plan(plan, launch, limits, budgets, source, most)

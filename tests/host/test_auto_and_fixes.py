@@ -94,6 +94,9 @@ MORE = {
     "kimi-int4-zeros": variant(MODELS["kimi-k2"], quantization_config=int4(symmetric=False)),
     "qwen3-int8": quantized("w8a8_int8"),
     "qwen3-awq": quantized("awq", bits=4, group_size=128, zero_point=True),
+    "qwen3-awq-704": variant(
+        quantized("awq", bits=4, group_size=128, zero_point=True), moe_intermediate_size=704
+    ),
     "minimax-fp4": MINIMAX,
     "longcat": LONGCAT,
     "mixtral-fp8": variant(MODELS["mixtral"], quantization_config=FP8_BLOCK),
@@ -193,6 +196,7 @@ ROWS = (
         says="compressed-tensors"),
     Row("int4 with zero points", "kimi-int4-zeros", LL, "refused", says="compressed-tensors"),
     Row("awq", "qwen3-awq", LL, "planned", runner="moe_plugin"),
+    Row("awq, sizes that no groups fill", "qwen3-awq-704", LL, "refused", says="awq_marlin"),
     # One refusal, not one per start.
     Row("on, another backend, no experts", "qwen3-int8", (*TP8, *ON, "--moe-a2a-backend", "nixl"),
         "refused", says="w8a8_int8"),

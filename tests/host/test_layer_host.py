@@ -52,9 +52,10 @@ def test_activations_are_read_as_the_host_computes_them() -> None:
 
 def test_mode_auto_decodes_on_ours_and_prefills_on_the_hosts() -> None:
     """Where the plan splits them; the layer's gate and the dtype of its rows stay as they are."""
-    split, host = host_result(program("split_experts"))
+    split, *others = host_result(program("split_experts"))
     assert split == ["the host's", "ours", "the host's", []]
-    assert host == ["the host's", "the host's", "the host's", []]
+    # A plan that does not split them; a draft's weights of another dtype, and packed ones.
+    assert others == 3 * [["the host's", "the host's", "the host's", []]]
 
 
 def test_limits_that_are_off_are_none(made: dict[str, Any]) -> None:

@@ -115,9 +115,9 @@ def quantise_codes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Round [L, N, K] to codes of 0 to 15, with one scale [L, N, ceil(K / group)], bf16 or of MXFP4
     its exponent byte, and where the format has them one zero point per group (ragged tails)."""
-    groups = -(-w.shape[-1] // fmt.group)
-    padded = torch.nn.functional.pad(w.float(), (0, groups * fmt.group - w.shape[-1]))
-    tiles = padded.unflatten(-1, (groups, fmt.group))
+    groups = -(-w.shape[-1] // fmt.group_size)
+    padded = torch.nn.functional.pad(w.float(), (0, groups * fmt.group_size - w.shape[-1]))
+    tiles = padded.unflatten(-1, (groups, fmt.group_size))
     if fmt.code == "e2m1":
         largest = tiles.abs().amax(-1).clamp_min(1e-10)
         exponent = torch.floor(torch.log2(largest)) - 2 + 127  # the largest code is 6

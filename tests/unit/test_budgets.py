@@ -362,6 +362,7 @@ def test_mode_auto_decodes_on_our_experts(
     given = {"deepep_mode": "auto", "has_deep_gemm": True, "compute_capability": (9, 0)}
     found = plan(model, moe_runner_backend=runner, runner_typed=True, **{**given, **more})
     assert found.own_decode == own
+    assert found.fp8_rows == (model is V3)
     assert (found.experts == "host (prefill) and moe_plugin (decode)") == own
 
 

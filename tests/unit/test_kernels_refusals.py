@@ -68,7 +68,7 @@ BOTH = {
     ),
     "other dtype": (of_weights(w2=lambda w: w.half()), "w2: got .*float16"),
     "unknown format": (of_weights(format=lambda f: replace(f, name="fp6")), "format: got fp6"),
-    "changed format": (of_weights(format=lambda f: replace(f, group=7)), "format: got"),
+    "changed format": (of_weights(format=lambda f: replace(f, group_size=7)), "format: got"),
     "scales of the other kind": (
         lambda c: {"x_scale": None if c["x_scale"] is not None else torch.ones(3, 16, 2)},
         "hidden_states_scale: got",

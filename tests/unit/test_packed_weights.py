@@ -9,14 +9,25 @@ import pytest
 import torch
 
 from moe_plugin.errors import UnsupportedError
+from moe_plugin.integration.resolve.int4_facts import is_int4
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
-from moe_plugin.integration.serve.packed_weights import keep_from_host, packed_weights
+from moe_plugin.integration.serve.packed_weights import (
+    codes_of,
+    keep_from_host,
+    packed_weights,
+    refuse_rows,
+)
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
 from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP4
 from moe_plugin.kernels.packing import E2M1
 
 EXPERTS, HIDDEN, INTER = 3, 384, 128
-SIZES = {"w13": (2 * INTER, HIDDEN), "w2": (HIDDEN, INTER)}
+NAMES = ("w13", "w2")
+ORDERS = {
+    "CompressedTensorsFusedMoEMethod": ("weight_g_idx", "g_idx_sort_indices"),
+    "GPTQMarlinMoEMethod": ("g_idx", "g_idx_sort_indices"),
+}
+"""Parameters of methods whose inputs may be ordered by activation."""
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # the channel that each nibble of AWQ's words holds
 
 
@@ -37,21 +48,23 @@ def in_bytes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def host_layer(
-    method: str, group: int, zeros: bool, seed: int = 0
+    method: str, group: int, zeros: bool, seed: int = 0, inter: int = INTER
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """A layer as the method's loader leaves it, and the weights that it stands for."""
     generator = torch.Generator().manual_seed(seed)
     layer = torch.nn.Module()
     layer.layer_id = 4
     layer.moe_runner_config = SimpleNamespace(activation="silu")
-    layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, INTER
-    layer.quant_method = type(method, (), {})()
+    layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, inter
+    nothing = {"restore_weights_before_loading": lambda _method, _layer: None}  # as most have it
+    layer.quant_method = type(method, (), nothing)()
     layer.quant_method.quant_config = SimpleNamespace(weight_bits=4, desc_act=False)
     layer.quant_method.is_fp4_expert = method == "Fp8MoEMethod"
     if method == "CompressedTensorsFusedMoEMethod":
         layer.scheme = SimpleNamespace(num_bits=4, actorder=None)
     stands_for = {}
-    for name, (rows, depth) in SIZES.items():
+    sizes = {"w13": (2 * inter, HIDDEN), "w2": (HIDDEN, inter)}
+    for name, (rows, depth) in sizes.items():
         codes = torch.randint(0, 16, (EXPERTS, rows, depth), generator=generator)
         scale = torch.rand((EXPERTS, rows, depth // group), generator=generator).bfloat16()
         if method == "Fp8MoEMethod":
@@ -65,9 +78,8 @@ def host_layer(
         zero = torch.randint(0, 16, scale.shape, generator=generator)
         middle = zero.repeat_interleave(group, -1) if zeros else 8
         stands_for[name] = (codes - middle) * scale.float().repeat_interleave(group, -1)
-        across = {"weight_packed": words(codes).mT, "weight_scale": scale.mT}
         if method == "CompressedTensorsFusedMoEMethod":
-            stored = across | ({"weight_zero_point": words(zero.mT)} if zeros else {})
+            stored = {"weight_packed": words(codes).mT, "weight_scale": scale.mT}
         elif method == "GPTQMarlinMoEMethod":
             stored = {"qweight": words(codes).mT, "scales": scale.mT.half(),
                       "qzeros": words(zero.mT)}  # fmt: skip
@@ -79,12 +91,14 @@ def host_layer(
                       "qzeros": in_bytes(zero.mT).mT if zeros else torch.empty(0)}  # fmt: skip
         for key, tensor in stored.items():
             layer.register_parameter(f"{name}_{key}", parameter(tensor))
+        for key in ORDERS.get(method, ()):
+            order = torch.arange(depth, dtype=torch.int32).expand(EXPERTS, depth)
+            layer.register_parameter(f"{name}_{key}", parameter(order))
     return layer, stands_for
 
 
 CASES = [
     ("CompressedTensorsFusedMoEMethod", INT4_G32),
-    ("CompressedTensorsFusedMoEMethod", INT4_G128_ZERO),
     ("GPTQMarlinMoEMethod", INT4_G128),
     ("AWQMoEMethod", INT4_G128_ZERO),
     ("MoeWNA16Method", INT4_G32),
@@ -95,10 +109,9 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "fmt"), CASES, ids=str)
 def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -> None:
-    layer, expected = host_layer(method, fmt.group, fmt.zero_points)
+    layer, expected = host_layer(method, fmt.group_size, fmt.zero_points)
     assert loaded_format(layer) == fmt
-    codes = {name: p for name, p in layer.named_parameters() if "weight" in name}
-    kept = [p for name, p in codes.items() if "_scale" not in name and "_zero" not in name]
+    kept = [codes_of(layer, name) for name in NAMES]
     before = [p.data_ptr() for p in kept]
     keep_from_host(layer)
     for _ in range(2):  # the host may ask twice
@@ -112,26 +125,39 @@ def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -
     assert [p.data_ptr() for p in kept] == before, "codes stay in the memory that they had"
     held = sum(p.numel() * p.element_size() for p in layer.parameters())
     weighs = EXPERTS * 3 * HIDDEN * INTER
-    assert held == weighs // 2 + weighs // fmt.group * fmt.scale_bytes
+    assert held == weighs // 2 + weighs // fmt.group_size * fmt.scale_bytes
 
 
-def test_weights_loaded_anew_stay_where_graphs_read_them() -> None:
-    """As the host reloads: shapes as they were created, filled, processed once more."""
-    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
-    created = {name: p.shape for name, p in layer.named_parameters()}
+RAGGED = [(method, fmt, 96) for method, fmt in CASES if fmt.group_size == 32]
+
+
+@pytest.mark.parametrize(
+    ("method", "fmt", "inter"), [*((*case, INTER) for case in CASES), *RAGGED], ids=str
+)
+def test_weights_loaded_anew_stay_where_graphs_read_them(method: str, fmt: Any, inter: int) -> None:
+    """As the host reloads, and once more: restored, filled, processed. A depth of 96 is padded."""
+    layer, _ = host_layer(method, fmt.group_size, fmt.zero_points, inter=inter)
+    created = {name: (p.shape, p.dtype) for name, p in layer.named_parameters()}
     keep_from_host(layer)
+    layer.quant_method.restore_weights_before_loading(layer)  # nothing is repacked yet
     layer.quant_method.process_weights_after_loading(layer)
-    places = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
-    other, expected = host_layer("CompressedTensorsFusedMoEMethod", 32, False, seed=1)
-    for name, loaded in other.named_parameters():
-        mine = getattr(layer, name)
-        if mine.shape != created[name]:
-            mine.resize_(created[name])
-        mine.copy_(loaded)
-    layer.quant_method.process_weights_after_loading(layer)
-    after = [t.data_ptr() for t in (*packed_weights(layer, "w13"), *packed_weights(layer, "w2"))]
-    assert after == places
-    assert torch.equal(dequantise_expert_torch(expert_weights(layer), 1)[0], expected["w13"][1])
+    graph = [tensor.data for name in NAMES for tensor in packed_weights(layer, name)]
+    for seed in (1, 2):
+        other, expected = host_layer(method, fmt.group_size, fmt.zero_points, seed, inter)
+        for _ in range(2):  # the host restores again where a load failed
+            layer.quant_method.restore_weights_before_loading(layer)
+        mine = dict(layer.named_parameters())
+        assert {name: (mine[name].shape, mine[name].dtype) for name in created} == created
+        for name, loaded in other.named_parameters():
+            mine[name].copy_(loaded)
+        layer.quant_method.process_weights_after_loading(layer)
+        now = [tensor for name in NAMES for tensor in packed_weights(layer, name)]
+        for read, held in zip(graph, now, strict=True):
+            assert (read.data_ptr(), read.shape) == (held.data_ptr(), held.shape)
+        for expert in range(EXPERTS):
+            found = dequantise_expert_torch(expert_weights(layer), expert)
+            for name, weights in zip(NAMES, found, strict=True):
+                assert torch.equal(weights, expected[name][expert])
 
 
 def test_scales_move_with_their_experts() -> None:
@@ -140,7 +166,7 @@ def test_scales_move_with_their_experts() -> None:
     keep_from_host(layer)
     layer.quant_method.process_weights_after_loading(layer)
     moved = {name for name, p in layer.named_parameters() if len(p) == EXPERTS}
-    assert moved == {f"{n}_{k}" for n in SIZES for k in ("weight_packed", "scale_words")}
+    assert moved == {f"{n}_{k}" for n in NAMES for k in ("weight_packed", "packed_scales")}
 
 
 @pytest.mark.parametrize(
@@ -155,6 +181,62 @@ def test_what_kernels_do_not_decode_is_refused(change: dict[str, Any], says: str
     vars(layer.scheme).update(change)
     with pytest.raises(UnsupportedError, match=rf"MoE layer 4: packed weights: got .*{says}"):
         loaded_format(layer)
+
+
+def test_zero_points_that_the_host_does_not_transpose_are_refused() -> None:
+    """Where asymmetric compressed-tensors keeps them; its codes are repacked, they would not be."""
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
+    layer.w13_weight_zero_point = parameter(torch.zeros(EXPERTS, 12, 32, dtype=torch.int32))
+    with pytest.raises(UnsupportedError, match=r"MoE layer 4: packed weights: got .*zero points"):
+        loaded_format(layer)
+
+
+def test_a_layer_whose_scheme_says_no_bits_is_refused() -> None:
+    """NVFP4 of compressed-tensors, as a draft may have it."""
+    layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
+    layer.scheme = layer.quant_method.quant_config = SimpleNamespace()
+    with pytest.raises(UnsupportedError, match=r"MoE layer 4: packed weights: got .*0 bits"):
+        loaded_format(layer)
+
+
+def test_exponents_that_kernels_do_not_compute_name_their_layer() -> None:
+    layer, _ = host_layer("Fp8MoEMethod", 32, False)
+    layer.w2_weight_scale_inv.data[1, 2, 3] = 4.0  # 2**(129 - 127)
+    keep_from_host(layer)
+    with pytest.raises(UnsupportedError, match=r"MoE layer 4: w2: exponent .*got 129.*-moe off"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_rows_that_are_not_ours_lead_out_of_the_plugin() -> None:
+    """The host may compute them in another mode; ours are registered in low latency alone."""
+    with pytest.raises(UnsupportedError, match=r"got tuple.*Fix: --use-batched-dp-moe off"):
+        refuse_rows(())
+
+
+COMPRESSED = {
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "weights": {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128}
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("compressed-tensors", COMPRESSED),
+        ("awq_marlin", {"bits": 4, "group_size": 128, "zero_point": True}),
+        ("gptq_marlin", {"bits": 4, "group_size": 128, "sym": True}),
+        ("moe_wna16", {"bits": 4, "group_size": 128}),
+    ],
+)
+def test_plans_leave_out_sizes_that_no_groups_fill(name: str, config: dict[str, Any]) -> None:
+    """The host halves such groups, or has one too few: its layer is none of ours."""
+    assert is_int4(name, config, (2048, 768))
+    assert not is_int4(name, config, (2048, 704))
+    assert not is_int4(name, config, (2112, 768))
 
 
 def test_groups_of_another_size_are_refused() -> None:

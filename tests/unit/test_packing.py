@@ -50,11 +50,11 @@ def test_packing_loses_nothing(fmt: Format, rows: int, depth: int) -> None:
     assert zeros is None if zero is None else torch.equal(zeros, zero)
     whole = dequantise_packed_torch(words, scales, packed_words(depth) // 2, fmt)
     assert whole.isfinite().all()
-    middle = 8 if zero is None else zero.repeat_interleave(fmt.group, -1)[..., :depth]
+    middle = 8 if zero is None else zero.repeat_interleave(fmt.group_size, -1)[..., :depth]
     values = codes.int() - middle
     if fmt.code == "e2m1":
         values = torch.tensor(E2M1)[codes.int() & 7] * (1 - 2 * (codes.int() >> 3))
-    wanted = values * factor.repeat_interleave(fmt.group, -1)[..., :depth]
+    wanted = values * factor.repeat_interleave(fmt.group_size, -1)[..., :depth]
     assert torch.equal(whole[..., :depth], wanted)
 
 

@@ -17,6 +17,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from sglang.srt.layers.quantization.gptq.gptq import GPTQMarlinMoEMethod
 from sglang.srt.layers.quantization.gptq.schemes.gptq_moe import GPTQMarlinMoEScheme
 from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
+from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from moe_plugin.integration.serve.expert_weights import expert_weights
 from moe_plugin.integration.serve.packed_weights import keep_from_host
@@ -34,7 +35,7 @@ def bare(kind, **attributes):
 
 
 def layer(method, scheme=None):
-    """What the method creates, every parameter zero, and repacked."""
+    """What the method creates, every parameter zero, repacked, and restored as for a reload."""
     made = torch.nn.Module()
     made.layer_id, made.moe_tp_size, made.scheme = 0, 1, scheme
     made.hidden_size, made.intermediate_size_per_partition = HIDDEN, INTER
@@ -46,17 +47,23 @@ def layer(method, scheme=None):
     )  # fmt: skip
     for parameter in made.parameters():
         parameter.data.zero_()
+    created = {name: [p.shape, p.dtype] for name, p in made.named_parameters()}
     keep_from_host(made)
     method.process_weights_after_loading(made)
     weights = expert_weights(made)
     shapes = [list(each.shape) for each in dequantise_expert_torch(weights, 1)]
-    return {"format": weights.format.name, "shapes": shapes}
+    DefaultModelLoader.restore_weights_before_loading(made, torch.device("cpu"))
+    restored = dict(made.named_parameters())
+    differ = [
+        name for name, was in created.items() if [restored[name].shape, restored[name].dtype] != was
+    ]
+    return {"format": weights.format.name, "shapes": shapes, "not restored": differ}
 
 
-def compressed_tensors(group, symmetric):
+def compressed_tensors():
     scheme = bare(
         CompressedTensorsWNA16MoE, num_bits=4, packed_factor=8, strategy="group",
-        group_size=group, actorder=None, sym=symmetric, load_up_proj_weight_first=False,
+        group_size=32, actorder=None, sym=True, load_up_proj_weight_first=False,
     )  # fmt: skip
     return layer(bare(CompressedTensorsFusedMoEMethod), scheme)
 
@@ -70,8 +77,7 @@ fp8 = SimpleNamespace(
 )
 emit(
     {
-        "compressed-tensors": compressed_tensors(32, True),
-        "compressed-tensors, asymmetric": compressed_tensors(128, False),
+        "compressed-tensors": compressed_tensors(),
         "AWQ": layer(
             bare(AWQMoEMethod, quant_config=config), bare(AWQMoEScheme, quant_config=config)
         ),

@@ -5,9 +5,30 @@ from types import SimpleNamespace
 import torch
 from program_io import emit
 
+from moe_plugin.batched_backend import Capability
 from moe_plugin.integration.serve import buffer, moe_layer
+from moe_plugin.planning.plan import Plan
 
 TOKENS, EXPERTS, HIDDEN, INTER = 8, 4, 64, 32
+
+
+def bf16_weights(layer):
+    """As the plan knows the model's."""
+    layer.w13_weight = torch.randn(EXPERTS, 2 * INTER, HIDDEN)
+    layer.w2_weight = torch.randn(EXPERTS, HIDDEN, INTER)
+
+
+def fp8_weights(layer):
+    """Of a draft, whose rows come in another dtype than the plan's."""
+    layer.w13_weight = torch.empty(EXPERTS, 2 * INTER, HIDDEN, dtype=torch.float8_e4m3fn)
+    layer.w13_weight_scale = torch.ones(EXPERTS)
+
+
+def packed_weights(layer):
+    """Packed ones, which the host keeps in its own order."""
+    layer.w13_weight_packed = torch.zeros(EXPERTS, HIDDEN // 8, 2 * INTER, dtype=torch.int32)
+    layer.w13_weight_scale = torch.ones(EXPERTS, HIDDEN // 32, 2 * INTER)
+    layer.quant_method = SimpleNamespace(quant_config=SimpleNamespace(weight_bits=4))
 
 
 def original_init(layer):
@@ -17,8 +38,7 @@ def original_init(layer):
     layer.moe_runner_config = SimpleNamespace(
         activation="silu", is_gated=True, apply_router_weight_on_input=False
     )
-    layer.w13_weight = torch.randn(EXPERTS, 2 * INTER, HIDDEN)
-    layer.w2_weight = torch.randn(EXPERTS, HIDDEN, INTER)
+    layer.weights(layer)
     layer.dispatcher = SimpleNamespace(set_quant_config=lambda _config: layer.calls.append("rows"))
 
 
@@ -34,10 +54,11 @@ def output(low_latency):
     )
 
 
-def computed(own_decode):
+def computed(own_decode, weights=bf16_weights):
     """The host's experts or ours, for normal and for low-latency rows."""
-    layer = SimpleNamespace(calls=[], deprecate_flag="the host's")
-    plan = SimpleNamespace(
+    layer = SimpleNamespace(calls=[], deprecate_flag="the host's", weights=weights)
+    plan = Plan(
+        capability=Capability(True, ""),
         runner="host",
         own_decode=own_decode,
         groups_apart=False,
@@ -59,4 +80,11 @@ def computed(own_decode):
     return [*found, layer.deprecate_flag, layer.calls]
 
 
-emit([computed(True), computed(False)])
+emit(
+    [
+        computed(True),
+        computed(False),
+        computed(True, fp8_weights),
+        computed(True, packed_weights),
+    ]
+)

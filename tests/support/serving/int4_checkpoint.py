@@ -31,7 +31,7 @@ def write_int4(model: Path, folder: Path, fmt: Format, device: str = "cpu") -> t
         packed[f"{name}_packed"] = _words(codes)
         packed[f"{name}_scale"] = scale
         packed[f"{name}_shape"] = torch.tensor(tensor.shape)
-        weight = (codes.int() - MIDDLE) * scale.float().repeat_interleave(fmt.group, -1)
+        weight = (codes.int() - MIDDLE) * scale.float().repeat_interleave(fmt.group_size, -1)
         plain[name] = weight.bfloat16().to(tensor.dtype)
     config = json.loads((model / "config.json").read_text())
     return (
@@ -43,8 +43,8 @@ def write_int4(model: Path, folder: Path, fmt: Format, device: str = "cpu") -> t
 def quantization(fmt: Format) -> dict[str, object]:
     """``quantization_config`` as Kimi-K2-Thinking has it: experts alone."""
     weights = {
-        "num_bits": fmt.weight_bits, "type": "int", "strategy": "group", "group_size": fmt.group,
-        "symmetric": True, "dynamic": False, "actorder": None,
+        "num_bits": fmt.weight_bits, "type": "int", "strategy": "group",
+        "group_size": fmt.group_size, "symmetric": True, "dynamic": False, "actorder": None,
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors",
