@@ -123,6 +123,8 @@ class LaunchFacts:
         memory: what is known of the device's memory; None where nothing is (CPU).
         default_tokens: tokens per rank where the user names none and needs no more; None for the
             transport's default.
+        follows_cap: T is made as large as a typed cap on running requests asks for, where that may
+            also be lowered.
         decode_graph_cap: most requests that a decode graph is filled with; None for as many as fit.
     """
 
@@ -184,6 +186,7 @@ class LaunchFacts:
     draft_shape: tuple[int, int] | None = None
     memory: MemoryFacts | None = None
     default_tokens: int | None = None
+    follows_cap: bool = True
     decode_graph_cap: int | None = None
 
     @property

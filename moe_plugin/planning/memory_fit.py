@@ -201,8 +201,9 @@ def _candidates(
         sizes += [size for size in SMALLER if smallest <= size < tokens]
     captures = launch.cuda_graph_max_bs_decode is None and launch.decode_graph_cap is None
     for size in sizes:
-        changed = replace(launch, default_tokens=size)
-        known = first if size == launch.default_tokens else build(changed)
+        same = size == launch.default_tokens
+        changed = launch if same else replace(launch, default_tokens=size, follows_cap=False)
+        known = first if same else build(changed)
         if known is not first and known.max_dispatch_tokens_per_rank >= tokens:
             continue  # typed values need as much
         yield changed, known

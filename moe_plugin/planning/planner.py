@@ -233,11 +233,12 @@ def _choose_tokens_per_rank(
 
 
 def _is_demand(launch: LaunchFacts, budget: RowBudget, most: int) -> bool:
-    """Whether T follows what the user typed. A cap on running requests that no T carries is a
-    ceiling far above what runs: the host lets its KV cache undercut it."""
+    """Whether T follows what the user typed. A cap on running requests that no T carries, or none
+    that memory allows, is a ceiling far above what runs: the host lets its KV cache undercut it."""
     if budget.most is None:
         return False
-    return launch.required or budget.name != RUNNING or budget.rows <= most
+    carried = launch.follows_cap and budget.rows <= most
+    return launch.required or budget.name != RUNNING or carried
 
 
 def _capped(

@@ -136,14 +136,16 @@ def _weights(launch: Launch, memory: dict[str, Any], built: dict[str, Any]) -> l
         return []
     faults = []
     ratio = memory["weights_bytes"] / built["weights"]
-    # Scales of FP4 experts are loaded in float32 and packed into a byte each.
-    least = 0.85 if "fp4-experts" in launch["model"] else 0.97
+    # Scales of FP4 experts are loaded in float32 and packed into a byte each, those of W4AFP8 into
+    # two; weights that are quantised while they are loaded are in bf16 before.
+    least = 0.85 if "fp4-experts" in launch["model"] else 0.96
+    least = 0.45 if "--quantization" in launch["flags"] else least
     # Of several stages that one which holds everything that any stage may hold; and what flags ask
     # for counts, though some of the host's models do not follow them.
     flags = launch["flags"]
     most = 1.8 if "--pp-size" in flags else 1.05
     if {"--enable-dp-lm-head", "--ep-num-redundant-experts"} & set(flags):
-        most = max(most, 1.25)
+        most = max(most, 1.6)
     if not least < ratio < most:
         faults.append(f"weights: {memory['weights_bytes']} planned, {built['weights']}")
     # Some models do not tell the host which layers a stage holds: it then counts all of them.
@@ -296,13 +298,14 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
             why.append("dtype")
     if experts % ranks:
         why.append("experts")
-    size = BUILT_IN[backend].limits.buffer_bytes
+    size, taken = (getattr(BUILT_IN[backend].limits, n) for n in ("buffer_bytes", "device_bytes"))
     usable = built["device"] - 2**31
     fraction = stock["resolved"]["mem_fraction_static"]
     if size and modes:
         hidden = built["hidden"]
         buffer = size(tokens, hidden, ranks, experts)
-        if buffer >= 16 * (2**31 - 1) or buffer > usable * (1 - fraction):
+        held = taken(buffer) if taken else buffer
+        if buffer >= 16 * (2**31 - 1) or held > usable * (1 - fraction):
             why.append("buffer")
         if backend == "deepep" and hidden not in HIDDEN_SIZES:
             why.append("hidden")

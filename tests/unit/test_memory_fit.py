@@ -348,3 +348,17 @@ def test_waterfill_adds_an_expert_per_rank_to_the_buffer() -> None:
     assert size is not None
     assert fused.rdma_buffer_bytes == size(128, 7168, 16, 272)
     assert fused.verdict == "ok"
+
+
+def test_a_cap_on_running_requests_takes_nothing_of_the_kv_cache() -> None:
+    """A T that carries it would; as the host's KV cache undercuts the cap, so does a smaller T.
+    ``on`` keeps what was typed."""
+    cap = {"max_running_requests": 14000, "attn_dp_size": 4}
+    auto = plan(V3_FP8, 16, H200, required=False, **cap)
+    asked = plan(V3_FP8, 16, H200, **cap)
+    assert auto.memory is not None
+    assert not auto.memory.less_than_stock
+    assert auto.max_dispatch_tokens_per_rank == 128
+    assert "is lowered to" in auto.notes[0]
+    assert asked.max_dispatch_tokens_per_rank >= 14000 // 4 // 4
+    assert asked.max_running_requests == 14000
