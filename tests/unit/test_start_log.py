@@ -30,6 +30,7 @@ MEMORY = Memory(
     mem_fraction_static=0.75,
     kv_token_bytes=GIB,
     stock_fraction=0.8,
+    stock_kv_bytes=48 * GIB,
     host_fraction=0.7,
     kv_cache_bytes=49 * GIB,
     kv_cache_tokens=49,
