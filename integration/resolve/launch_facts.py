@@ -232,6 +232,7 @@ def launch_facts(
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
         whole_rows=a2a.whole_rows
         or (bool(getattr(cfg, "disable_attn_tp_gather", False)) and dp_groups == 1),
+        scattered_graphs=a2a.whole_rows,
         whole_graphs=a2a.whole_graphs,
         chunk_alignment=chunk_alignment(cfg),
         diffusion=bool(getattr(cfg, "dllm_algorithm", None)),

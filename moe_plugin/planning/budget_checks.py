@@ -135,7 +135,7 @@ def nothing_to_capture(launch: LaunchFacts, phase: str, graph: int) -> Rejection
         least, why = GRAPH_MULTIPLE, "of which the host captures none"
     else:
         least = launch.capture_multiple
-        why = f"of which no batch divides over {launch.attn_tp_size} attention-TP ranks"
+        why = f"of which no batch divides by {launch.host_alignment} (attention-TP ranks)"
     return Rejection(
         f"captured {phase} batch",
         got=f"{flag} {graph}, {why}",

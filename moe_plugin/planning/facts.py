@@ -110,6 +110,7 @@ class LaunchFacts:
         waterfill: ``--enable-waterfill``.
         whole_rows: attention-TP ranks may all dispatch all of a group's rows
             (``--disable-attn-tp-gather`` without attention DP), or the host counts them so;
+        scattered_graphs: captured batches divide over these ranks all the same (pplx);
         whole_graphs: or it counts those of the largest decode graph so.
         chunk_alignment: tokens that a prefill chunk must at least hold, or the scheduler refuses.
         diffusion: a diffusion LLM decodes blocks (``--dllm-algorithm``).
@@ -175,6 +176,7 @@ class LaunchFacts:
     lora: bool = False
     waterfill: bool = False
     whole_rows: bool = False
+    scattered_graphs: bool = False
     whole_graphs: bool = False
     chunk_alignment: int = 1
     diffusion: bool = False
@@ -192,8 +194,10 @@ class LaunchFacts:
     @property
     def attn_tp_size(self) -> int:
         """Ranks that one DP group's rows are scattered over before a dispatch."""
-        if self.whole_rows:
-            return 1
+        return 1 if self.whole_rows else self._attention_ranks
+
+    @property
+    def _attention_ranks(self) -> int:
         return max(1, self.tp_size // self.attn_dp_size // self.attn_cp_size)
 
     @property
@@ -211,7 +215,8 @@ class LaunchFacts:
     @property
     def host_alignment(self) -> int:
         """``get_cuda_graph_batch_size_alignment`` of the host with gathered buffers."""
-        alignment = self.attn_tp_size * (2 if self.two_batch_overlap else 1)
+        ranks = self._attention_ranks if self.scattered_graphs else self.attn_tp_size
+        alignment = ranks * (2 if self.two_batch_overlap else 1)
         if alignment % self.attn_cp_size:
             alignment *= self.attn_cp_size
         return alignment

@@ -174,3 +174,11 @@ def test_a_missing_library_is_refused_before_the_weights(launch: Launch, backend
     answer = launch(*TP8, *on(backend), model="qwen3-fp8", without=module)
     assert f"{module} is not installed" in answer["error"]
     assert ["--moe-a2a-backend", "deepep"] in fixes(answer)
+
+
+def test_pplx_captures_what_divides_over_attention_tp(launch: Launch) -> None:
+    """It counts rows whole, but the host scatters them: a graph of one request is none."""
+    flags = ("--tp-size", "4", "--attn-dp-size", "2", *on("pplx"))
+    refused = launch(*flags, "--cuda-graph-max-bs-decode", "1", model="qwen3-fp8")
+    assert fixes(refused) == [["--cuda-graph-max-bs-decode", "2"]], refused["error"]
+    assert launch(*flags, "--cuda-graph-max-bs-decode", "2", model="qwen3-fp8")["ok"]

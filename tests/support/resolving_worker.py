@@ -63,7 +63,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
 
     from moe_plugin.integration.resolve import hooks, installation
 
-    saved = dict(os.environ)
+    saved, checks = dict(os.environ), installation._checks_machine
     os.environ.update(case.get("env", {}))
     answer: dict[str, Any] = {"id": case.get("id")}
     log = io.StringIO()
@@ -110,7 +110,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
         if isinstance(error, SystemExit):
             answer["error"] = log.getvalue()
     finally:
-        installation.find_spec = find_spec
+        installation.find_spec, installation._checks_machine = find_spec, checks
         answer["log"] = log.getvalue()[-4000:] if case.get("log") else ""
         if not case.get("keep"):
             hooks.withdraw_variables()
