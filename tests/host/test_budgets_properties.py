@@ -74,7 +74,7 @@ def test_ok_holds_and_refusals_have_fixes(host: Host) -> None:
     faults = host.faults(range(200), ("h100", "b200"))
     assert not faults, "\n".join(faults[:10])
     # Launches that prove nothing must not drown the others.
-    assert host.seen["ok"] > 50
+    assert host.seen["ok"] > 30
     assert host.seen["refused"] > 50
     assert host.seen["host"] < 40
 
