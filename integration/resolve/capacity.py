@@ -10,7 +10,6 @@ from ...backends.deepep import limits_of
 from ...capability import get_backend
 from ...planning.limits import Limits
 from ...planning.plan import Change, Plan, Rejection, refusal
-from ...planning.weight_formats import FORMATS
 
 HOST_TOKENS_PER_RANK = 128
 """T of the host where a backend's capacity variable is not set; the same for all of ours."""
@@ -65,7 +64,7 @@ def changed_environment(changes: Iterable[Change]) -> Iterator[None]:
         _ours.update(ours)
 
 
-def export_variables(plan: Plan, weight_format: str) -> None:
+def export_variables(plan: Plan) -> None:
     """Set what the host reads, in this process and in those that it starts.
 
     T, which some backends are checked against during resolution and all read when dispatchers are
@@ -73,9 +72,7 @@ def export_variables(plan: Plan, weight_format: str) -> None:
     """
     backend = get_backend(plan.capability.backend)
     _export(limits_of(backend, plan.transport).capacity_variable, plan.max_dispatch_tokens_per_rank)
-    known = FORMATS.get(weight_format)
-    own = known.own if known is not None else None
-    if plan.runner == "moe_plugin" and own is not None and own.rows == "bf16":
+    if plan.runner == "moe_plugin" and not plan.fp8_rows:
         _export(backend.bf16_variable, 1)
 
 

@@ -82,7 +82,7 @@ def _after_everything(server_args: Any, previous: Step) -> None:
     if plan is None:
         withdraw_variables()
         return
-    export_variables(plan, model_facts(server_args).weight_format)
+    export_variables(plan)
     _log(plan, **take_decided(server_args))
 
 
@@ -160,5 +160,5 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
         declare_resolution(server_args, SOURCE, **fills)
         note_decided(server_args, filled=_listed(fills))
     # Before the host's own checks of chunk and graphs against T, which two backends have.
-    export_variables(plan, model_facts(server_args).weight_format)
+    export_variables(plan)
     return plan

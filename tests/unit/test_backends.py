@@ -10,7 +10,6 @@ import pytest
 
 from moe_plugin import (
     BatchedBackend,
-    Capability,
     CapabilityFacts,
     ConfigError,
     Limits,
@@ -203,12 +202,7 @@ def test_rows_that_our_experts_want_in_bf16_reach_the_variable_of_all_layers(
     weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(nixl.NIXL.bf16_variable or "", raising=False)
-    plan = Plan(
-        capability=Capability(True, "", BOTH, "nixl"),
-        max_dispatch_tokens_per_rank=128,
-        transport="nixl",
-    )
-    export_variables(plan, weights)
+    export_variables(plan("nixl", weights))
     exported = os.environ.get(nixl.NIXL.bf16_variable or "")
     withdraw_variables()
     own = FORMATS[weights].own
