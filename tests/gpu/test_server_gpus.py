@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
-from ..support import gpu_environment
 from ..support.random_load import RandomLoad
 from ..support.rank_killed import check_killed_rank_ends_the_server
 from ..support.server_checks import (
@@ -24,19 +21,16 @@ from ..support.server_checks import (
     check_steps,
     check_unequal_load,
     check_within_plan,
-    forced_logprobs,
-    mean_distance,
 )
-from ..support.serving.prompts import long_prompt
-from ..support.serving.server import LAUNCH_SERVER, Server
+from ..support.serving.server import Server
+from .beside_stock import (
+    GPUS,
+    check_as_close_as_the_host_to_itself,
+    ours,
+    stock_logprobs,
+)
 
-GPUS = torch.cuda.device_count()
 LAYERS = 4  # of the model
-# No FlashInfer in the slim stack of a GPU host without a network.
-BACKENDS = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
-STOCK = {"MOE_PLUGIN_DISABLE": "1"}
-PROMPTS = (long_prompt(300), long_prompt(700)[13:], long_prompt(1500)[29:], long_prompt(260)[5:])
-DISTANCE_FACTOR = 4.0
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,34 +45,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def stock(model: Path) -> list[list[float]]:
-    """Teacher-forced log-probabilities of the stock host: on one GPU, and tensor-parallel.
-
-    Both at once, since a start is mostly imports; so neither may size its KV cache by what is free.
-    """
-    graphs_off = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
-    small = ("--mem-fraction-static", "0.95", "--max-total-tokens", "16384")
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                Server(
-                    (*BACKENDS, *graphs_off, *small, "--tp-size", str(size)),
-                    model,
-                    ranks=0,
-                    env=gpu_environment.DEEPEP | STOCK,
-                    command=LAUNCH_SERVER,
-                )
-            )
-            for size in (1, GPUS)
-        ]
-        return [forced_logprobs(server.wait_ready(400), PROMPTS) for server in servers]
+    """Of the stock host: on one GPU, and tensor-parallel."""
+    return stock_logprobs(model)
 
 
 @pytest.fixture(scope="module")
 def served(model: Path, stock: list[list[float]]) -> Iterator[Server]:
     """Ours on all GPUs; after ``stock``, so that it has them to itself."""
-    size = str(GPUS)
-    args = (*BACKENDS, "--tp-size", size, "--attn-dp-size", size, "--use-batched-dp-moe", "on")
-    with Server(args, model, ranks=0, env=gpu_environment.DEEPEP, command=LAUNCH_SERVER) as server:
+    with ours(model) as server:
         yield server.wait_ready(400)
 
 
@@ -86,11 +60,7 @@ def test_as_close_to_the_stock_host_as_the_host_to_itself(
     served: Server, stock: list[list[float]]
 ) -> None:
     """Mean distance of teacher-forced log-probabilities."""
-    one, parallel = stock
-    bound = DISTANCE_FACTOR * mean_distance(one, parallel)
-    distance = mean_distance(forced_logprobs(served, PROMPTS), one)
-    print(f"distance {distance:.2e}, bound {bound:.2e}")
-    assert distance <= bound
+    check_as_close_as_the_host_to_itself(served, stock)
 
 
 def test_64_concurrent_prompts(served: Server) -> None:
