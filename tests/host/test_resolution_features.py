@@ -38,7 +38,7 @@ DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "fla
         ("qwen3-fp8", (*DP2, *LL), BF16_ROWS, f"unset {next(iter(BF16_ROWS))}"),
         ("qwen3", (*DP2, *LL, ROWS_FLAG, "fp8"), {}, f"remove {ROWS_FLAG}"),
         ("limited-bf16", (*DP2, *LL, *DEEP_GEMM), {}, "--moe-runner-backend auto"),
-        ("fp4-experts", (*DP2, *LL), {}, "--moe-runner-backend humming"),
+        ("fp4-experts", (*DP2, *LL, *DEEP_GEMM), {}, "--moe-runner-backend auto"),
         ("qwen3", ("--tp-size", "2", *LL, "--model-impl", "transformers"), {}, LEAVE),
         ("qwen3", (*DP2, *ON, *ROLES, "--enable-pd-role-switch"), {}, "remove --enable-pd-role"),
         ("qwen3", ("--tp-size", "2", *ON, "--dwdp-size", "2"), {}, "remove --dwdp-size"),
@@ -70,9 +70,13 @@ def test_limited_experts_are_ours(launch: Launch, model: str) -> None:
 
 
 def test_fp4_experts_are_told_from_the_checkpoints_fp8(launch: Launch) -> None:
-    """Unless the host makes FP8 of them."""
-    env = {"SGLANG_DSV4_FP4_DEQUANT": "1"}
-    assert launch(*DP2, *LL, env=env, model="fp4-experts")["plan"]["runner"] == "moe_plugin"
+    """Unless the host makes FP8 of them: then their rows are FP8 too."""
+    as_they_are = launch(*DP2, *LL, model="fp4-experts")["plan"]
+    dequantized = launch(*DP2, *LL, env={"SGLANG_DSV4_FP4_DEQUANT": "1"}, model="fp4-experts")[
+        "plan"
+    ]
+    assert not as_they_are["fp8_rows"]
+    assert dequantized["fp8_rows"]
 
 
 def test_ray_actors_are_left_alone_unless_we_were_asked_for(launch: Launch) -> None:
