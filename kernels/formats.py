@@ -32,8 +32,8 @@ class Format:
             channel.
         group_size: inputs that share a scale where `weight_scale` is "group".
         zero_points: whether weights are stored with one per scale.
-        operand: where the tensor cores take weights from. Narrower ones than rows are decoded in
-            registers, and stored as `packing` orders them.
+        operand: where the tensor cores take weights from. Narrower ones than rows are
+            dequantised in registers, and stored as `packing` orders them.
         code: of 4-bit weights: integers, or sign, two bits of exponent and one of mantissa, whose
             scales are powers of two in a byte (MXFP4).
     """
@@ -54,7 +54,7 @@ class Format:
 
     @property
     def packed(self) -> bool:
-        """Whether weights are stored in the order of the registers that decode them."""
+        """Whether weights are stored in the order of the registers that dequantise them."""
         return self.operand == "registers"
 
     @property

@@ -13,7 +13,7 @@ from .formats import SWIGLU, Activation, Format
 
 SM90_SHARED_BYTES = 232448  # the most one block of an H100 or H200 can have
 RESERVED_BYTES = 4096  # barriers and scratch: the compiler reports under 3 KB
-PACKED_RESERVED_BYTES = 8704  # up to 8.3 KB where weights are decoded
+PACKED_RESERVED_BYTES = 8704  # up to 8.3 KB where weights are dequantised
 MAX_STAGES = 24
 ROW_TILES = (8, 16, 32, 64, 128)
 # Up to here weights are the wide operand; above, fp8 scales would be one per column and thread.
@@ -163,8 +163,8 @@ def weights_wide(shape: Shape, expected_m: int) -> Launch:
     return Launch(True, gate_up, gate_up)
 
 
-def decoded(shape: Shape, expected_m: int) -> Launch:
-    """Weights that are decoded in registers are the wide operand for any rows. Decoding keeps the
+def weights_packed(shape: Shape, expected_m: int) -> Launch:
+    """Weights that are dequantised in registers are the wide operand for any rows. That keeps the
     multiplying warps busy about as long as 32 rows do the tensor cores: eight warps, or two
     programs, keep pace with the stream. The most rows leave registers for four warps only."""
     rows, fmt = row_tile(expected_m), shape.format
@@ -227,7 +227,7 @@ def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     if not device.has_wgmma:
         return portable_launch(shape, expected_m)
     if shape.format.packed:
-        return decoded(shape, expected_m)
+        return weights_packed(shape, expected_m)
     if expected_m <= (FEW_ROWS_FP8 if shape.format.fp8_rows else FEW_ROWS_BF16):
         return weights_wide(shape, expected_m)
     if expected_m <= SOME_ROWS:
@@ -253,13 +253,13 @@ def table_key(shape: Shape, expected_m: int) -> str:
     return f"{shape.experts}x{shape.hidden}x{shape.inter}-{shape.format.tuning}-{rows}"
 
 
-def encode_launch(launch: Launch) -> dict:
+def entry_of_launch(launch: Launch) -> dict:
     """JSON form of a launch."""
     return asdict(launch)
 
 
-def decode_launch(entry: dict) -> Launch:
-    """Inverse of `encode_launch`."""
+def launch_from_entry(entry: dict) -> Launch:
+    """Inverse of `entry_of_launch`."""
     return Launch(entry["hopper"], Tiles(**entry["gate_up"]), Tiles(**entry["down"]))
 
 
@@ -268,4 +268,4 @@ def pick_launch(shape: Shape, expected_m: int, device: Device) -> Launch:
     if shape.format.fp8_rows and shape.capacity % SCALES_ALIGNED:
         return portable_launch(shape, expected_m)
     entry = tuned_table(device.name).get(table_key(shape, expected_m))
-    return decode_launch(entry) if entry else heuristic(shape, expected_m, device)
+    return launch_from_entry(entry) if entry else heuristic(shape, expected_m, device)

@@ -45,7 +45,7 @@ from wide import LIVE_ROWS, time_wide
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.formats import FORMATS, Format
-from moe_plugin.kernels.launch import Shape, encode_launch, pick_launch, table_key
+from moe_plugin.kernels.launch import Shape, entry_of_launch, pick_launch, table_key
 from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tuning.precompile import precompile
 from moe_plugin.kernels.tuning.tune import (
@@ -158,7 +158,7 @@ def run_sweep(
                 us = min(r["us"] for r in record if r["which"] == "layer")
                 result["cells"].append({
                     "model": MODELS[index].name, "dtype": fmt.tuning, "format": fmt.name,
-                    "rows": m, "best": encode_launch(best),
+                    "rows": m, "best": entry_of_launch(best),
                     "us": us, "bytes": floor, "flops": layer_flops(shape, counts),
                     "timings": record,
                 })  # fmt: skip
@@ -167,7 +167,7 @@ def run_sweep(
                       f"TFLOP/s  {best.gate_up} {best.down} ({time.time() - begin:.1f}s)",
                       flush=True)  # fmt: skip
                 (out / "kernels-sweep.json").write_text(json.dumps(result))
-                launches[table_key(shape, m)] = encode_launch(best)
+                launches[table_key(shape, m)] = entry_of_launch(best)
                 save_table(out / "table.json", device.name, launches)
 
 
@@ -237,7 +237,7 @@ def time_cell(buffers: Buffers, counts: tuple[int, ...], expected_m: int) -> dic
         return lambda: layer_call(layers[copy % len(layers)], masked_m, expected_m)
 
     launch = pick_launch(buffers.shape, expected_m, device_of(buffers.out))
-    cell: dict[str, Any] = {"launch": encode_launch(launch)}
+    cell: dict[str, Any] = {"launch": entry_of_launch(launch)}
     cell["us"] = 1e6 * graph_seconds([ours(c) for c in range(8)])
     try:
         cell["deepgemm_us"] = 1e6 * graph_seconds([theirs(c) for c in range(8)])

@@ -22,7 +22,7 @@ from kernel_cases import check, make_layer
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.formats import BF16, FP8_CHANNEL, Format
-from moe_plugin.kernels.launch import Device, Launch, Shape, encode_launch, pick_launch, table_key
+from moe_plugin.kernels.launch import Device, Launch, Shape, entry_of_launch, pick_launch, table_key
 from moe_plugin.kernels.problem import device_of, lane_count
 from moe_plugin.kernels.tuning.precompile import precompile
 from moe_plugin.kernels.tuning.tune import (
@@ -78,7 +78,7 @@ def run_packed(
                 launch = launch_of(each.shape, m, device)
                 if fmt.packed and time.monotonic() < deadline:
                     launch = tune_cell(each, m, skip=broken)
-                    launches[table_key(each.shape, m)] = encode_launch(launch)
+                    launches[table_key(each.shape, m)] = entry_of_launch(launch)
                     save_table(out / "packed-table.json", device.name, launches)
                 times[fmt] = 1e6 * time_layer(each, m, launch), launch
             for cell in cells_of(index, m, times, copy, max(copy, read)):
@@ -168,7 +168,7 @@ def cells_of(
             "rows": rows, "us": us, "bytes": size, "stream_fraction": size / us / 1e-6 / stream,
             "fp8_us": times[FP8_CHANNEL][0], "bf16_us": times[BF16][0],
             "dequantise_us": 1e6 * passes / copy + times[BF16][0],
-            "launch": encode_launch(launch),
+            "launch": entry_of_launch(launch),
         }  # fmt: skip
 
 

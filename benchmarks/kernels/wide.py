@@ -8,7 +8,7 @@ from cases import model_shape
 from kernel_cases import MODELS, ROUTINGS
 
 from moe_plugin.kernels.formats import Format
-from moe_plugin.kernels.launch import encode_launch, pick_launch
+from moe_plugin.kernels.launch import entry_of_launch, pick_launch
 from moe_plugin.kernels.problem import device_of
 from moe_plugin.kernels.tuning.tune import Buffers, measure
 
@@ -33,7 +33,7 @@ def time_wide(
                 us[captured] = 1e6 * measure(buffers, masked_m, launch)
             cells.append({
                 "model": MODELS[index].name, "format": weights.name, "rows": live,
-                "routing": routing, "us": us, "launch": encode_launch(launch),
+                "routing": routing, "us": us, "launch": entry_of_launch(launch),
                 "over": {c: us[c] / us[live] for c in CAPTURED_ROWS},
             })  # fmt: skip
     return cells

@@ -39,7 +39,7 @@ def locate(tile, counts, ends, BLOCK_M: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _decode_e4m3(byte):
+def _widen_e4m3(byte):
     """float8_e4m3fn bytes to bfloat16, exactly, for GPUs that lack the type (NaN reads as 480)."""
     bits = byte.to(tl.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
@@ -97,11 +97,11 @@ def _load_packed(
 
 
 @triton.jit
-def _dot(a, b, DECODE_A: tl.constexpr, DECODE_B: tl.constexpr, UPCAST: tl.constexpr):
-    if DECODE_A:
-        a = _decode_e4m3(a)
-    if DECODE_B:
-        b = _decode_e4m3(b)
+def _dot(a, b, WIDEN_A: tl.constexpr, WIDEN_B: tl.constexpr, UPCAST: tl.constexpr):
+    if WIDEN_A:
+        a = _widen_e4m3(a)
+    if WIDEN_B:
+        b = _widen_e4m3(b)
     if UPCAST:  # the interpreter's bf16 dot is wrong
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -146,7 +146,7 @@ def masked_gemm_kernel(
     scale_rows, scale_cols, stride_ge, stride_gn,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     LANES: tl.constexpr, FUSED: tl.constexpr, X_SCALE_GROUP: tl.constexpr, W_SCALE: tl.constexpr,
-    QUANTISE: tl.constexpr, DECODE_W: tl.constexpr, DECODE_X: tl.constexpr, ALPHA: tl.constexpr,
+    QUANTISE: tl.constexpr, WIDEN_W: tl.constexpr, WIDEN_X: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, LIMIT: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, E2M1: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -186,8 +186,8 @@ def masked_gemm_kernel(
             else:
                 b0 = tl.load(w0 + ks[None, :], mask=inside[None, :], other=0.0)
                 b1 = tl.load(w1 + ks[None, :], mask=inside[None, :], other=0.0)
-            part0 = _dot(b0, a, DECODE_W, DECODE_X, UPCAST)
-            part1 = _dot(b1, a, DECODE_W, DECODE_X, UPCAST)
+            part0 = _dot(b0, a, WIDEN_W, WIDEN_X, UPCAST)
+            part1 = _dot(b1, a, WIDEN_W, WIDEN_X, UPCAST)
             if W_SCALE == "block":
                 s_at = s_w + e64 * scale_rows * scale_cols + k * BLOCK_K // SCALE_BLOCK
                 part0 *= tl.load(s_at + rows0 // SCALE_BLOCK * scale_cols)[:, None]

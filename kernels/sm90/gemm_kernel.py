@@ -244,7 +244,7 @@ def experts_kernel(
     FUSED: gl.constexpr, W_SCALE: gl.constexpr, ALIGNED: gl.constexpr, CHAINED: gl.constexpr,
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, CLAMPED: gl.constexpr,
     UP_COLUMN: gl.constexpr, STRIP: gl.constexpr, W_COLUMNS: gl.constexpr,
-    S_COLUMNS: gl.constexpr, GROUP: gl.constexpr, DECODE: gl.constexpr,
+    S_COLUMNS: gl.constexpr, GROUP: gl.constexpr, DEQUANTISE: gl.constexpr,
 ):  # fmt: skip
     """One launch over all live tiles; see the module docstring."""
     ring = Ring.create(w_desc, busy_desc, s_desc, STAGES, WARP_GROUPS, FP8, GROUP > 0)
@@ -259,7 +259,7 @@ def experts_kernel(
     job = Job(
         experts, capacity, tiles_n, w_rows, second, steps_k, scale_rows, scale_cols, width, step,
         BLOCK_N, BLOCK_M, BLOCK_M_BUSY, BLOCK_K, LANES, BURST, UP_COLUMN, STRIP, W_COLUMNS,
-        S_COLUMNS, GROUP, DECODE,
+        S_COLUMNS, GROUP, DEQUANTISE,
     )  # fmt: skip
     if FUSED:
         # Counts and rows come from the launch before; what does not depend on it is done by now.

@@ -49,7 +49,7 @@ def _prepare(
 
 def _packed_step(p: Problem, tiles: Tiles) -> tuple[int, int, int, int, str]:
     """Channels that are described as one row; columns of a step, of weights and of their scales;
-    inputs that share a scale, 0 where weights are not packed; and how they are decoded."""
+    inputs that share a scale, 0 where weights are not packed; and how they are dequantised."""
     fmt = p.format
     if not fmt.packed:
         return 1, tiles.block_k, 0, 0, "none"
@@ -57,8 +57,8 @@ def _packed_step(p: Problem, tiles: Tiles) -> tuple[int, int, int, int, str]:
     assert tiles.block_k % group == 0, f"steps of {tiles.block_k}, groups of {group}"
     assert tiles.swap_ab, "packed weights are the first operand"
     scales = tiles.block_k // group * STRIP * fmt.scale_bytes // 4
-    decode = "e2m1" if fmt.code == "e2m1" else "zero" if fmt.zero_points else "middle"
-    return STRIP, 2 * tiles.block_k, scales, group, decode
+    dequantise = "e2m1" if fmt.code == "e2m1" else "zero" if fmt.zero_points else "middle"
+    return STRIP, 2 * tiles.block_k, scales, group, dequantise
 
 
 def _descriptors(p: Problem, tiles: Tiles) -> tuple[Any, Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""The SM90 product of weights that are decoded in registers, `wgmma`'s first operand.
+"""The SM90 product of weights that are dequantised in registers, `wgmma`'s first operand.
 
 A lane's 16 bytes of a strip (`packing`) become the 32 values that four instructions want of it: of
 each two weights one mask and one shift, a subtraction that is exact, and the multiplication by
@@ -18,15 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import packing
-from . import decode
+from . import dequantise
 
 STRIP = gl.constexpr(packing.STRIP)
-TAKES = gl.constexpr(decode.TAKES)
+TAKES = gl.constexpr(dequantise.TAKES)
 
 
 @gluon.constexpr_function
 def _assembly(how):
-    return decode.ASSEMBLY[how]
+    return dequantise.ASSEMBLY[how]
 
 
 @gluon.constexpr_function
@@ -68,8 +68,8 @@ def _load(codes, scales, job):
     # EACH: neighbouring words with the scales of two channels for 64 inputs, and zero points.
     EACH: gl.constexpr = (
         1
-        if job.DECODE == "e2m1"
-        else (max(1, 64 // job.GROUP) * (2 if job.DECODE == "zero" else 1))
+        if job.DEQUANTISE == "e2m1"
+        else (max(1, 64 // job.GROUP) * (2 if job.DEQUANTISE == "zero" else 1))
     )
     q = codes.load(_code_layout(codes.shape, gl.num_warps()))
     s = scales.load(_scale_layout(scales.shape, gl.num_warps(), EACH))
@@ -77,7 +77,7 @@ def _load(codes, scales, job):
 
 
 @gluon.jit
-def _decode(q, s, job, MMA: gl.constexpr):
+def _dequantise(q, s, job, MMA: gl.constexpr):
     """One tile, [16 x strips, inputs] in bf16, in the registers of a first operand."""
     STRIPS: gl.constexpr = q.shape[0]
     BLOCKS: gl.constexpr = q.shape[1] // 128
@@ -86,10 +86,10 @@ def _decode(q, s, job, MMA: gl.constexpr):
     C: gl.constexpr = max(1, 64 // job.GROUP)
     A: gl.constexpr = BLOCKS if job.GROUP <= 64 else BLOCKS * 64 // job.GROUP
     q = q.reshape(STRIPS, A, BLOCKS // A, 8, 4, C, 4 // C)
-    if job.DECODE == "zero":
+    if job.DEQUANTISE == "zero":
         s, z = s.reshape(STRIPS, A, 8, C, 2).split()
         z = _spread(z, q.type.layout)
-    elif job.DECODE == "e2m1":
+    elif job.DEQUANTISE == "e2m1":
         s = s.reshape(STRIPS, A, 8)
         s = gl.join(s, s >> 16)
         z = s
@@ -97,10 +97,10 @@ def _decode(q, s, job, MMA: gl.constexpr):
         s = s.reshape(STRIPS, A, 8, C)
         z = s
     s = _spread(s, q.type.layout)
-    if job.DECODE != "zero":
+    if job.DEQUANTISE != "zero":
         z = s
     v = gl.inline_asm_elementwise(
-        _assembly(job.DECODE), TAKES, [q, s, z], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
+        _assembly(job.DEQUANTISE), TAKES, [q, s, z], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
     )
     near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
     far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
@@ -112,8 +112,8 @@ def _decode(q, s, job, MMA: gl.constexpr):
 
 @gluon.jit
 def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
-    """Both tiles' products. One tile is decoded while the tensor cores work on the other; a wait
-    stands before each decoding, since its registers are those of the product before last."""
+    """Both tiles' products. One tile is dequantised while the tensor cores work on the other. A
+    wait stands before each: its registers are those of the product before last."""
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
     for k in range(job.steps_k):
@@ -121,12 +121,12 @@ def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.conste
         x = ring.rows(stage, SHAPE[1]).permute((1, 0))
         q0, s0 = _load(ring.w0.index(stage), ring.v0.index(stage), job)
         q1, s1 = _load(ring.w1.index(stage), ring.v1.index(stage), job)
-        w = _decode(q0, s0, job, MMA)
+        w = _dequantise(q0, s0, job, MMA)
         acc0 = warpgroup_mma(w, x, acc0, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
         # The products of the step before are done with its rows.
         mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
-        w = _decode(q1, s1, job, MMA)
+        w = _dequantise(q1, s1, job, MMA)
         acc1 = warpgroup_mma(w, x, acc1, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
         stage, phase = ring.advance(stage, phase)

@@ -47,7 +47,7 @@ class Job:
     W_COLUMNS: gl.constexpr
     S_COLUMNS: gl.constexpr
     GROUP: gl.constexpr
-    DECODE: gl.constexpr
+    DEQUANTISE: gl.constexpr
 
     @gluon.jit
     def first_rows(self, expert, n):

@@ -25,7 +25,7 @@ from ..launch import (
     Launch,
     Shape,
     Tiles,
-    encode_launch,
+    entry_of_launch,
     hopper_tiles,
     row_tile,
     table_key,
@@ -87,8 +87,8 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
 
 
 def packed_candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]:
-    """The same where weights are decoded in registers: they are the wide operand, and a warp
-    decodes 16 or 32 channels of each tile."""
+    """The same where weights are dequantised in registers: they are the wide operand; a warp
+    dequantises 16 or 32 channels of each tile."""
     exact = row_tile(expected_m)
     # block_n, block_m, block_m_busy, warps, per_sm
     tiles: list[tuple[int, int, int, int, int]] = []
@@ -263,7 +263,7 @@ def tune_cell(
     if record is not None:
         for pair, (even, uneven) in finals.items():
             record.append({"rows": rows, "which": "layer", "us": 1e6 * even,
-                           "skewed_us": 1e6 * uneven, "launch": encode_launch(pair)})  # fmt: skip
+                           "skewed_us": 1e6 * uneven, "launch": entry_of_launch(pair)})  # fmt: skip
     return choose(finals, AS_GOOD_SPARSE if sparse else AS_GOOD)
 
 
@@ -334,7 +334,7 @@ def tune(
         if buffers is None or buffers.shape != shape:
             buffers = None  # frees the previous shape's memory first
             buffers = Buffers.create(shape)
-        launches[key] = encode_launch(
+        launches[key] = entry_of_launch(
             tune_cell(buffers, rows, skip={launch for other, launch in failed if other == shape})
         )
         save_table(path, device.name, launches)

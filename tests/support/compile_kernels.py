@@ -34,7 +34,7 @@ def report(kernel: Any, shape: Shape, launch: Launch, first: bool) -> dict[str, 
         "shared": kernel.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
         # The first operand: registers in braces, or a descriptor of shared memory.
-        "decodes": bool(re.search(r"wgmma\.mma_async[^;]*\}, *\{", ptx)),
+        "dequantises": bool(re.search(r"wgmma\.mma_async[^;]*\}, *\{", ptx)),
         "tcgen05": "tcgen05.mma" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
         # The code of the multiplying warps comes first, that of the streaming one last.

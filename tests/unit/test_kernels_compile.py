@@ -63,7 +63,7 @@ def check_sm90(kernels: list[dict], spill_bytes: int) -> None:
         room = SM90_BYTES_PER_MULTIPROCESSOR // k["per_sm"] - RESERVED_PER_BLOCK
         assert k["shared"] <= min(room, SM90_BYTES_PER_BLOCK), k
         assert k["wgmma"], k
-        assert k["decodes"] == FORMATS[k["format"]].packed, k
+        assert k["dequantises"] == FORMATS[k["format"]].packed, k
         assert k["tma"], k
         assert not k["serialised"], k
         assert k["spilled"] <= spill_bytes, k

@@ -20,9 +20,9 @@ from moe_plugin.kernels.launch import (
     Launch,
     Shape,
     Tiles,
-    decode_launch,
-    encode_launch,
+    entry_of_launch,
     heuristic,
+    launch_from_entry,
     pick_launch,
     row_tile,
     table_key,
@@ -95,7 +95,7 @@ def test_row_scales_that_the_copy_engine_cannot_reach_take_the_portable_kernels(
 
 def test_table_wins_over_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = Tiles(64, 8, 8, 64, 5)
-    entry = {table_key(SHAPES[0], 8): encode_launch(Launch(True, tiles, tiles))}
+    entry = {table_key(SHAPES[0], 8): entry_of_launch(Launch(True, tiles, tiles))}
     monkeypatch.setattr(launches, "tuned_table", lambda name: entry if name == H100.name else {})
     assert pick_launch(SHAPES[0], 8, H100) == Launch(True, tiles, tiles)
     assert pick_launch(SHAPES[0], 8, A100) == heuristic(SHAPES[0], 8, A100)
@@ -105,7 +105,7 @@ def test_table_wins_over_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 64, 512])
 def test_launch_survives_json(shape: Shape, rows: int) -> None:
     launch = heuristic(shape, rows, H100)
-    assert decode_launch(json.loads(json.dumps(encode_launch(launch)))) == launch
+    assert launch_from_entry(json.loads(json.dumps(entry_of_launch(launch)))) == launch
 
 
 def test_shipped_tables_decode() -> None:
@@ -113,7 +113,7 @@ def test_shipped_tables_decode() -> None:
     assert paths
     for path in paths:
         for entry in json.loads(path.read_text())["launches"].values():
-            decode_launch(entry)
+            launch_from_entry(entry)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
