@@ -8,13 +8,16 @@ BIN := $(abspath $(VENV))/bin
 PINS := constraints.txt
 STAMP := $(VENV)/.installed-$(shell sha256sum $(PINS) | cut -c1-16)
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/python -P -m pytest
+# Processes of `make test-fast`, each with whole files of tests.
+JOBS ?= 2
 
-.PHONY: help demo test test-fast test-slow test-gpu bench-kernels bench-gpu lint types docs wheel release pins install clean
+.PHONY: help demo test test-fast test-servers test-slow test-gpu bench-kernels bench-gpu lint types docs wheel release pins install clean
 
 help:
 	@echo "make demo       serve a small MoE model on CPU through the plugin and check it against the host"
 	@echo "make test       the whole CPU test suite"
-	@echo "make test-fast  without real servers; make test-slow: property tests at full size, older hosts"
+	@echo "make test-fast  without real servers; make test-servers: them alone"
+	@echo "make test-slow  property tests at full size, older hosts"
 	@echo "make lint       formatting, lint, types"
 	@echo "make docs       tables that stand for code and records; make release: build, check and tag a version"
 
@@ -24,7 +27,7 @@ $(STAMP): $(PINS)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c $(PINS) setuptools wheel
 	$(BIN)/python -m pip install --progress-bar off --quiet -c $(PINS) "sglang==0.5.23" \
-	    build hypothesis matplotlib mypy pre-commit pytest pytest-timeout ruff
+	    build hypothesis matplotlib mypy pre-commit pytest pytest-timeout pytest-xdist ruff
 	touch $@
 
 # Editable installs are cheap and always redone: the environment may be shared by checkouts.
@@ -37,11 +40,14 @@ install: $(STAMP)
 demo: install
 	cd tests/support && $(BIN)/python -m serving.demo
 
-test: install
-	$(PYTEST) -m "not gpu and not slow"
+test: test-fast test-servers
 
 test-fast: install
-	$(PYTEST) -m "not gpu and not slow and not server"
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not gpu and not slow and not server"
+
+# One after another: a server of two ranks takes two cores.
+test-servers: install
+	$(PYTEST) -m "server and not gpu and not slow"
 
 test-slow: install
 	$(PYTEST) -m "slow"
