@@ -1,4 +1,4 @@
-"""Entry points of the batched-expert layer: two launches, no host synchronisation."""
+"""Entry points of the batched-expert layer: two launches, and the CPU waits for neither."""
 
 import os
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from .workspace import launch_workspace
 
 __all__ = ["batched_experts", "batched_experts_torch", "warmup"]
 
-MOST_COMPILING = 8  # threads, of each rank of a host
+MOST_COMPILING = 8  # threads, of each rank of a machine
 
 
 def run_layer(
@@ -56,7 +56,7 @@ def batched_experts(
         is an M that is a multiple of four).
     masked_m: [L] int32 on the device, read as if clamped to [0, M]. Rows past the count may hold
         NaN: they reach no result, and `out` is not written there.
-    expected_m: rows per expert that the host expects; it chooses tiles and cannot affect
+    expected_m: rows per expert that the caller expects; it chooses tiles and cannot affect
         correctness. `launch` overrides that choice (tuning, tests).
 
     Returns [L, M, H] bf16. Safe under CUDA-graph capture: counts are read on the device only.

@@ -100,7 +100,7 @@ def batched_experts_torch(
     dtype = torch.bfloat16 if fp8 else hidden_states.dtype
     if out is None:
         out = hidden_states.new_empty((experts, capacity, hidden), dtype=dtype)
-    # Where counts are host memory the capacity need not be paid; on a GPU that would synchronise.
+    # Where counts lie in CPU memory the capacity need not be paid; on a GPU that would synchronise.
     rows = capacity if masked_m.is_cuda else min(capacity, max(0, int(masked_m.max())))
     for e in range(experts):
         live = (torch.arange(rows, device=masked_m.device) < masked_m[e]).unsqueeze(-1)

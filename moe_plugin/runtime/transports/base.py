@@ -1,7 +1,7 @@
 """The transport seam: the part of DeepEP's low-latency ``Buffer`` that dispatchers call.
 
 Source of the contract: DeepEP v1 ``deep_ep/buffers/legacy.py``. Symbols: n tokens of this rank,
-T capacity per rank, R ranks, E global experts, L = E / R local experts, H hidden, K top-k.
+T tokens per rank at most, R ranks, E global experts, L = E / R local experts, H hidden, K top-k.
 """
 
 from __future__ import annotations

@@ -78,11 +78,11 @@ class TorchTransport:
     ) -> tuple[torch.Tensor, torch.Tensor, Handle, _Done, Callable[[], None]]:
         """All-gather every rank's tokens, then keep the rows of this rank's experts."""
         del async_finish, return_recv_hook, options
-        capacity, ranks = num_max_dispatch_tokens_per_rank, self.group_size
-        self._check(x, topk_idx, capacity, num_experts, use_fp8)
+        max_tokens, ranks = num_max_dispatch_tokens_per_rank, self.group_size
+        self._check(x, topk_idx, max_tokens, num_experts, use_fp8)
         local = num_experts // ranks
-        tokens = self._gather_rows(x, capacity, 0)
-        ids = self._gather_rows(topk_idx, capacity, -1)
+        tokens = self._gather_rows(x, max_tokens, 0)
+        ids = self._gather_rows(topk_idx, max_tokens, -1)
 
         first = self.rank * local
         experts = torch.arange(first, first + local, device=ids.device)
@@ -90,7 +90,7 @@ class TorchTransport:
         count = hits.sum(1, dtype=torch.int32)
         # A stable sort puts each expert's tokens first, in order of source rank and token.
         source = torch.argsort((~hits).to(torch.int8), dim=1, stable=True)
-        live = torch.arange(ranks * capacity, device=x.device) < count.unsqueeze(1)
+        live = torch.arange(ranks * max_tokens, device=x.device) < count.unsqueeze(1)
         recv = torch.where(live.unsqueeze(-1), tokens[source], torch.nan)
 
         row = hits.cumsum(1) - 1 + torch.arange(local, device=x.device).view(-1, 1) * len(ids)
@@ -98,12 +98,12 @@ class TorchTransport:
         owned = (ids >= first) & (ids < first + local)
         row_of_slot = torch.where(owned, row.T.gather(1, expert_of_slot), -1)
 
-        per_rank = hits.view(local, ranks, capacity).sum(-1)
+        per_rank = hits.view(local, ranks, max_tokens).sum(-1)
         begin = per_rank.cumsum(1) - per_rank
         handle = Handle(
-            src_info=torch.where(live, source % capacity, -1).to(torch.int32),
+            src_info=torch.where(live, source % max_tokens, -1).to(torch.int32),
             layout_range=(begin << 32) | per_rank,
-            num_max_tokens=capacity,
+            num_max_tokens=max_tokens,
             hidden=x.shape[1],
             num_experts=num_experts,
             row_of_slot=row_of_slot,
@@ -124,13 +124,13 @@ class TorchTransport:
     ) -> tuple[torch.Tensor, _Done, Callable[[], None]]:
         """Send each received row back to its (rank, token, k) slot and reduce there in fp32."""
         del async_finish, return_recv_hook, options
-        ranks, capacity = self.group_size, handle.num_max_tokens
+        ranks, max_tokens = self.group_size, handle.num_max_tokens
         n, top_k = topk_idx.shape
         slots = handle.row_of_slot
         owned = (slots >= 0).unsqueeze(-1)
         flat = x.reshape(-1, handle.hidden)
         send = torch.where(owned, flat[slots.clamp_min(0)], 0)  # [R*T, K, H]
-        back = self._all_to_all(send.view(ranks, capacity, top_k, handle.hidden))
+        back = self._all_to_all(send.view(ranks, max_tokens, top_k, handle.hidden))
         owner = topk_idx.clamp_min(0) // (handle.num_experts // ranks)
         token = torch.arange(n, device=x.device).view(-1, 1)
         slot = torch.arange(top_k, device=x.device).view(1, -1)
@@ -153,7 +153,7 @@ class TorchTransport:
         """Nothing to release; the process group is the caller's."""
 
     def _check(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, capacity: int, experts: int, use_fp8: bool
+        self, x: torch.Tensor, topk_idx: torch.Tensor, max_tokens: int, experts: int, use_fp8: bool
     ) -> None:
         if use_fp8:
             raise UnsupportedError(
@@ -164,12 +164,12 @@ class TorchTransport:
                     fix="--deepep-dispatcher-output-dtype bf16, or the deepep transport",
                 )
             )
-        if x.shape[0] > capacity:
+        if x.shape[0] > max_tokens:
             raise BudgetError(
                 explain(
                     "x.size(0) <= num_max_dispatch_tokens_per_rank",
                     got=f"{x.shape[0]} tokens",
-                    allowed=f"<= {capacity}",
+                    allowed=f"<= {max_tokens}",
                     fix="--use-batched-dp-moe on, which bounds every batch, or a larger "
                     "--batched-dp-moe-max-tokens",
                 )
@@ -193,11 +193,11 @@ class TorchTransport:
                 )
             )
 
-    def _gather_rows(self, rows: torch.Tensor, capacity: int, fill: int) -> torch.Tensor:
-        """[n, C] on each rank -> [R * capacity, C] on all, missing rows = ``fill``."""
-        padded = rows.new_full((capacity, rows.shape[1]), fill)
+    def _gather_rows(self, rows: torch.Tensor, max_tokens: int, fill: int) -> torch.Tensor:
+        """[n, C] on each rank -> [R * max_tokens, C] on all, missing rows = ``fill``."""
+        padded = rows.new_full((max_tokens, rows.shape[1]), fill)
         padded[: rows.shape[0]] = rows
-        gathered = rows.new_empty((self.group_size * capacity, rows.shape[1]))
+        gathered = rows.new_empty((self.group_size * max_tokens, rows.shape[1]))
         _all_gather(_bytes(gathered), _bytes(padded), group=self.group)
         return gathered
 
