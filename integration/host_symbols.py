@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
 from dataclasses import dataclass
-from importlib.metadata import version
 
-from packaging.specifiers import SpecifierSet
-
-SUPPORTED_HOST = SpecifierSet(">=0.5.20,<0.6", prereleases=True)
 _SRT = "sglang.srt."
 
 
@@ -23,6 +17,8 @@ class HostSymbol:
         why: what we need it for.
         delete_when: what upstream change makes the entry unnecessary.
         runtime: only needed in scheduler processes (importing it is expensive elsewhere).
+        without: what the plugin does where this is missing; empty where it cannot act at all. What
+            bounds a batch never depends on a symbol that may be missing.
     """
 
     path: str
@@ -30,6 +26,7 @@ class HostSymbol:
     why: str
     delete_when: str
     runtime: bool = False
+    without: str = ""
 
     @property
     def target(self) -> str:
@@ -85,32 +82,73 @@ DEVICE_MEMORY = HostSymbol(
     "swap the host's flat DeepEP reserve for the planned bytes",
     "the host reserves from a start-up plan",
 )
+VIEW = HostSymbol(
+    "arg_groups.model_override_base.resolved_view",
+    ("server_args",),
+    "read what resolution decided",
+    "never: public resolution API",
+)
+MLA = HostSymbol(
+    "arg_groups.model_override_base.use_mla_backend",
+    ("server_args",),
+    "know how large a token of the KV cache is",
+    "the host reserves from a start-up plan",
+)
+GRAPH_PHASE = HostSymbol(
+    "model_executor.cuda_graph_config.with_phase",
+    ("cfg", "phase"),
+    "lower captured batches that the host filled after us",
+    "the host bounds its batches by the buffer",
+)
+LORA_MODULES = HostSymbol(
+    "lora.utils.get_normalized_target_modules",
+    (),
+    "know whether adapters change the experts",
+    "the host refuses them behind a batched layout",
+    without="launches with LoRA adapters are left alone",
+)
+DRAFT_CONFIG = HostSymbol(
+    "utils.hf_transformers_utils.get_config",
+    ("model",),
+    "read a separate draft model's config.json",
+    "the host checks its own DeepEP v1 budget",
+    without="launches with a separate draft model are left alone",
+)
+ADAPTIVE_STEPS = HostSymbol(
+    "speculative.adaptive_spec_params.resolve_candidate_steps_from_config",
+    ("cfg_path",),
+    "rows per request of the widest step that adaptive speculation may choose",
+    "the host checks its own DeepEP v1 budget",
+    without="launches with adaptive speculation are left alone",
+)
 MODEL_OVERRIDES = HostSymbol(
     "arg_groups.overrides.collect_model_override_declarations",
     ("architecture", "server_args", "hf_config"),
     "know early what a model's own rules make of all-to-all, runner and topology",
     "the host decides about the all-to-all before budgets and memory",
+    without="what the host decides late is seen, and refused, at the end of resolution",
 )
 RUNNER_OVERRIDES = HostSymbol(
     "arg_groups.overrides._moe_runner_backend_quant_constraints",
     ("view",),
     "know early what the quantization makes of the runner",
     "the host decides about the all-to-all before budgets and memory",
+    without="what the host decides late is seen, and refused, at the end of resolution",
 )
 BACKEND_OVERRIDES = HostSymbol(
     "arg_groups.overrides._a2a_backend_overrides",
     ("view",),
     "know early that waterfill selects deepep",
     "the host decides about the all-to-all before budgets and memory",
+    without="what the host decides late is seen, and refused, at the end of resolution",
 )
-"""These three are checked only where they are used: optional."""
 RECORD_FIELDS = HostSymbol(
     "arg_groups.arg_utils.record_fields",
     ("cls",),
     "resolve a refused launch again with its own fixes",
     "never: how records are read",
+    without="a refusal's fixes are planned, but not resolved",
 )
-"""Checked only where it is used: without it a refusal's fixes are planned, but not resolved."""
 SCHEDULER_INIT = HostSymbol(
     "managers.scheduler.Scheduler.__init__",
     ("self", "server_args", "port_args"),
@@ -145,22 +183,23 @@ SYNC_VOTES = HostSymbol(
     "let each attention-DP group replay its own graph",
     "upstream couples the groups only where something but low latency joins them",
     runtime=True,
+    without="DP groups replay the same graphs or none, which is slower",
 )
-"""Checked only where it is used: optional."""
 MEMORY_POOLS = HostSymbol(
     "managers.scheduler.Scheduler.init_memory_pools",
     ("self",),
     "create the transport out of what the host kept back, not out of its KV cache",
     "upstream creates the buffer between KV cache and graphs",
     runtime=True,
+    without="the first dispatch creates DeepEP's buffer",
 )
-"""Checked only where it is used: without it the first dispatch creates the transport."""
 MODEL_FORWARD = HostSymbol(
     "model_executor.model_runner.ModelRunner.forward",
     ("self", "forward_batch"),
     "count steps, also those that replay a graph",
     "plugins are told of each step",
     runtime=True,
+    without="no steps are counted",
 )
 METRICS = HostSymbol(
     "managers.scheduler.Scheduler.init_metrics_collector",
@@ -168,8 +207,8 @@ METRICS = HostSymbol(
     "offer the plugin's metrics beside the host's, with its labels",
     "plugins can contribute metrics",
     runtime=True,
+    without="no metrics are offered",
 )
-"""These two are checked only where they are used: optional."""
 MOE_CORE = HostSymbol(
     "layers.moe.ep_moe.layer.DeepEPMoE.run_moe_core",
     ("self", "dispatch_output"),
@@ -212,6 +251,62 @@ MEMORY_SAVER = HostSymbol(
     "the host creates its buffer before it builds the model",
     runtime=True,
 )
+SERVER_ARGS = HostSymbol(
+    "runtime_context.get_server_args",
+    (),
+    "find the plan of this process",
+    "never: public runtime API",
+    runtime=True,
+)
+PARALLEL = HostSymbol(
+    "runtime_context.get_parallel",
+    (),
+    "say which rank answers /server_info",
+    "never: public runtime API",
+    runtime=True,
+)
+RUNTIME_FLAGS = HostSymbol(
+    "runtime_context.get_flags",
+    (),
+    "know whether something besides the all-to-all joins the DP groups",
+    "upstream couples the groups only where something but low latency joins them",
+    runtime=True,
+)
+MLP_GATHER = HostSymbol(
+    "utils.common.require_mlp_tp_gather",
+    (),
+    "know whether something besides the all-to-all joins the DP groups",
+    "upstream couples the groups only where something but low latency joins them",
+    runtime=True,
+)
+TP_GROUP = HostSymbol(
+    "distributed.parallel_state.get_tp_group",
+    (),
+    "have the ranks agree on their plan before a buffer is created",
+    "the host compares arguments across ranks",
+    runtime=True,
+)
+IS_EXTEND = HostSymbol(
+    "layers.dp_attention.get_is_extend_in_batch",
+    (),
+    "know which of the two dispatch modes a batch takes",
+    "the dispatcher is handed the metadata",
+    runtime=True,
+)
+SET_IS_EXTEND = HostSymbol(
+    "layers.dp_attention.set_is_extend_in_batch",
+    ("is_extend_in_batch",),
+    "capture low-latency layers with the rest of a prefill graph",
+    "upstream breaks prefill graphs at normal-mode DeepEP only",
+    runtime=True,
+)
+FABRIC = HostSymbol(
+    "layers.moe.token_dispatcher.deepep._is_mnnvl_fabric_supported",
+    (),
+    "create the buffer as the host would, on machines with NVLink between nodes",
+    "the host creates the buffer from a start-up plan",
+    runtime=True,
+)
 GLOBAL_TOKENS = HostSymbol(
     "layers.dp_attention.get_dp_global_num_tokens",
     (),
@@ -226,8 +321,8 @@ FUSED_FUNCTION = HostSymbol(
     "have the host build layers of packed weights, which its Marlin runner refuses behind DeepEP",
     "the host builds a runner only where its own experts run",
     runtime=True,
+    without="layers of packed weights are refused while they are built",
 )
-"""Checked only where a layer's weights may be packed."""
 A2A_BACKEND = HostSymbol(
     "layers.moe.utils.get_moe_a2a_backend",
     (),
@@ -261,6 +356,16 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     MODEL_CONFIG,
     DRAFT_WIDTH,
     DEVICE_MEMORY,
+    VIEW,
+    MLA,
+    GRAPH_PHASE,
+    LORA_MODULES,
+    DRAFT_CONFIG,
+    ADAPTIVE_STEPS,
+    MODEL_OVERRIDES,
+    RUNNER_OVERRIDES,
+    BACKEND_OVERRIDES,
+    RECORD_FIELDS,
     SCHEDULER_INIT,
     INTERNAL_STATE,
     MOE_INIT,
@@ -270,62 +375,19 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     LL_OUTPUT,
     LL_COMBINE,
     MEMORY_SAVER,
-    GLOBAL_TOKENS,
-    A2A_BACKEND,
-)
-
-OPTIONAL: tuple[HostSymbol, ...] = (
-    MODEL_OVERRIDES,
-    RUNNER_OVERRIDES,
-    BACKEND_OVERRIDES,
-    SYNC_VOTES,
     MEMORY_POOLS,
+    SYNC_VOTES,
     MODEL_FORWARD,
     METRICS,
-    RECORD_FIELDS,
+    SERVER_ARGS,
+    PARALLEL,
+    RUNTIME_FLAGS,
+    MLP_GATHER,
+    TP_GROUP,
+    IS_EXTEND,
+    SET_IS_EXTEND,
+    FABRIC,
+    GLOBAL_TOKENS,
     FUSED_FUNCTION,
+    A2A_BACKEND,
 )
-"""Without one of these the plugin does less; what bounds a batch does not depend on them."""
-
-
-def host_version() -> str:
-    """Version of the installed SGLang distribution."""
-    return version("sglang")
-
-
-def check_version() -> str | None:
-    """Why this host version is not supported, or None."""
-    found = host_version()
-    if found in SUPPORTED_HOST:
-        return None
-    return f"sglang {found} is outside the supported range {SUPPORTED_HOST}"
-
-
-def check_symbol(symbol: HostSymbol) -> str | None:
-    """Why ``symbol`` cannot be used on this host, or None. Imports its module."""
-    try:
-        found = pkgutil.resolve_name(symbol.target)
-    except (ImportError, AttributeError) as error:
-        return f"{symbol.target} is missing ({error}); needed to {symbol.why}"
-    # Another plugin may have wrapped it: what counts is the host's own signature underneath.
-    names = list(inspect.signature(inspect.unwrap(found)).parameters)
-    positions = [names.index(name) if name in names else -1 for name in symbol.parameters]
-    if -1 in positions or positions != sorted(positions):
-        return (
-            f"{symbol.target} takes {names}, expected {list(symbol.parameters)} in this order; "
-            f"needed to {symbol.why}"
-        )
-    return None
-
-
-def problems(*, runtime: bool) -> list[str]:
-    """Everything about this host that we cannot work with; empty when all is well.
-
-    Args:
-        runtime: also check what scheduler processes need (imports model code).
-    """
-    wrong_version = check_version()
-    if wrong_version:
-        return [wrong_version]
-    wanted = [symbol for symbol in SYMBOLS if runtime or not symbol.runtime]
-    return [text for symbol in wanted if (text := check_symbol(symbol))]

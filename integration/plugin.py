@@ -10,40 +10,62 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 from ..envs import DISABLE, USE_BATCHED_DP_MOE
 from ..errors import ConfigError, HostMismatchError
-from . import flags, host_symbols
+from . import flags, host_checks, host_symbols
 from .status import STATUS
 
 logger = logging.getLogger(__name__)
+
+
+class Hook(NamedTuple):
+    """What we put before, after or around a symbol of the host."""
+
+    symbol: host_symbols.HostSymbol
+    function: Callable[..., Any]
+    kind: Literal["BEFORE", "AFTER", "AROUND"]
 
 
 def register() -> None:
     """Entry point of group ``sglang.srt.plugins``: cheap, idempotent, all or nothing."""
     if STATUS.state != "not loaded":
         return
-    runtime = _is_scheduler_process()
     if DISABLE.read():
         STATUS.state = "disabled"
         STATUS.reasons = [f"{DISABLE.name} is set"]
         _register_inert()
         return
-    STATUS.reasons = host_symbols.problems(runtime=runtime)
+    try:
+        STATUS.reasons = _install(runtime=_is_scheduler_process())
+    except Exception as error:  # a module of the host, or of ours, does not import here
+        logger.debug("moe_plugin: registering failed", exc_info=True)
+        STATUS.reasons = [f"{type(error).__name__}: {error}"]
     if STATUS.reasons:
         STATUS.state = "unsupported"
         logger.warning("moe_plugin is not active: %s", "; ".join(STATUS.reasons))
         _register_inert()
-        return
+    else:
+        STATUS.state = "active"
 
+
+def _install(*, runtime: bool) -> list[str]:
+    """Register every hook; or none, and say why not."""
+    if problems := host_checks.problems(runtime=runtime):
+        return problems
     from .resolve import hooks
 
+    found = [*FLAG_HOOKS, *(runtime_hooks() if runtime else ())]
     hooks.install()
-    _hook_flags()
-    if runtime:
-        _hook_runtime()
-    STATUS.state = "active"
+    for hook in found:
+        problem = host_checks.check_symbol(hook.symbol) if hook.symbol.without else None
+        if problem:
+            logger.warning("%s: %s", hook.symbol.without, problem)
+        else:
+            _register(hook)
+    return []
 
 
 def refuse_if_asked(request: flags.Request) -> None:
@@ -66,41 +88,35 @@ def _is_scheduler_process() -> bool:
     return "sglang.srt.managers.scheduler" in sys.modules
 
 
-def _hook(symbol: host_symbols.HostSymbol, function: Any, kind: str) -> None:
+def _register(hook: Hook) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(symbol.target, function, HookType[kind])
-    STATUS.hooked.append(symbol.target)
+    HookRegistry.register(hook.symbol.target, hook.function, HookType[hook.kind])
+    STATUS.hooked.append(hook.symbol.target)
 
 
-def _hook_flags() -> None:
-    _hook(host_symbols.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
-    _hook(host_symbols.FROM_CLI_ARGS, flags.from_cli_args, "AROUND")
+FLAG_HOOKS = (
+    Hook(host_symbols.ADD_CLI_ARGS, flags.add_cli_args, "AROUND"),
+    Hook(host_symbols.FROM_CLI_ARGS, flags.from_cli_args, "AROUND"),
+)
 
 
-def _hook_runtime() -> None:
+def runtime_hooks() -> tuple[Hook, ...]:
+    """What scheduler processes hook besides; imports what serves."""
     from .serve import buffer, metrics, moe_layer, own_graphs, server_info, start_guard, steps
 
-    _hook(host_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE")
-    _hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER")
-    _hook(host_symbols.MOE_INIT, moe_layer.around_moe_init, "AROUND")
-    _hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND")
-    _hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND")
-    _hook(host_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND")
-    if problem := host_symbols.check_symbol(host_symbols.SYNC_VOTES):
-        logger.warning("groups run the same graphs or none, which is slower: %s", problem)
-    else:
-        _hook(host_symbols.SYNC_VOTES, own_graphs.around_all_gather, "AROUND")
-    if problem := host_symbols.check_symbol(host_symbols.MEMORY_POOLS):
-        logger.info("the first dispatch creates DeepEP's buffer: %s", problem)
-    else:
-        _hook(host_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER")
-    counted = (host_symbols.MODEL_FORWARD, host_symbols.METRICS)
-    if missing := [text for symbol in counted if (text := host_symbols.check_symbol(symbol))]:
-        logger.info("no steps are counted, no metrics offered: %s", "; ".join(missing))
-    else:
-        _hook(host_symbols.MODEL_FORWARD, steps.around_forward, "AROUND")
-        _hook(host_symbols.METRICS, metrics.after_init_metrics_collector, "AFTER")
+    return (
+        Hook(host_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE"),
+        Hook(host_symbols.MOE_INIT, moe_layer.around_moe_init, "AROUND"),
+        Hook(host_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER"),
+        Hook(host_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND"),
+        Hook(host_symbols.SYNC_VOTES, own_graphs.around_all_gather, "AROUND"),
+        Hook(host_symbols.MODEL_FORWARD, steps.around_forward, "AROUND"),
+        Hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND"),
+        Hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND"),
+        Hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER"),
+        Hook(host_symbols.METRICS, metrics.after_init_metrics_collector, "AFTER"),
+    )
 
 
 def _register_inert() -> None:
@@ -111,14 +127,11 @@ def _register_inert() -> None:
             refuse_if_asked(flags.Request("on", None, USE_BATCHED_DP_MOE.name))
         except (ConfigError, HostMismatchError) as error:
             raise SystemExit(f"error: {error}") from None
-    if _is_scheduler_process() and not host_symbols.check_symbol(host_symbols.SCHEDULER_INIT):
+    if _is_scheduler_process() and not host_checks.check_symbol(host_symbols.SCHEDULER_INIT):
         from .serve import start_guard
 
-        _hook(host_symbols.SCHEDULER_INIT, start_guard.refuse_planned, "BEFORE")
-    if any(
-        host_symbols.check_symbol(s)
-        for s in (host_symbols.ADD_CLI_ARGS, host_symbols.FROM_CLI_ARGS)
-    ):
+        _register(Hook(host_symbols.SCHEDULER_INIT, start_guard.refuse_planned, "BEFORE"))
+    if any(host_checks.check_symbol(hook.symbol) for hook in FLAG_HOOKS):
         return  # our flags stay unknown to the parser, which refuses them by itself
 
     def from_cli_args(original: Any, cls: type, args: Any) -> Any:
@@ -126,5 +139,5 @@ def _register_inert() -> None:
         refuse_if_asked(flags.requested(server_args))
         return server_args
 
-    _hook(host_symbols.ADD_CLI_ARGS, flags.add_cli_args, "AROUND")
-    _hook(host_symbols.FROM_CLI_ARGS, from_cli_args, "AROUND")
+    _register(Hook(host_symbols.ADD_CLI_ARGS, flags.add_cli_args, "AROUND"))
+    _register(Hook(host_symbols.FROM_CLI_ARGS, from_cli_args, "AROUND"))

@@ -7,7 +7,7 @@ from types import FrameType
 
 from ...errors import MoePluginError
 from ...planning.plan import Rejection
-from .. import host_symbols
+from .. import host_checks
 
 _OURS, _HOST = "moe_plugin", "sglang"
 _DELIBERATE = (AssertionError, ImportError, NotImplementedError, OSError, RuntimeError, ValueError)
@@ -42,7 +42,7 @@ def internal(error: BaseException) -> InternalError:
 
 def host_rejection(error: BaseException) -> Rejection:
     """The host's refusal in its own words; where it crashed instead, the place too."""
-    name = f"SGLang {host_symbols.host_version()}"
+    name = f"SGLang {host_checks.host_version()}"
     if isinstance(error, _DELIBERATE) and str(error):
         return Rejection(
             "host",

@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
-from ...capability import backend_names
+from ...capability import backend_names, faulty_entry_points
 from ...cli.main import Parser
 from ...cli.tables import table_for
 from ...envs import VARIABLES
-from .. import host_symbols, plugin
+from .. import host_checks, host_symbols, plugin
 from ..status import STATUS
 from . import machine_facts
 from .doctor_launch import Verdict, default_target, judge
@@ -107,9 +107,11 @@ def _versions() -> list[Finding]:
             findings.append(Finding("version", name, "info", version(name)))
         except PackageNotFoundError:
             findings.append(Finding("version", name, "info", "not installed"))
-    wrong = host_symbols.check_version() if find_spec("sglang") else "sglang is not installed"
+    wrong = host_checks.check_version() if find_spec("sglang") else "sglang is not installed"
     if wrong:
         findings.append(Finding("host", "version", "wrong", wrong))
+    elif note := host_checks.newer_than_tested():
+        findings.append(Finding("host", "version", "info", note))
     return findings
 
 
@@ -117,19 +119,19 @@ def _symbols(*, quick: bool) -> list[Finding]:
     findings: list[Finding] = []
     if not find_spec("sglang"):
         return findings
-    for symbol in (*host_symbols.SYMBOLS, *host_symbols.OPTIONAL):
+    for symbol in host_symbols.SYMBOLS:
         if symbol.runtime and quick:
             findings.append(Finding("host", symbol.path, "info", "not checked (--quick)"))
             continue
         try:
-            problem = host_symbols.check_symbol(symbol)
+            problem = host_checks.check_symbol(symbol)
         except Exception as error:  # model code may not import on this machine
             text = f"not checked: its module does not import here ({type(error).__name__})"
             findings.append(Finding("host", symbol.path, "info", text))
             continue
         state: State = "ok"
         if problem:
-            state = "info" if symbol in host_symbols.OPTIONAL else "wrong"
+            state = "info" if symbol.without else "wrong"
         findings.append(Finding("host", symbol.path, state, problem or symbol.why))
     return findings
 
@@ -140,6 +142,8 @@ def _status() -> list[Finding]:
     listed = "moe_plugin" in found
     text = f"entry points: {', '.join(found) or 'none'}"
     findings.append(Finding("plugin", "entry point", "ok" if listed else "wrong", text))
+    for why in faulty_entry_points():
+        findings.append(Finding("plugin", "batched backend", "wrong", why))
     allowed = os.environ.get("SGLANG_PLUGINS", "").strip()
     if allowed and "moe_plugin" not in [name.strip() for name in allowed.split(",")]:
         text = f"SGLANG_PLUGINS={allowed} leaves moe_plugin out"

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...capability import backend_names
-from ..host_symbols import BACKEND_OVERRIDES, MODEL_OVERRIDES, RUNNER_OVERRIDES, check_symbol
+from ..host_checks import check_symbol
+from ..host_symbols import BACKEND_OVERRIDES, MODEL_OVERRIDES, RUNNER_OVERRIDES
 
 LOW_LATENCY_RUNNERS = frozenset({"flashinfer_cutedsl"})
 """Runners for which the host turns ``--deepep-mode auto`` into ``low_latency``."""

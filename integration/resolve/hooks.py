@@ -21,6 +21,7 @@ from ...planning.plan import Plan, refusal
 from ...planning.start_log import binding, bytes_of_a_rank, why_tokens
 from ..attached_plan import attach_plan, note_decided, plan_of, take_decided
 from ..flags import requested
+from ..host_checks import newer_than_tested
 from .capacity import export_variables, withdraw_variables
 from .fills import fills_of
 from .foresight import foresee
@@ -36,22 +37,28 @@ from .verification import verify
 logger = logging.getLogger(__name__)
 
 SOURCE = "moe_plugin"
-_installed = False
 
 Step = Callable[[Any], None]
 
 
 def install() -> None:
-    """Register the resolution hooks. Idempotent; imports only the host's registration module."""
-    global _installed
-    if _installed:
-        return
-    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    """Register the resolution hooks, or none. Imports only the host's registration module.
 
-    register_resolution_hook("handle_cuda_graph_config")(_before_graph_config)
-    register_resolution_hook("handle_gpu_memory_settings")(_after_memory_settings)
-    register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(_after_everything)
-    _installed = True
+    Raises:
+        ValueError: this host has no step of one of these names.
+    """
+    from sglang.srt.arg_groups import resolution_hooks
+
+    steps = {
+        "handle_cuda_graph_config": _before_graph_config,
+        "handle_gpu_memory_settings": _after_memory_settings,
+        "validate_deepep_v2_dispatch_token_budget": _after_everything,
+    }
+    known = getattr(resolution_hooks, "_OVERRIDABLE_HOOKS", steps.keys())
+    if unknown := steps.keys() - known:
+        raise ValueError(f"this host resolves no {', '.join(sorted(unknown))}")
+    for name, step in steps.items():
+        resolution_hooks.register_resolution_hook(name)(step)
 
 
 def _before_graph_config(server_args: Any, previous: Step) -> None:
@@ -102,7 +109,7 @@ def _log(plan: Plan, selected: str = "", filled: str = "") -> None:
     if limits := binding(plan):
         logger.info("batched data-parallel MoE: bound by %s", "; ".join(limits))
     logger.info("batched data-parallel MoE: per rank %s", bytes_of_a_rank(plan))
-    for note in plan.notes:
+    for note in (*plan.notes, *filter(None, [newer_than_tested()])):
         logger.warning("batched data-parallel MoE: %s", note)
 
 
@@ -122,7 +129,7 @@ def _ours(step: Callable[[Any], Plan | None], server_args: Any) -> Plan | None:
     except Exception as error:
         if requested(server_args).switch == "on":
             raise
-        logger.debug("moe_plugin: planning failed", exc_info=True)
+        logger.warning("moe_plugin: planning failed", exc_info=True)
         leave_alone(server_args, [f"planning failed: {type(error).__name__}: {error}"])
         return None
 
@@ -152,13 +159,12 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
     if problems := runtime_problems(plan.capability.backend):
         leave_alone(server_args, problems)
         return None
-    if chosen:
-        declare_resolution(server_args, SOURCE, **chosen)
-        note_decided(server_args, selected=_listed(chosen))
     fills = fills_of(server_args, plan)
-    if fills:
-        declare_resolution(server_args, SOURCE, **fills)
-        note_decided(server_args, filled=_listed(fills))
+    # From here on the launch depends on us.
+    for what, values in (("selected", chosen), ("filled", fills)):
+        if values:
+            declare_resolution(server_args, SOURCE, **values)
+            note_decided(server_args, **{what: _listed(values)})
     # Before the host's own checks of chunk and graphs against T, which two backends have.
     export_variables(plan)
     return plan

@@ -12,7 +12,8 @@ from ...batched_backend import BatchedBackend
 from ...capability import get_backend
 from ...planning.leaving import USE_DEEPEP
 from ...planning.plan import Change, Plan, Rejection
-from ..host_symbols import DISPATCHERS, check_symbol, problems
+from ..host_checks import check_symbol, problems
+from ..host_symbols import DISPATCHERS
 
 _checks_machine = True
 

@@ -15,7 +15,8 @@ from ...errors import MoePluginError
 from ...planning.fixes import followed_by, left_altogether
 from ...planning.plan import Change, Rejection, refusal
 from ..flags import carry_request
-from ..host_symbols import RECORD_FIELDS, check_symbol
+from ..host_checks import check_symbol
+from ..host_symbols import RECORD_FIELDS
 from .capacity import changed_environment
 
 ROUNDS = 6
@@ -63,7 +64,7 @@ def _still_refused(server_args: Any, changes: Sequence[Change]) -> tuple[Rejecti
             _changed(server_args, changes).resolve_once()
     except MoePluginError as error:
         return error.rejections
-    except Exception:
+    except (Exception, SystemExit):
         return ()
     finally:
         logging.disable(level)

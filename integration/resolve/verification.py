@@ -84,9 +84,9 @@ def _refill(server_args: Any, plan: Plan, cfg: Any) -> None:
         ours = explicit_graph_max(server_args, "decode") is None
         if most and ours and config is not None and (config.decode.max_bs or 0) > most:
             sizes = sorted({*(size for size in config.decode.bs or () if size <= most), most})
-            from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
+            from sglang.srt.model_executor.cuda_graph_config import with_phase
 
-            lower["cuda_graph_config"] = with_phase(config, Phase.DECODE, max_bs=most, bs=sizes)
+            lower["cuda_graph_config"] = with_phase(config, "decode", max_bs=most, bs=sizes)
     if lower:
         declare_resolution(server_args, "moe_plugin", **lower)
 

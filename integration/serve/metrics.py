@@ -28,7 +28,7 @@ DECODES = ("decode", "idle", "target_verify")
 """Forward modes whose rows T bounds even where prefill goes another way: ``--deepep-mode auto``."""
 
 
-def after_init_metrics_collector(result: Any, scheduler: Any) -> Any:
+def after_init_metrics_collector(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
     """AFTER hook on ``Scheduler.init_metrics_collector``; nothing without ``--enable-metrics``.
 
     No server stays down for want of a metric: the host's collector may be somebody's own class.
@@ -136,7 +136,8 @@ class PlanMetrics:
             return rows.labels(**labels, mode=mode)
 
         self._steps_of, self._rows_of = steps_of, rows_of
-        for mode in ("extend", "decode", "idle"):  # a share of none is 0, not absent
+        mixed = ("mixed",) if plan.mixed_chunk else ()
+        for mode in ("extend", *mixed, "decode", "idle"):  # a share of none is 0, not absent
             steps_of(mode, "replayed"), steps_of(mode, "eager")
 
     def step(self, mode: str, execution: Execution, rows: int) -> None:

@@ -8,7 +8,7 @@ from ...runtime.stats import STATS
 from ..attached_plan import plan_of
 
 
-def after_get_internal_state(result: Any, scheduler: Any, *_args: Any) -> Any:
+def after_get_internal_state(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
     """AFTER hook on ``Scheduler.get_internal_state``: add the key ``moe_plugin``."""
     try:
         result.internal_state["moe_plugin"] = describe(scheduler)

@@ -83,7 +83,7 @@ def refuse_planned(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) ->
 def _check_hooks_applied() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    optional = {symbol.target for symbol in host_symbols.OPTIONAL}
+    optional = {symbol.target for symbol in host_symbols.SYMBOLS if symbol.without}
     missing = [
         target
         for target in STATUS.hooked

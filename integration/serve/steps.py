@@ -11,7 +11,7 @@ from typing import Any
 
 from ...planning.integers import ceil_div
 from ...runtime.stats import STATS, Execution
-from . import buffer
+from . import process
 
 
 def around_forward(
@@ -21,12 +21,13 @@ def around_forward(
 
     A draft model's steps are not counted: mostly its own runners replay them, past this place.
     """
-    plan = buffer.current_plan()
+    plan = process.current_plan()
     if plan is None or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
-    # Before the host pads both, for the collectives.
-    mode, tokens = forward_batch.forward_mode, forward_batch.global_num_token_non_padded_cpu
+    # Before the host pads both, for the collectives. No step ends for want of a count.
+    mode = forward_batch.forward_mode
+    tokens = getattr(forward_batch, "global_num_token_non_padded_cpu", None)
     output = original(runner, forward_batch, *args, **kwargs)
-    execution: Execution = "replayed" if output.can_run_graph else "eager"
+    execution: Execution = "replayed" if getattr(output, "can_run_graph", False) else "eager"
     STATS.record_step(mode.name.lower(), execution, ceil_div(tokens or 0, plan.attn_tp_size))
     return output

@@ -13,7 +13,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-OLDER = ("0.5.20", "0.5.21", "0.5.22")
+from moe_plugin.integration.host_checks import TESTED_HOSTS
+
+OLDER = TESTED_HOSTS[:-1]
 
 
 def cache() -> Path:

@@ -7,7 +7,7 @@ from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import 
 )
 
 from moe_plugin.batched_backend import Capability, Mode
-from moe_plugin.integration.serve import buffer, moe_layer
+from moe_plugin.integration.serve import moe_layer, process
 from moe_plugin.planning.plan import Plan
 
 
@@ -27,7 +27,7 @@ def forward(bounds_prefill=True, runner=True):
     """Our hook, under a plan."""
     modes = frozenset(Mode) if bounds_prefill else frozenset({Mode.DECODE})
     plan = Plan(capability=Capability(True, "", modes), runner="moe_plugin" if runner else "host")
-    buffer.current_plan = lambda: plan
+    process.current_plan = lambda: plan
     return moe_layer.around_moe_forward(host, Layer(), None, None)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from program_io import emit
 
-from moe_plugin.integration.serve import buffer, moe_layer
+from moe_plugin.integration.serve import moe_layer, process
 
 
 class Layer:
@@ -29,7 +29,7 @@ def asked(dtype, flag="auto", backend="deepep"):
     """What a layer of this dtype asks for under the host's flag, or the refusal."""
     layer = Layer(dtype)
     moe_layer._backend = lambda: backend
-    buffer.host_config = lambda: SimpleNamespace(deepep_dispatcher_output_dtype=flag)
+    process.host_config = lambda: SimpleNamespace(deepep_dispatcher_output_dtype=flag)
     try:
         moe_layer._attach_runner(lambda *args: None, layer, None, (), {})
     except Exception as error:

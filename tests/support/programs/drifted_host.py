@@ -5,7 +5,7 @@ import sglang.srt.server_args  # noqa: F401 - loaded before it changes, like in 
 from program_io import emit, given
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from moe_plugin.integration import host_symbols, plugin
+from moe_plugin.integration import host_checks, plugin
 from moe_plugin.integration.status import STATUS
 
 change, switch = given()
@@ -15,7 +15,7 @@ if change == "renamed":
 elif change == "re-signed":
     overrides.declare_resolution = lambda record, **fields: None
 elif change == "version":
-    host_symbols.host_version = lambda: "0.4.9"
+    host_checks.host_version = lambda: "0.4.9"
 else:
     raise ValueError(change)
 plugin.register()

@@ -2,6 +2,6 @@
 
 from program_io import emit
 
-from moe_plugin.integration import host_symbols
+from moe_plugin.integration import host_checks
 
-emit(host_symbols.problems(runtime=True))
+emit(host_checks.problems(runtime=True))

@@ -4,15 +4,15 @@ from program_io import emit
 from sglang.srt.layers import dp_attention
 
 from moe_plugin.batched_backend import Capability
-from moe_plugin.integration.serve import buffer
+from moe_plugin.integration.serve import process
 from moe_plugin.planning.plan import Plan
 
 
 def sizes(tokens, **plan):
     """Rows by rank, or None."""
     dp_attention.get_dp_global_num_tokens = lambda: tokens
-    buffer.current_plan = lambda: Plan(capability=Capability(True, ""), **plan)
-    metadata = buffer.current_metadata()
+    process.current_plan = lambda: Plan(capability=Capability(True, ""), **plan)
+    metadata = process.current_metadata()
     return metadata and metadata.sp_local_sizes
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from program_io import emit
 
-from moe_plugin.integration.serve import buffer, moe_layer
+from moe_plugin.integration.serve import moe_layer, process
 
 
 def made(deterministic=False, **limits):
@@ -21,7 +21,7 @@ def made(deterministic=False, **limits):
         hidden_size=64,
         intermediate_size_per_partition=32,
     )
-    buffer.host_config = lambda: SimpleNamespace(
+    process.host_config = lambda: SimpleNamespace(
         device="cpu", enable_deterministic_inference=deterministic
     )
     try:

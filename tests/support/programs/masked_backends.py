@@ -21,8 +21,9 @@ from sglang.srt.runtime_context import get_resources
 from support.moe_reference import Fp8Experts, MoECase, dense_moe, dense_moe_fp8, make_case
 
 from moe_plugin.batched_backend import Capability
-from moe_plugin.integration.host_symbols import DISPATCHERS, check_symbol
-from moe_plugin.integration.serve import buffer, dispatchers, moe_layer
+from moe_plugin.integration.host_checks import check_symbol
+from moe_plugin.integration.host_symbols import DISPATCHERS
+from moe_plugin.integration.serve import buffer, dispatchers, moe_layer, process
 from moe_plugin.kernels.experts_torch import quantise_groups_torch
 from moe_plugin.planning.plan import Plan
 from moe_plugin.runtime.config import BatchedMoEConfig
@@ -98,15 +99,15 @@ def stand_in() -> None:
     mooncake._MooncakeEPDispatcherImpl._get_active_ranks = lambda self: None
     pplx.use_pplx = True
     pplx.get_deepep_output_dtype = lambda _: DispatcherOutputDtype.BF16
-    buffer.current_metadata = lambda: None
-    buffer.current_mode = lambda: "decode"
+    process.current_metadata = lambda: None
+    process.current_mode = lambda: "decode"
 
 
 def plan(backend: str) -> Plan:
     made = Plan(
         capability=Capability(True, "", backend=backend), max_dispatch_tokens_per_rank=CAPACITY
     )
-    buffer.current_plan = lambda: made
+    process.current_plan = lambda: made
     return made
 
 

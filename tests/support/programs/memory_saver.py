@@ -7,7 +7,7 @@ from program_io import emit
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from moe_plugin.batched_backend import Capability
-from moe_plugin.integration.serve import buffer
+from moe_plugin.integration.serve import buffer, process
 from moe_plugin.planning.plan import Plan
 
 log = []
@@ -35,7 +35,7 @@ def mode(normal):
 
 
 TorchMemorySaverAdapter.create = staticmethod(create)
-buffer.host_config = lambda: SimpleNamespace(enable_memory_saver=True)
+process.host_config = lambda: SimpleNamespace(enable_memory_saver=True)
 buffer.check_ranks_agree = lambda group, sizes: None
 buffer._create_low_latency = lambda *args: log.append("made")
 plan = Plan(capability=Capability(True, ""))

@@ -15,11 +15,11 @@ args.resolve_once()
 import sglang.srt.managers.scheduler as scheduler  # noqa: E402
 from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
 
-from moe_plugin.integration import host_symbols, plugin  # noqa: E402
+from moe_plugin.integration import host_checks, plugin  # noqa: E402
 from moe_plugin.integration.status import STATUS  # noqa: E402
 
 STATUS.state = "not loaded"
-host_symbols.check_version = lambda: "sglang 9.9.9 is outside the supported range"
+host_checks.check_version = lambda: "sglang 9.9.9 is outside the supported range"
 plugin.register()
 HookRegistry.apply_hooks()
 try:

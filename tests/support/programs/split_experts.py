@@ -6,7 +6,7 @@ import torch
 from program_io import emit
 
 from moe_plugin.batched_backend import Capability
-from moe_plugin.integration.serve import buffer, moe_layer
+from moe_plugin.integration.serve import buffer, moe_layer, process
 from moe_plugin.planning.plan import Plan
 
 TOKENS, EXPERTS, HIDDEN, INTER = 8, 4, 64, 32
@@ -65,10 +65,12 @@ def computed(own_decode, weights=bf16_weights):
         transport="deepep",
         max_dispatch_tokens_per_rank=TOKENS,
     )
-    buffer.current_plan = lambda: plan
-    buffer.current_metadata = lambda: None
+    process.current_plan = lambda: plan
+    process.current_metadata = lambda: None
     buffer.announce = lambda _dispatcher: None
-    buffer.host_config = lambda: SimpleNamespace(device="cpu", enable_deterministic_inference=False)
+    process.host_config = lambda: SimpleNamespace(
+        device="cpu", enable_deterministic_inference=False
+    )
     moe_layer._backend = lambda: "deepep"
     moe_layer.around_moe_init(original_init, layer)
     found = []
