@@ -10,7 +10,8 @@ Stdlib only: importing this must not import torch or sglang.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+import logging
+from importlib.metadata import EntryPoint, entry_points
 
 from .backends import BUILT_IN
 from .backends.not_batched import NOT_BATCHED
@@ -18,12 +19,15 @@ from .batched_backend import BatchedBackend, Capability, CapabilityFacts
 from .errors import ConfigError, explain
 from .registry import Registry
 
+logger = logging.getLogger(__name__)
+
 ENTRY_POINT_GROUP = "moe_plugin.backends"
 
 _BACKENDS: Registry[BatchedBackend] = Registry("batched-DP MoE backend")
 for _name, _backend in BUILT_IN.items():
     _BACKENDS.register(_name, _backend)
 _discovered = False
+_faulty: list[str] = []
 
 
 def register_backend(backend: BatchedBackend) -> BatchedBackend:
@@ -98,35 +102,50 @@ def _answer(facts: CapabilityFacts, who: str, backend: BatchedBackend) -> Capabi
     )  # fmt: skip
 
 
+def faulty_entry_points() -> tuple[str, ...]:
+    """Why third-party backends that are installed are not registered, a sentence each."""
+    _discover()
+    return tuple(_faulty)
+
+
 def _discover() -> None:
     """Load third-party backends once, from the ``moe_plugin.backends`` entry points.
 
-    An entry point is a :class:`BatchedBackend` or a callable without arguments returning one.
+    An entry point is a :class:`BatchedBackend` or a callable without arguments returning one. One
+    that fails is left out and logged: launches that have nothing to do with it go on.
     """
     global _discovered
     if _discovered:
         return
     _discovered = True
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        loaded = entry.load()
-        backend = loaded() if not isinstance(loaded, BatchedBackend) else loaded
-        if not isinstance(backend, BatchedBackend):
-            raise ConfigError(
-                explain(
-                    f"entry point {entry.name!r} of group {ENTRY_POINT_GROUP!r}",
-                    got=f"{type(backend).__name__} from {entry.value}",
-                    allowed="a BatchedBackend, or a callable returning one",
-                    fix="correct or uninstall that distribution",
-                )
+        try:
+            register_backend(_loaded(entry))
+        except Exception as error:
+            _faulty.append(f"{type(error).__name__}: {error}")
+            logger.warning("a batched backend is not registered: %s", _faulty[-1])
+
+
+def _loaded(entry: EntryPoint) -> BatchedBackend:
+    loaded = entry.load()
+    backend = loaded() if not isinstance(loaded, BatchedBackend) else loaded
+    if not isinstance(backend, BatchedBackend):
+        raise ConfigError(
+            explain(
+                f"entry point {entry.name!r} of group {ENTRY_POINT_GROUP!r}",
+                got=f"{type(backend).__name__} from {entry.value}",
+                allowed="a BatchedBackend, or a callable returning one",
+                fix="correct or uninstall that distribution",
             )
-        if backend.name in BUILT_IN:
-            raise ConfigError(
-                explain(
-                    f"batched backend {backend.name!r} of entry point {entry.value}",
-                    got="the name of a built-in backend",
-                    allowed=f"a name not in {list(BUILT_IN)}",
-                    fix="rename it or uninstall that distribution; code that means to replace a "
-                    "built-in calls unregister_backend and register_backend",
-                )
+        )
+    if backend.name in BUILT_IN:
+        raise ConfigError(
+            explain(
+                f"batched backend {backend.name!r} of entry point {entry.value}",
+                got="the name of a built-in backend",
+                allowed=f"a name not in {list(BUILT_IN)}",
+                fix="rename it or uninstall that distribution; code that means to replace a "
+                "built-in calls unregister_backend and register_backend",
             )
-        register_backend(backend)
+        )
+    return backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -164,14 +165,43 @@ def test_budgets_count_rows_as_the_hosts_checks_do() -> None:
     assert [error.changes for error in over.errors] == [(("--cuda-graph-max-bs-decode", "128"),)]
 
 
+def test_a_faulty_distribution_stops_no_launch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever installed it learns why it is missing; the next one is registered all the same."""
+
+    def broken() -> BatchedBackend:
+        raise RuntimeError("no such library")
+
+    good = BatchedBackend(name="good", batched_modes=lambda _: BOTH, limits=Limits())
+    entries = [
+        SimpleNamespace(name="broken", value="theirs:broken", load=lambda: broken),
+        SimpleNamespace(name="number", value="theirs:number", load=lambda: int),
+        SimpleNamespace(name="good", value="theirs:good", load=lambda: good),
+    ]
+    monkeypatch.setattr(capability, "entry_points", lambda group: entries)
+    monkeypatch.setattr(capability, "_discovered", False)
+    monkeypatch.setattr(capability, "_faulty", [])
+    try:
+        assert capability.backend_names() == [*BUILT_IN, "good"]
+    finally:
+        capability.unregister_backend("good")
+    first, second = capability.faulty_entry_points()
+    assert first == "RuntimeError: no such library"
+    assert "got int from theirs:number" in second
+    assert first in caplog.text
+
+
 def test_a_built_ins_name_is_not_for_other_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
     """By entry point never; by code after the built-in was taken out."""
     theirs = BatchedBackend(name="nixl", batched_modes=lambda _: BOTH, limits=Limits())
     entry = SimpleNamespace(name="nixl", value="theirs:backend", load=lambda: theirs)
     monkeypatch.setattr(capability, "entry_points", lambda group: [entry])
     monkeypatch.setattr(capability, "_discovered", False)
-    with pytest.raises(ConfigError, match=r"'nixl' of entry point theirs:backend.*built-in"):
-        capability.get_backend("nixl")
+    monkeypatch.setattr(capability, "_faulty", [])
+    assert capability.get_backend("nixl") is BUILT_IN["nixl"]
+    (why,) = capability.faulty_entry_points()
+    assert re.search(r"'nixl' of entry point theirs:backend.*built-in", why)
     with pytest.raises(ConfigError, match="already registered"):
         capability.register_backend(theirs)
     ours = capability.unregister_backend("nixl")
