@@ -20,7 +20,7 @@ from .host_output import Streams, quiet_host
 from .plan_explain import explained
 from .plan_explain import render as render_budget
 from .plan_launch import plan_launch, why_absent
-from .plan_sweep import DEFAULT_PLOT, sweep
+from .plan_sweep import sweep
 
 _EPILOG = """\
 Every other flag is one of `sglang serve`, parsed by SGLang itself; --model-path is a directory
@@ -53,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--sweep",
         nargs="?",
-        const=DEFAULT_PLOT,
+        const="",
         metavar="FILE",
-        help="how tokens per rank trade prefill steps against bytes: a table, and a plot in FILE",
+        help="how tokens per rank trade prefill steps against bytes: a table, and with FILE a plot",
     )
     parser.add_argument(
         "--explain",

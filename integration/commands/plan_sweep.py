@@ -15,8 +15,6 @@ from ...planning.sweep import plot as draw_plot
 from ..flags import MAX_TOKENS_FLAG
 from .plan_launch import plan_launch
 
-DEFAULT_PLOT = "moe-plugin-sweep.svg"
-
 
 def without_tokens(argv: Sequence[str]) -> list[str]:
     """The command line without our own T, which the sweep sets."""
@@ -39,15 +37,16 @@ def _plot_path(plot: str) -> Path:
                 "plot of a sweep",
                 got=plot,
                 allowed=f"a file in a folder that exists, ending with {', '.join(known)}",
-                fix=f"--sweep {DEFAULT_PLOT}",
+                fix="--sweep trade.svg, or --sweep alone for the table",
             )
         )
     return path
 
 
 def sweep(argv: Sequence[str], target: str, plot: str, as_json: bool, out: Any) -> int:
-    """Print the table (or JSON), write the plot; returns 0, or 2 when every T is refused."""
-    path = _plot_path(plot)
+    """Print the table (or JSON), write the plot unless its path is empty; returns 0, or 2 when
+    every T is refused."""
+    path = _plot_path(plot) if plot else None
     base = without_tokens(argv)
     points = []
     for tokens in TOKENS:
@@ -69,9 +68,10 @@ def sweep(argv: Sequence[str], target: str, plot: str, as_json: bool, out: Any) 
                 verdict=verdict,
             )
         )
-    draw_plot(points, f"tokens per rank, {target}", path)
     if as_json:
         print(json.dumps({"points": [point.as_dict() for point in points], "plot": plot}), file=out)
     else:
-        print(f"{table_for(out)(rows(points))}\nplot: {plot}", file=out)
+        print(table_for(out)(rows(points)), file=out)
+    if path is not None:
+        draw_plot(points, f"tokens per rank, {target}", path)
     return 0 if any(point.verdict == "ok" for point in points) else REFUSED

@@ -120,7 +120,7 @@ def _canvas() -> Any:
                 "plot of a sweep",
                 got="no matplotlib",
                 allowed="matplotlib, which draws it",
-                fix="pip install 'moe-plugin[plot]'",
+                fix="pip install matplotlib, or --sweep without a file for the table alone",
             )
         ) from None
     return FigureCanvasAgg(Figure(figsize=(7.5, 4.5), layout="constrained"))
