@@ -59,8 +59,8 @@ def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) 
         type=parse_max_tokens,
         default=None,
         metavar="N",
-        help="Tokens per rank that one all-to-all dispatch may carry (default: 256). "
-        "All batch budgets that are not set explicitly follow from it.",
+        help="Tokens per rank that one all-to-all dispatch may carry (default: 256, or what memory "
+        "and explicit budgets suggest). Batch budgets that are not set explicitly follow from it.",
     )
     return result
 

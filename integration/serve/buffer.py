@@ -16,26 +16,12 @@ from typing import Any
 from ...backends.deepep import NVSHMEM_GRANULE
 from ...planning.integers import ceil_to
 from ...planning.plan import Plan
-from ...runtime.metadata import DPMetadata
 from ...runtime.stats import STATS
 from ...runtime.transports.agreement import check_ranks_agree, check_room
 from ...runtime.transports.guarded import GuardedTransport
-from ..attached_plan import plan_of
+from . import process
 
 logger = logging.getLogger(__name__)
-
-
-def host_config() -> Any:
-    """The host's resolved arguments in this process."""
-    from sglang.srt.arg_groups.model_override_base import resolving_view
-    from sglang.srt.runtime_context import get_server_args
-
-    return resolving_view(get_server_args())
-
-
-def device_type() -> str:
-    """The host's device in this process: ``cuda``, ``cpu``, ..."""
-    return str(host_config().device)
 
 
 def prepare_host(plan: Plan) -> None:
@@ -56,7 +42,7 @@ def announce(dispatcher: Any) -> None:
 
     Transports that take no device memory are created at once.
     """
-    plan = current_plan()
+    plan = process.current_plan()
     inners = getattr(dispatcher, "_inners", [dispatcher])
     found = [impl for inner in inners if (impl := implementation(inner)) is not None]
     if plan is None or not found:
@@ -107,7 +93,7 @@ def around_get_buffer(
     num_experts: int = -1,
 ) -> Any:
     """AROUND hook on ``DeepEPBuffer.get_deepep_buffer``: one guarded transport per process."""
-    plan = current_plan()
+    plan = process.current_plan()
     args = (group, hidden_size, param_bytes, deepep_mode)
     if plan is None:
         return original(cls, *args, num_max_dispatch_tokens_per_rank, num_experts)
@@ -120,8 +106,8 @@ def around_get_buffer(
     state.buffer = GuardedTransport(
         _create(original, cls, plan, args, num_experts),
         plan.max_dispatch_tokens_per_rank,
-        metadata=current_metadata,
-        mode=current_mode,
+        metadata=process.current_metadata,
+        mode=process.current_mode,
     )
     return state.buffer
 
@@ -151,7 +137,7 @@ def _outside_memory_saver() -> AbstractContextManager[Any]:
     remapped with its weights; the buffer's counters must outlive that."""
     from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
-    enabled = bool(host_config().enable_memory_saver)
+    enabled = bool(process.host_config().enable_memory_saver)
     return TorchMemorySaverAdapter.create(enable=enabled).disable()
 
 
@@ -193,32 +179,3 @@ def _create_low_latency(
         plan.rdma_device_bytes >> 20,
     )
     return created
-
-
-def current_plan() -> Plan | None:
-    """The plan that this process runs under, or None."""
-    from sglang.srt.runtime_context import get_server_args
-
-    return plan_of(get_server_args())
-
-
-def current_metadata() -> DPMetadata | None:
-    """Tokens per all-to-all rank in this forward; None where the host does not say.
-
-    With ``--moe-dense-tp-size 1 --enable-dp-lm-head`` the host tells each group its own tokens
-    only (``require_mlp_tp_gather``).
-    """
-    from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
-
-    tokens = get_dp_global_num_tokens()
-    plan = current_plan()
-    if tokens is None or plan is None:
-        return None
-    return DPMetadata.from_global_num_tokens(tokens, plan.attn_tp_size, plan.ep_size)
-
-
-def current_mode() -> str:
-    """``extend`` or ``decode``, as the host resolves DeepEP's mode."""
-    from sglang.srt.layers.dp_attention import get_is_extend_in_batch
-
-    return "extend" if get_is_extend_in_batch() else "decode"

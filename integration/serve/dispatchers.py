@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import HostMismatchError, explain
 from ...planning.plan import Plan
 from ...runtime.transports.guarded import RowGuard
-from . import buffer
+from . import buffer, process
 
 
 def guard_dispatchers(dispatcher: Any, plan: Plan, backend: str) -> None:
@@ -47,7 +47,7 @@ def _guard(dispatcher: Any, tokens: int) -> None:
     # `dispatch` calls `dispatch_a` where there is one, and so does two-batch overlap.
     name = "dispatch_a" if hasattr(dispatcher, "dispatch_a") else "dispatch"
     send = getattr(dispatcher, name)
-    guard = RowGuard(tokens, metadata=buffer.current_metadata, mode=buffer.current_mode)
+    guard = RowGuard(tokens, metadata=process.current_metadata, mode=process.current_mode)
 
     @wraps(send)
     def guarded(hidden_states: Any, topk_output: Any) -> Any:

@@ -17,7 +17,7 @@ from ...runtime.metadata import rows_to_launch_for
 from ...runtime.runner import BatchedMoERunner, make_moe_runner, warm_up
 from ...runtime.stats import STATS
 from ..resolve.launch_facts import backend_of, deterministic, dispatch_dtype
-from . import buffer
+from . import buffer, process
 from .dispatchers import guard_dispatchers
 from .expert_weights import expert_weights, layer_activation, loaded_format
 from .packed_weights import keep_from_host, let_host_build, stored_weights
@@ -28,7 +28,7 @@ _DEEP_GEMM_MESSAGE = "requires deep_gemm"
 
 def around_moe_init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND hook on ``DeepEPMoE.__init__``: open the host's gate and attach our runner."""
-    plan = buffer.current_plan()
+    plan = process.current_plan()
     if plan is None:
         return original(layer, *args, **kwargs)
     buffer.prepare_host(plan)
@@ -95,7 +95,7 @@ def _attach_for_decode(layer: Any, plan: Plan) -> None:
 def _check_rows_in_bf16(layer: Any, weights: str) -> None:
     """The user's flag wins over the layer's wish; most layers may be FP8, so no plan refuses it."""
     backend = _backend()
-    asked, source = dispatch_dtype(buffer.host_config(), backend)
+    asked, source = dispatch_dtype(process.host_config(), backend)
     each_layer = backend_of(backend).bf16_variable == ""
     if asked == "bf16" or (each_layer and asked == "auto"):
         return
@@ -120,7 +120,7 @@ def around_moe_forward(
     captured. Low latency can, as its decode graphs show, and then a prefill step that replays a
     graph waits for Python at no layer.
     """
-    plan = buffer.current_plan()
+    plan = process.current_plan()
     if plan is None or not plan.captures_prefill or not _in_prefill_graph():
         return original(layer, hidden_states, topk_output)
     from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
@@ -151,9 +151,9 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
 
     cfg, own_tokens = runner.config, dispatch_output.topk_ids.shape[0]
-    plan = buffer.current_plan()
+    plan = process.current_plan()
     expected_m = rows_to_launch_for(
-        buffer.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts,
+        process.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts,
         groups_apart=plan is not None and plan.groups_apart,
     )  # fmt: skip
     weights = expert_weights(layer)
@@ -208,6 +208,6 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
         intermediate_size=layer.intermediate_size_per_partition,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,
         activation=moe.activation,
-        batch_invariant=deterministic(buffer.host_config()),
+        batch_invariant=deterministic(process.host_config()),
     )
-    return make_moe_runner(config, buffer.device_type())
+    return make_moe_runner(config, process.device_type())

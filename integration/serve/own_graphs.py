@@ -32,12 +32,12 @@ from ...planning.plan import Plan
 from ...runtime.metadata import DPMetadata
 from ...runtime.stats import STATS
 from ...runtime.transports.guarded import check_tokens
-from . import buffer
+from . import process
 
 
 def around_all_gather(original: Callable[..., None], info: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND hook on ``MLPSyncBatchInfo.all_gather``, which each scheduler runs once per step."""
-    plan = buffer.current_plan()
+    plan = process.current_plan()
     if plan is None:
         return original(info, *args, **kwargs)
     STATS.check_calls()  # of the step before: this is the first that Python sees after it
@@ -66,7 +66,7 @@ def groups_are_apart() -> bool:
     from sglang.srt.runtime_context import get_flags
     from sglang.srt.utils.common import require_mlp_tp_gather
 
-    plan, host = buffer.current_plan(), buffer.host_config()
+    plan, host = process.current_plan(), process.host_config()
     if plan is None or not plan.all_low_latency or require_mlp_tp_gather():
         return False
     draft = getattr(host, "speculative_moe_a2a_backend", None)
@@ -80,4 +80,4 @@ def groups_are_apart() -> bool:
 
 @cache
 def _speculates() -> bool:
-    return (buffer.host_config().speculative_algorithm or "NONE").upper() != "NONE"
+    return (process.host_config().speculative_algorithm or "NONE").upper() != "NONE"

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, explain
 from ...kernels.formats import FORMATS, Format
-from ..host_symbols import FUSED_FUNCTION, check_symbol
+from ..host_checks import check_symbol
+from ..host_symbols import FUSED_FUNCTION
 
 if TYPE_CHECKING:
     import torch

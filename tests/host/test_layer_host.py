@@ -79,7 +79,7 @@ def test_the_buffer_is_outside_the_memory_savers_region() -> None:
 ORDER = """
 from types import SimpleNamespace
 from moe_plugin.batched_backend import Capability
-from moe_plugin.integration.serve import buffer
+from moe_plugin.integration.serve import buffer, process
 from moe_plugin.planning.plan import Plan
 
 log = []
@@ -91,7 +91,7 @@ def dispatcher(name):
 
 def serve(transport):
     log.clear()
-    buffer.current_plan = lambda: Plan(
+    process.current_plan = lambda: Plan(
         capability=Capability(True, ""), max_dispatch_tokens_per_rank=256, transport=transport)
     buffer._cpu_group = lambda: "cpu"
     buffer.check_ranks_agree = lambda group, sizes: log.append([group, sizes["tokens per rank"]])

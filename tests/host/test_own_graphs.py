@@ -22,7 +22,7 @@ from sglang.srt import runtime_context
 from sglang.srt.utils import common
 from moe_plugin.batched_backend import Capability, Mode
 from moe_plugin.errors import BudgetError
-from moe_plugin.integration.serve import buffer, own_graphs
+from moe_plugin.integration.serve import own_graphs, process
 from moe_plugin.planning.plan import Plan
 
 T, LARGEST = 64, 40
@@ -59,8 +59,8 @@ def step(*groups, joined=False, low_latency=True, speculation=None, draft=None, 
     plan = Plan(capability=Capability(True, "", frozenset(Mode) if low_latency
                                       else frozenset({Mode.DECODE}), "deepep"),
                 max_dispatch_tokens_per_rank=T)
-    buffer.current_plan = lambda: plan
-    buffer.host_config = lambda: SimpleNamespace(
+    process.current_plan = lambda: plan
+    process.host_config = lambda: SimpleNamespace(
         moe_a2a_backend="deepep", speculative_algorithm=speculation,
         speculative_moe_a2a_backend=draft, attn_cp_size=cp)
     common.require_mlp_tp_gather = lambda: joined

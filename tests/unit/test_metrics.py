@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from moe_plugin import BudgetError, Capability, Mode
 from moe_plugin.integration.attached_plan import attach_plan
-from moe_plugin.integration.serve import buffer, metrics, steps
+from moe_plugin.integration.serve import metrics, process, steps
 from moe_plugin.planning.plan import Plan
 from moe_plugin.runtime.stats import Stats
 from moe_plugin.runtime.transports.guarded import RowGuard
@@ -117,6 +117,13 @@ def test_rows_are_a_share_of_t(scraped: Scraped) -> None:
     assert scraped.value("step_rows_ratio_sum", mode="extend") == (32 + 33 + 128) / 128
 
 
+def test_modes_that_a_plan_brings_are_there_before_their_first_step() -> None:
+    """A share of none is 0 on a dashboard, not absent."""
+    mixed = Scraped(replace(PLAN, mixed_chunk=True))
+    assert mixed.value("steps_total", mode="mixed", execution="replayed") == 0
+    assert mixed.value("steps_total", mode="extend", execution="eager") == 0
+
+
 def test_rows_that_t_does_not_bound_are_no_share_of_it() -> None:
     """``--deepep-mode auto``: prefill goes another way. Its steps are counted all the same."""
     decodes = Capability(True, "", frozenset({Mode.DECODE}), "deepep")
@@ -151,7 +158,7 @@ def test_a_step_is_what_it_was_before_the_host_padded_it(
     """Rows are those of one rank of two, and a draft's steps are not the model's."""
     stats = Stats()
     monkeypatch.setattr(steps, "STATS", stats)
-    monkeypatch.setattr(buffer, "current_plan", lambda: PLAN)
+    monkeypatch.setattr(process, "current_plan", lambda: PLAN)
     rows: list[int] = []
     stats.observer = SimpleNamespace(step=lambda mode, execution, n: rows.append(n))
     output = SimpleNamespace(can_run_graph=replays)
@@ -173,7 +180,7 @@ def test_a_step_is_what_it_was_before_the_host_padded_it(
 def test_nothing_is_counted_without_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = Stats()
     monkeypatch.setattr(steps, "STATS", stats)
-    monkeypatch.setattr(buffer, "current_plan", lambda: None)
+    monkeypatch.setattr(process, "current_plan", lambda: None)
     assert steps.around_forward(lambda *_: "output", None, None) == "output"
     assert not stats.steps
 
