@@ -14,10 +14,15 @@ from typing import Any
 
 import pytest
 
+from moe_plugin.batched_backend import Capability
 from moe_plugin.errors import MoePluginError
 from moe_plugin.integration import flags, plugin
+from moe_plugin.integration.attached_plan import attach_plan
 from moe_plugin.integration.resolve.refusals import leave_alone
+from moe_plugin.integration.serve import start_guard
 from moe_plugin.integration.status import STATUS
+from moe_plugin.planning.plan import Plan
+from moe_plugin.runtime.stats import Stats
 from moe_plugin.runtime.transports.agreement import check_ranks_agree, check_room
 from moe_plugin.runtime.transports.guarded import check_tokens
 
@@ -129,6 +134,20 @@ def test_messages_of_the_plugins_own(
     with caplog.at_level(logging.WARNING):
         leave_alone(SimpleNamespace(), ["a reason"])
     assert "leaves this launch alone: a reason" in caplog.text
+    on = SimpleNamespace()
+    monkeypatch.setenv("MOE_PLUGIN_USE_BATCHED_DP_MOE", "on")
+    refused = _raised(partial(leave_alone, on, ["a reason"]))
+    assert "moe_plugin cannot act on this launch: a reason" in refused
+    planned = SimpleNamespace()
+    attach_plan(planned, Plan(capability=Capability(True, "")))
+    unplanned = _raised(partial(start_guard.refuse_planned, None, planned))
+    assert "this launch was planned by moe_plugin" in unplanned
+    monkeypatch.setattr(STATUS, "hooked", ["sglang.srt.somewhere.else"])
+    unhooked = _raised(partial(start_guard.before_scheduler_init, None, planned))
+    assert "the host did not apply our hooks" in unhooked
+    stats = Stats()
+    stats.dispatches = 1
+    assert "calls of the all-to-all in the steps so far" in _raised(stats.check_calls)
 
 
 def test_the_flag_is_unknown_without_the_plugin(models: dict[str, str]) -> None:
