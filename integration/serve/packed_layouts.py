@@ -78,10 +78,11 @@ class HostLayout:
 
     def write(self, expert: int, codes: Any, scale: Any, zero: Any) -> None:
         """Put back one expert: int32 codes [N, K], and what `unpack_scales` makes of the rest."""
-        self.codes.data[expert] = _pack(self._turned(codes), self.packed_dim, self.places)
+        packed = _pack(self._turned(codes), self.packed_dim, self.places)
+        self.codes.data[expert] = packed.view(self.codes.dtype)
         self.scale.data[expert] = self._turned(scale)
         if self.zero is not None:
-            zeros = self._turned(zero).int()
+            zeros = self._turned(zero.int())
             self.zero.data[expert] = _pack(zeros, self.packed_zeros, self.places)
 
     def _turned(self, values: torch.Tensor) -> torch.Tensor:
@@ -199,17 +200,21 @@ def _unpack(packed: torch.Tensor, dim: int, places: tuple[int, ...]) -> torch.Te
     """The codes of two dimensions of bytes or words, uint8, unpacked along one of them."""
     import torch
 
-    shifts = torch.tensor([4 * place for place in places], device=packed.device)
-    codes = (packed.movedim(dim, -1).unsqueeze(-1).to(torch.int32) >> shifts) & 15
-    return codes.flatten(-2).to(torch.uint8).movedim(-1, dim)
+    codes = packed.movedim(dim, -1).unsqueeze(-1).to(torch.int32) >> _shifts(packed, places)
+    return (codes & 15).flatten(-2).to(torch.uint8).movedim(-1, dim)
 
 
 def _pack(codes: torch.Tensor, dim: int, places: tuple[int, ...]) -> torch.Tensor:
-    """Inverse of `_unpack` for int32 codes: uint8, or int32 where eight share a word."""
+    """Inverse of `_unpack` for int32 codes: bytes, or words where eight share one."""
     import torch
 
-    shifts = torch.tensor([4 * place for place in places], device=codes.device)
-    shares = codes.movedim(dim, -1).unflatten(-1, (-1, len(places))) << shifts
-    packed = shares.sum(-1, dtype=torch.int32)
-    packed = packed if len(places) > 2 else packed.to(torch.uint8)
-    return packed.movedim(-1, dim)
+    codes = codes.movedim(dim, -1)
+    codes = codes.reshape(*codes.shape[:-1], -1, len(places))
+    packed = (codes << _shifts(codes, places)).sum(-1, dtype=torch.int32)
+    return (packed.to(torch.uint8) if places == _BYTES else packed).movedim(-1, dim)
+
+
+def _shifts(like: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([4 * place for place in places], dtype=torch.int32, device=like.device)
