@@ -88,13 +88,14 @@ def unpack_codes(words: torch.Tensor, depth: int, fmt: Format) -> torch.Tensor:
     """Inverse of `pack_codes`: int32 [..., N, K]."""
     *outer, strips, count = words.shape
     words = words.view(*outer, strips, count // (2 * _BLOCK), 8, 4, 4)
-    places = torch.tensor(PLACES[fmt.code], dtype=torch.int32, device=words.device)
-    shifts = torch.stack((places, places + 16))  # p, pair, bit
-    bits = (words[..., None, None, None] >> shifts) & 1
-    weights = torch.tensor((1, 2, 4, 8), dtype=torch.int32, device=words.device)
-    codes = (bits * weights).sum(-1, dtype=torch.int32).unflatten(-1, (2, 2))  # p, j, h
+    codes = words.new_zeros(*words.shape, 2, 2, 2)
+    for pair, places in enumerate(PLACES[fmt.code]):
+        for p in range(2):
+            code = codes[..., pair // 2, pair % 2, p]
+            for bit, bits, place in _runs(places):
+                code |= ((words >> (place + 16 * p)) & ((1 << bits) - 1)) << bit
     at = len(outer)
-    order = (0, 7, 2, 1, 4, 6, 3, 5)  # of strip, kb, g, t, s, p, j, h
+    order = (0, 6, 2, 1, 4, 5, 3, 7)  # of strip, kb, g, t, s, j, h, p
     codes = codes.permute(*range(at), *(at + i for i in order))
     return codes.reshape(*outer, strips * STRIP, count // 2)[..., :depth]
 
@@ -136,7 +137,8 @@ def _across(values: torch.Tensor, depth: int, fmt: Format, beyond: float) -> tor
 def unpack_scales(
     words: torch.Tensor, depth: int, fmt: Format
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Inverse of `pack_scales`: float32 [..., N, ceil(K / group)], and zero points or None."""
+    """Inverse of `pack_scales`: float32 [..., N, ceil(K / group)], of MXFP4 powers of two, and zero
+    points of the same shape and dtype or None."""
     *outer, strips, _count = words.shape
     each = 2 if fmt.zero_points else 1
     within = max(1, _BLOCK // fmt.group_size)
@@ -144,10 +146,11 @@ def unpack_scales(
     values = values.view(*outer, strips, -1, 8, within, each, 2)
     values = values.movedim(-1, -5).transpose(-4, -3)  # strip, h, g, block, within, each
     values = values.reshape(*outer, strips * STRIP, -1, each)[..., : -(-depth // fmt.group_size), :]
-    scale = values[..., 0].float()
     if fmt.code == "e2m1":
-        return torch.exp2(scale - 127), None
-    return scale, (values[..., 1].float() - 128 if fmt.zero_points else None)
+        exponents = values[..., 0].to(torch.int32)
+        # As bits, so that no device rounds; 2**-127 is subnormal in float32.
+        return (exponents << 23).clamp_min(1 << 22).view(torch.float32), None
+    return values[..., 0].float(), (values[..., 1].float() - 128 if fmt.zero_points else None)
 
 
 def dequantise_packed_torch(

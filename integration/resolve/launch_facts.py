@@ -242,4 +242,6 @@ def launch_facts(
         tp_lm_head_all_to_all=bool(server_args.enable_tp_lm_head_all_to_all),
         separate_draft=_separate_draft(cfg),
         draft_shape=draft_shape(server_args, cfg, a2a.name),
+        load_format=str(cfg.load_format),
+        weight_cache=getattr(cfg, "weight_cache_mode", "off") != "off",
     )

@@ -30,13 +30,15 @@ from ...kernels.formats import (
     Format,
 )
 from ...kernels.weights import ExpertWeights
-from .packed_weights import codes_of, packed_format, packed_weights
+from ...planning.leaving import LEAVE_TEXT
+from .packed_layouts import stored_codes
+from .packed_weights import codes_and_scales, packed_format
 
 
 def expert_weights(layer: Any) -> ExpertWeights:
     """The layer's weights, as they are now; no copy."""
-    if codes_of(layer, "w13") is not None:
-        (w13, s13), (w2, s2) = packed_weights(layer, "w13"), packed_weights(layer, "w2")
+    if stored_codes(layer, "w13") is not None:
+        (w13, s13), (w2, s2) = codes_and_scales(layer, "w13"), codes_and_scales(layer, "w2")
         return ExpertWeights(w13, w2, s13, s2, packed_format(layer), layer_activation(layer))
     w13, w2, activation = layer.w13_weight, layer.w2_weight, layer_activation(layer)
     if w13.dtype.itemsize > 1:
@@ -48,7 +50,7 @@ def expert_weights(layer: Any) -> ExpertWeights:
 
 def loaded_format(layer: Any) -> Format:
     """The format that the layer has once its weights are loaded; they may still be placeholders."""
-    if codes_of(layer, "w13") is not None:
+    if stored_codes(layer, "w13") is not None:
         return packed_format(layer)
     method = getattr(layer, "quant_method", None)
     if getattr(method, "is_fp4_expert", False) and getattr(method, "dequant_fp4_to_fp8", False):
@@ -125,4 +127,4 @@ def _activation(
 
 def _refused(layer: Any, what: str, got: str, allowed: str) -> UnsupportedError:
     what = f"MoE layer {layer.layer_id}: {what}"
-    return UnsupportedError(explain(what, got=got, allowed=allowed, fix="--use-batched-dp-moe off"))
+    return UnsupportedError(explain(what, got=got, allowed=allowed, fix=LEAVE_TEXT))

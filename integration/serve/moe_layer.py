@@ -11,6 +11,7 @@ from typing import Any
 
 from ...backends.deepep import DEEPEP
 from ...errors import UnsupportedError, explain
+from ...planning.leaving import LEAVE_TEXT
 from ...planning.plan import Plan
 from ...runtime.config import BatchedMoEConfig
 from ...runtime.metadata import rows_to_launch_for
@@ -20,7 +21,9 @@ from ..resolve.launch_facts import backend_of, deterministic, dispatch_dtype
 from . import buffer, process
 from .dispatchers import guard_dispatchers
 from .expert_weights import expert_weights, layer_activation, loaded_format
-from .packed_weights import keep_from_host, let_host_build, stored_weights
+from .marlin_stub import register_marlin_stub
+from .packed_layouts import stored_codes, stored_weights
+from .packed_weights import take_over_loading
 
 _RUNNER = "_moe_plugin_runner"
 _DEEP_GEMM_MESSAGE = "requires deep_gemm"
@@ -55,7 +58,7 @@ def _backend() -> str:
 def _attach_runner(
     original: Callable[..., None], layer: Any, plan: Plan, args: Any, kwargs: Any
 ) -> None:
-    let_host_build(_backend())
+    register_marlin_stub(_backend())
     try:
         original(layer, *args, **kwargs)
     except AssertionError as error:
@@ -69,7 +72,7 @@ def _attach_runner(
     setattr(layer, _RUNNER, runner)
     fmt = loaded_format(layer)
     if fmt.packed:
-        keep_from_host(layer)
+        take_over_loading(layer)
     if stored_weights(layer, "w13").is_cuda:
         warm_up(runner.config, fmt, layer_activation(layer))
     if not fmt.fp8_rows:
@@ -83,8 +86,10 @@ def _attach_for_decode(layer: Any, plan: Plan) -> None:
     """Mode auto: the host's experts keep normal dispatch and all that belongs to it; ours compute
     what low latency brings. A draft may have other weights than the plan's model: the host keeps
     those that ours would repack, and those whose rows come in another dtype than ours take."""
+    if stored_codes(layer, "w13") is not None:
+        return
     fmt = loaded_format(layer)
-    if fmt.packed or fmt.fp8_rows != plan.fp8_rows:
+    if fmt.fp8_rows != plan.fp8_rows:
         return
     runner = _make_runner(layer, plan)
     setattr(layer, _RUNNER, runner)
@@ -187,7 +192,7 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
                     f"MoE layer {layer.layer_id}: {name}",
                     got=not allowed,
                     allowed=allowed,
-                    fix="--use-batched-dp-moe off",
+                    fix=LEAVE_TEXT,
                 )
             )
     layer_activation(layer)  # refuses what ours would leave out
@@ -197,7 +202,7 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
                 f"MoE layer {layer.layer_id}: biases",
                 got="experts with biases",
                 allowed="experts without: ours are not handed any",
-                fix="--use-batched-dp-moe off",
+                fix=LEAVE_TEXT,
             )
         )
     config = BatchedMoEConfig(

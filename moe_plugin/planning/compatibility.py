@@ -23,6 +23,7 @@ from .expert_choice import (
 from .facts import LaunchFacts, ModelFacts
 from .host_models import PLAIN_EXPERTS, REFUSED_BY_HOST, UNPROVEN, WRONG_SUMS
 from .leaving import LEAVE, LEAVE_TEXT, LOW_LATENCY, leave
+from .load_formats import check_load_format
 from .plan import Rejection
 from .weight_formats import FORMATS
 
@@ -49,7 +50,8 @@ def choose_runner(
     if backend.host_formats:
         return "host", host_experts(model, launch, backend) + _features(model, launch)
     if launch.transport == "torch":
-        return "moe_plugin", _torch_transport(model, launch) + _features(model, launch)
+        errors = _torch_transport(model, launch) + check_load_format(model, launch)
+        return "moe_plugin", errors + _features(model, launch)
     normal = Mode.EXTEND not in capability.modes
     errors = _overlap(launch) if backend.name == "deepep" else []
     if errors:
@@ -59,6 +61,8 @@ def choose_runner(
         without = choose_experts(model, replace(launch, waterfill=False), normal=normal)[1]
         unsupported = unsupported if without else [_waterfill()]
     errors += unsupported or rows_for_experts(model, launch, backend, runner)
+    if runner == "moe_plugin":
+        errors += check_load_format(model, launch)
     return runner, errors + _features(model, launch)
 
 

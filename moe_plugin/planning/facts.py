@@ -127,6 +127,8 @@ class LaunchFacts:
         follows_cap: T is made as large as a typed cap on running requests asks for, where that may
             also be lowered.
         decode_graph_cap: most requests that a decode graph is filled with; None for as many as fit.
+        load_format: ``--load-format``, as resolved.
+        weight_cache: a daemon holds the weights for several servers (``--weight-cache-mode``).
     """
 
     a2a_backend: str = "deepep"
@@ -190,6 +192,8 @@ class LaunchFacts:
     default_tokens: int | None = None
     follows_cap: bool = True
     decode_graph_cap: int | None = None
+    load_format: str = "auto"
+    weight_cache: bool = False
 
     @property
     def attn_tp_size(self) -> int:

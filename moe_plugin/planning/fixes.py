@@ -32,6 +32,7 @@ _INTEGERS = {
 }
 _TEXTS = {
     "--deepep-mode": "deepep_mode",
+    "--load-format": "load_format",
     "--moe-runner-backend": "moe_runner_backend",
     "--deepep-dispatcher-output-dtype": "dispatch_dtype",
     "SGLANG_DEEPEP_BF16_DISPATCH": "dispatch_dtype",
@@ -152,6 +153,8 @@ def applied(
             values |= {"draft_a2a_backend": value, "draft_shape": None}
         elif name == FLASHINFER_TILE and value:
             values["chunk_alignment"] = int(value)
+        elif name == "--weight-cache-mode":
+            values["weight_cache"] = value not in (None, "off")
         elif name == "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP":
             values["pipeline_warmup"] = value is not None
         elif name == "--dtype" and value:

@@ -28,11 +28,13 @@ class OwnExperts:
         activations: values of :attr:`ModelFacts.hidden_act`.
         below: compute capability from which on the host stores these weights in a layout that
             only its own experts read; None if it never does.
+        repacks: they repack the weights once these are loaded.
     """
 
     rows: str
     activations: frozenset[str] = frozenset({"silu", "silu, limited", "silu, clamped"})
     below: Capability | None = None
+    repacks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ _BLACKWELL = (10, 0)
 _OWN_FP8 = OwnExperts(rows="fp8", below=_BLACKWELL)
 _PARTLY = ("awq_marlin", "compressed-tensors", "gptq_marlin", "moe_wna16")
 """Quantizations of which some kinds have rows of their own."""
-_OWN_PACKED = OwnExperts(rows="bf16")
+_OWN_PACKED = OwnExperts(rows="bf16", repacks=True)
 _FP8 = _deep_gemm("fp8")
 _FP4 = _deep_gemm("fp8", least=_BLACKWELL)
 _HUMMING = HostExperts(
@@ -153,7 +155,7 @@ _ROWS = (
     WeightFormat(
         name="fp8_fp4",
         title="FP4 experts in an FP8 checkpoint",
-        own=OwnExperts(rows="bf16", below=_BLACKWELL),
+        own=OwnExperts(rows="bf16", below=_BLACKWELL, repacks=True),
         host={"auto": _FP4, "deep_gemm": _FP4, "humming": _HUMMING},
     ),
     WeightFormat(

@@ -21,6 +21,7 @@ from ..support.random_load import RandomLoad
 from ..support.server_checks import check_within_plan
 from ..support.serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
 from ..support.serving.int4_checkpoint import write_int4
+from ..support.serving.prompts import SHORT_PROMPTS
 from ..support.serving.server import Server
 from .beside_stock import (
     GPUS,
@@ -88,3 +89,18 @@ def test_random_load(served: Server) -> None:
 def test_within_plan(served: Server) -> None:
     """Rows and buffer bytes, on every rank."""
     check_within_plan(served, GPUS, SHAPE.num_hidden_layers)
+
+
+def test_a_weight_update_that_sends_nothing_changes_nothing(served: Server) -> None:
+    """Experts are unpacked and repacked where captured graphs read them."""
+
+    def alone() -> list[object]:
+        """Requests without company, their prefix cached: same bits for the same weights."""
+        answers = [served.generate(text, 24, routed_dp_rank=0) for text in 2 * SHORT_PROMPTS[:4]]
+        return [(answer["tokens"], answer["logprobs"]) for answer in answers[4:]]
+
+    before = alone()
+    for path in ("/begin_weight_update", "/end_weight_update"):
+        done = served.post(path, {})
+        assert done["success"], (path, done)
+    assert alone() == before

@@ -16,3 +16,6 @@ def test_what_the_hosts_methods_create_is_repacked() -> None:
     assert all(each["shapes"] == [[256, 256], [256, 128]] for each in found.values())
     left = {name: each["not restored"] for name, each in found.items() if each["not restored"]}
     assert left == {}, "parameters that the host could not load into again"
+    for name, each in found.items():
+        assert each["finite"], f"{name}: --load-format dummy"
+        assert each["same"], f"{name}: a reload that sends nothing"

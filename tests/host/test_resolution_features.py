@@ -27,6 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 BF16_ROWS = {"SGLANG_DEEPEP_BF16_DISPATCH": "1"}
 ROWS_FLAG = "--deepep-dispatcher-output-dtype"
 ROLES = (*("--disaggregation-mode", "prefill"), *("--disaggregation-transfer-backend", "mooncake"))
+CACHE = ("--weight-cache-mode", "client", "--weight-cache-socket", "/tmp/cache.sock")
 DEEP_GEMM = ("--moe-runner-backend", "deep_gemm")
 DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "flashinfer")
 
@@ -39,6 +40,9 @@ DETERMINISTIC = ("--enable-deterministic-inference", "--attention-backend", "fla
         ("qwen3", (*DP2, *LL, ROWS_FLAG, "fp8"), {}, f"remove {ROWS_FLAG}"),
         ("limited-bf16", (*DP2, *LL, *DEEP_GEMM), {}, "--moe-runner-backend auto"),
         ("fp4-experts", (*DP2, *LL, *DEEP_GEMM), {}, "--moe-runner-backend auto"),
+        ("fp4-experts", (*DP2, *LL, "--load-format", "sharded_state"), {}, LEAVE),
+        ("fp4-experts", (*DP2, *LL, "--load-format", "presharded"), {}, "--load-format auto"),
+        ("fp4-experts", (*DP2, *LL, *CACHE), {}, "--weight-cache-mode off"),
         ("qwen3", ("--tp-size", "2", *LL, "--model-impl", "transformers"), {}, LEAVE),
         ("qwen3", (*DP2, *ON, *ROLES, "--enable-pd-role-switch"), {}, "remove --enable-pd-role"),
         ("qwen3", ("--tp-size", "2", *ON, "--dwdp-size", "2"), {}, "remove --dwdp-size"),

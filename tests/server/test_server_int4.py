@@ -35,5 +35,9 @@ def test_int4_experts_equal_the_stock_host_on_what_they_stand_for(
     )  # fmt: skip
     with Server(ON, packed, env=env) as server:
         check_equal(server.wait_ready().generate_many(PROMPTS, NEW_TOKENS), expected)
+        for path in ("/begin_weight_update", "/end_weight_update"):  # which sends nothing
+            done = server.post(path, {})
+            assert done["success"], (path, done)
+        check_equal(server.generate_many(PROMPTS, NEW_TOKENS), expected)
         (state,) = server.states()
         assert uncounted_layers([state], Shape().num_hidden_layers) == []

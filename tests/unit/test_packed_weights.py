@@ -11,15 +11,13 @@ import torch
 from moe_plugin.errors import UnsupportedError
 from moe_plugin.integration.resolve.int4_facts import is_int4
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
-from moe_plugin.integration.serve.packed_weights import (
-    codes_of,
-    keep_from_host,
-    packed_weights,
-    refuse_rows,
-)
+from moe_plugin.integration.serve.marlin_stub import refuse_rows
+from moe_plugin.integration.serve.packed_layouts import stored_codes
+from moe_plugin.integration.serve.packed_weights import codes_and_scales, take_over_loading
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
 from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP4
 from moe_plugin.kernels.packing import E2M1
+from moe_plugin.planning.leaving import LEAVE_TEXT
 
 EXPERTS, HIDDEN, INTER = 3, 384, 128
 NAMES = ("w13", "w2")
@@ -111,9 +109,9 @@ CASES = [
 def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -> None:
     layer, expected = host_layer(method, fmt.group_size, fmt.zero_points)
     assert loaded_format(layer) == fmt
-    kept = [codes_of(layer, name) for name in NAMES]
+    kept = [stored_codes(layer, name) for name in NAMES]
     before = [p.data_ptr() for p in kept]
-    keep_from_host(layer)
+    take_over_loading(layer)
     for _ in range(2):  # the host may ask twice
         layer.quant_method.process_weights_after_loading(layer)
         weights = expert_weights(layer)
@@ -128,20 +126,23 @@ def test_repacked_weights_are_the_ones_that_were_loaded(method: str, fmt: Any) -
     assert held == weighs // 2 + weighs // fmt.group_size * fmt.scale_bytes
 
 
-RAGGED = [(method, fmt, 96) for method, fmt in CASES if fmt.group_size == 32]
-
-
-@pytest.mark.parametrize(
-    ("method", "fmt", "inter"), [*((*case, INTER) for case in CASES), *RAGGED], ids=str
+LAYERS = pytest.mark.parametrize(
+    ("method", "fmt", "inter"),
+    [*((*case, INTER) for case in CASES), *((*c, 96) for c in CASES if c[1].group_size == 32)],
+    ids=str,
 )
+"""Of both widths; a depth of 96 is padded."""
+
+
+@LAYERS
 def test_weights_loaded_anew_stay_where_graphs_read_them(method: str, fmt: Any, inter: int) -> None:
-    """As the host reloads, and once more: restored, filled, processed. A depth of 96 is padded."""
+    """As the host reloads, and once more: restored, filled, processed."""
     layer, _ = host_layer(method, fmt.group_size, fmt.zero_points, inter=inter)
     created = {name: (p.shape, p.dtype) for name, p in layer.named_parameters()}
-    keep_from_host(layer)
+    take_over_loading(layer)
     layer.quant_method.restore_weights_before_loading(layer)  # nothing is repacked yet
     layer.quant_method.process_weights_after_loading(layer)
-    graph = [tensor.data for name in NAMES for tensor in packed_weights(layer, name)]
+    graph = [tensor.data for name in NAMES for tensor in codes_and_scales(layer, name)]
     for seed in (1, 2):
         other, expected = host_layer(method, fmt.group_size, fmt.zero_points, seed, inter)
         for _ in range(2):  # the host restores again where a load failed
@@ -151,7 +152,7 @@ def test_weights_loaded_anew_stay_where_graphs_read_them(method: str, fmt: Any, 
         for name, loaded in other.named_parameters():
             mine[name].copy_(loaded)
         layer.quant_method.process_weights_after_loading(layer)
-        now = [tensor for name in NAMES for tensor in packed_weights(layer, name)]
+        now = [tensor for name in NAMES for tensor in codes_and_scales(layer, name)]
         for read, held in zip(graph, now, strict=True):
             assert (read.data_ptr(), read.shape) == (held.data_ptr(), held.shape)
         for expert in range(EXPERTS):
@@ -160,10 +161,55 @@ def test_weights_loaded_anew_stay_where_graphs_read_them(method: str, fmt: Any, 
                 assert torch.equal(weights, expected[name][expert])
 
 
+def repacked_layer(method: str, fmt: Any, inter: int, seed: int = 0) -> tuple[Any, dict[str, Any]]:
+    """A layer after its first load, and what kernels read of it as it was loaded."""
+    layer, _ = host_layer(method, fmt.group_size, fmt.zero_points, seed, inter)
+    unread = ("idx", "indices", *(["qzeros"] if method == "GPTQMarlinMoEMethod" else []))
+    named = {name: p for name, p in layer.named_parameters() if not name.endswith((*unread,))}
+    loaded = {name: p.detach().clone() for name, p in named.items()}
+    take_over_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer, loaded
+
+
+def packed(layer: Any) -> list[torch.Tensor]:
+    """Codes and scales of w13, then of w2; copies."""
+    return [tensor.detach().clone() for name in NAMES for tensor in codes_and_scales(layer, name)]
+
+
+@LAYERS
+def test_a_session_that_sends_no_expert_changes_none(method: str, fmt: Any, inter: int) -> None:
+    """Attention alone, or a filter of names: the host is given back what it loaded."""
+    layer, loaded = repacked_layer(method, fmt, inter)
+    before = packed(layer)
+    for _ in range(2):
+        layer.quant_method.restore_weights_before_loading(layer)
+        for name, parameter in loaded.items():
+            assert torch.equal(getattr(layer, name), parameter), name
+        layer.quant_method.process_weights_after_loading(layer)
+        assert all(map(torch.equal, packed(layer), before))
+
+
+@LAYERS
+def test_a_session_changes_only_what_it_sends(method: str, fmt: Any, inter: int) -> None:
+    """One expert's w13."""
+    layer, _ = repacked_layer(method, fmt, inter)
+    other, sent = repacked_layer(method, fmt, inter, seed=1)
+    expected = packed(layer)
+    for was, comes in zip(expected[:2], packed(other), strict=False):
+        was[1] = comes[1]
+    layer.quant_method.restore_weights_before_loading(layer)
+    for name, parameter in sent.items():
+        if name.startswith("w13") and len(parameter):
+            getattr(layer, name).data[1] = parameter[1]
+    layer.quant_method.process_weights_after_loading(layer)
+    assert all(map(torch.equal, packed(layer), expected))
+
+
 def test_scales_move_with_their_experts() -> None:
     """Whoever moves experts between ranks takes every parameter that has one row for each."""
     layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
-    keep_from_host(layer)
+    take_over_loading(layer)
     layer.quant_method.process_weights_after_loading(layer)
     moved = {name for name, p in layer.named_parameters() if len(p) == EXPERTS}
     assert moved == {f"{n}_{k}" for n in NAMES for k in ("weight_packed", "packed_scales")}
@@ -179,7 +225,9 @@ def test_scales_move_with_their_experts() -> None:
 def test_what_kernels_do_not_decode_is_refused(change: dict[str, Any], says: str) -> None:
     layer, _ = host_layer("CompressedTensorsFusedMoEMethod", 32, False)
     vars(layer.scheme).update(change)
-    with pytest.raises(UnsupportedError, match=rf"MoE layer 4: packed weights: got .*{says}"):
+    with pytest.raises(
+        UnsupportedError, match=rf"MoE layer 4: packed weights: got .*{says}.*Fix: {LEAVE_TEXT}"
+    ):
         loaded_format(layer)
 
 
@@ -199,17 +247,34 @@ def test_a_layer_whose_scheme_says_no_bits_is_refused() -> None:
         loaded_format(layer)
 
 
-def test_exponents_that_kernels_do_not_compute_name_their_layer() -> None:
-    layer, _ = host_layer("Fp8MoEMethod", 32, False)
-    layer.w2_weight_scale_inv.data[1, 2, 3] = 4.0  # 2**(129 - 127)
-    keep_from_host(layer)
-    with pytest.raises(UnsupportedError, match=r"MoE layer 4: w2: exponent .*got 129.*-moe off"):
-        layer.quant_method.process_weights_after_loading(layer)
+@pytest.mark.parametrize("again", [False, True], ids=["first load", "reload"])
+def test_exponents_that_kernels_do_not_compute_leave_the_layer_as_it_was(again: bool) -> None:
+    """Of w2, which comes last; the host then restores, and loads the weights that it had."""
+    layer, stands_for = host_layer("Fp8MoEMethod", 32, False, inter=96)
+    loaded = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    take_over_loading(layer)
+    method = layer.quant_method
+    if again:
+        method.process_weights_after_loading(layer)
+        method.restore_weights_before_loading(layer)
+    layer.w2_weight_scale_inv.data[1, 2, 2] = 4.0  # 2**(129 - 127)
+    says = rf"MoE layer 4: exponent of an FP4 scale of w2: got 129, .*Fix: {LEAVE_TEXT}"
+    with pytest.raises(UnsupportedError, match=says):
+        method.process_weights_after_loading(layer)
+    method.restore_weights_before_loading(layer)
+    layer.w2_weight_scale_inv.data[1, 2, 2] = loaded["w2_weight_scale_inv"][1, 2, 2]
+    for name, parameter in loaded.items():
+        assert torch.equal(getattr(layer, name), parameter), name
+    method.process_weights_after_loading(layer)
+    for expert in range(EXPERTS):
+        found = dequantise_expert_torch(expert_weights(layer), expert)
+        for name, weights in zip(NAMES, found, strict=True):
+            assert torch.equal(weights, stands_for[name][expert])
 
 
 def test_rows_that_are_not_ours_lead_out_of_the_plugin() -> None:
     """The host may compute them in another mode; ours are registered in low latency alone."""
-    with pytest.raises(UnsupportedError, match=r"got tuple.*Fix: --use-batched-dp-moe off"):
+    with pytest.raises(UnsupportedError, match=rf"got tuple.*Fix: {LEAVE_TEXT}"):
         refuse_rows(())
 
 

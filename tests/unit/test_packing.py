@@ -58,6 +58,13 @@ def test_packing_loses_nothing(fmt: Format, rows: int, depth: int) -> None:
     assert torch.equal(whole[..., :depth], wanted)
 
 
+def test_every_exponent_comes_back_as_its_power_of_two() -> None:
+    """Also the one whose power is subnormal in float32."""
+    exponents = torch.arange(128, dtype=torch.uint8).view(32, 4)
+    powers, _ = unpack_scales(pack_scales(exponents, 128, MXFP4), 128, MXFP4)
+    assert powers.flatten().tolist() == [2.0 ** (e - 127) for e in range(128)]
+
+
 def test_a_scale_that_kernels_cannot_multiply_by_at_once_is_refused() -> None:
     with pytest.raises(ValueError, match=r"exponent of an MXFP4 scale: got 129, allowed .*Fix: "):
         pack_scales(torch.full((16, 4), 129, dtype=torch.uint8), 128, MXFP4)

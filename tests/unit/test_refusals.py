@@ -163,6 +163,27 @@ LL = "--deepep-mode low_latency"
             "--moe-runner-backend auto",
         ),
         (
+            replace(V3, weight_format="fp8_fp4"),
+            {"load_format": "sharded_state"},
+            "load format",
+            "--load-format sharded_state with fp8_fp4 weights",
+            f"the checkpoint itself with --load-format auto, or {LEAVE}",
+        ),
+        (
+            replace(V3, weight_format="compressed-tensors_int4"),
+            {"load_format": "remote_instance"},
+            "load format",
+            "--load-format remote_instance",
+            "--load-format auto",
+        ),
+        (
+            replace(V3, weight_format="fp8_fp4"),
+            {"weight_cache": True},
+            "load format",
+            "--weight-cache-mode",
+            "--weight-cache-mode off",
+        ),
+        (
             QWEN,
             {"deepep_mode": "auto", "has_deep_gemm": False},
             "experts for prefill",
@@ -189,3 +210,14 @@ def test_hard_limits_are_refused_with_the_way_out(
     assert got in str(error)
     if fix.endswith(LEAVE):
         assert error.limit == "LoRA" or ("--use-batched-dp-moe", "off") in error.changes
+
+
+@pytest.mark.parametrize("name", ["sharded_state", "presharded", "remote", "remote_instance"])
+def test_load_formats_are_refused_where_weights_are_repacked(name: str) -> None:
+    """FP4 on the host's Humming, and FP8, stay as the host holds them."""
+    packed = replace(V3, weight_format="awq_marlin_int4")
+    assert one_error(plan(packed, load_format=name)).limit == "load format"
+    assert not plan(packed, load_format="dummy").errors
+    assert not plan(V3, load_format=name).errors
+    fp4 = replace(V3, weight_format="fp8_fp4")
+    assert not plan(fp4, load_format=name, moe_runner_backend="humming").errors

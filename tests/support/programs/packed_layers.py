@@ -18,9 +18,10 @@ from sglang.srt.layers.quantization.gptq.gptq import GPTQMarlinMoEMethod
 from sglang.srt.layers.quantization.gptq.schemes.gptq_moe import GPTQMarlinMoEScheme
 from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
 from sglang.srt.model_loader.loader import DefaultModelLoader
+from sglang.srt.model_loader.weight_utils import initialize_dummy_weights
 
 from moe_plugin.integration.serve.expert_weights import expert_weights
-from moe_plugin.integration.serve.packed_weights import keep_from_host
+from moe_plugin.integration.serve.packed_weights import take_over_loading
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
 
 EXPERTS, HIDDEN, INTER = 2, 256, 128
@@ -35,7 +36,8 @@ def bare(kind, **attributes):
 
 
 def layer(method, scheme=None):
-    """What the method creates, every parameter zero, repacked, and restored as for a reload."""
+    """What the method creates, filled as for ``--load-format dummy``, repacked, restored as for a
+    reload, and repacked as it is."""
     made = torch.nn.Module()
     made.layer_id, made.moe_tp_size, made.scheme = 0, 1, scheme
     made.hidden_size, made.intermediate_size_per_partition = HIDDEN, INTER
@@ -45,19 +47,31 @@ def layer(method, scheme=None):
         made, num_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size_per_partition=INTER,
         params_dtype=torch.bfloat16, weight_loader=None,
     )  # fmt: skip
-    for parameter in made.parameters():
-        parameter.data.zero_()
+    initialize_dummy_weights(made)
     created = {name: [p.shape, p.dtype] for name, p in made.named_parameters()}
-    keep_from_host(made)
+    take_over_loading(made)
     method.process_weights_after_loading(made)
     weights = expert_weights(made)
-    shapes = [list(each.shape) for each in dequantise_expert_torch(weights, 1)]
+    stand_for = dequantise_expert_torch(weights, 1)
+    before = [tensor.clone() for tensor in packed(weights)]
     DefaultModelLoader.restore_weights_before_loading(made, torch.device("cpu"))
     restored = dict(made.named_parameters())
     differ = [
         name for name, was in created.items() if [restored[name].shape, restored[name].dtype] != was
     ]
-    return {"format": weights.format.name, "shapes": shapes, "not restored": differ}
+    method.process_weights_after_loading(made)
+    return {
+        "format": weights.format.name,
+        "shapes": [list(each.shape) for each in stand_for],
+        "finite": all(bool(each.isfinite().all()) for each in stand_for),
+        "not restored": differ,
+        "same": all(map(torch.equal, packed(expert_weights(made)), before)),
+    }
+
+
+def packed(weights):
+    """Codes and scales of both projections."""
+    return weights.w13, weights.w13_scale, weights.w2, weights.w2_scale
 
 
 def compressed_tensors():
