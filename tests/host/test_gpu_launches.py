@@ -28,10 +28,14 @@ from ..support.resolving import Worker
 from ..support.serving.checkpoint import write_config
 from ..support.serving.int4_checkpoint import quantization
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "benchmarks" / "serving"), str(ROOT / "tests" / "support")]
+sys.path += [
+    str(Path(__file__).parents[2] / "benchmarks" / "serving"),
+    str(Path(__file__).parents[1] / "support"),
+]
 import models
 import variants
+
+ROOT = Path(__file__).parents[2]
 
 DEVICES = ("h100", pytest.param("h200", marks=pytest.mark.slow))
 """Of the same kind; the first has less memory."""
