@@ -7,9 +7,11 @@ headers and sizes but without weights. What holds of a plan is in :mod:`..suppor
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -168,6 +170,17 @@ def test_servers_are_declared() -> None:
     modules = {name.split()[0] for name in FEATURES}
     files = {path.stem for path in (ROOT / "tests" / "gpu" / "features").glob("test_*.py")}
     assert files - modules == {"test_round_trips"}
+
+
+def test_the_host_knows_the_variables() -> None:
+    """A name that is misspelt changes nothing."""
+    spec = find_spec("sglang")
+    assert spec is not None
+    assert spec.origin is not None
+    known = (Path(spec.origin).parent / "srt" / "environ.py").read_text()
+    names = {name for launch in ALL.values() for name in launch.env if name.startswith("SGLANG_")}
+    assert names
+    assert names <= set(re.findall(r"SGLANG_\w+", known))
 
 
 @pytest.mark.parametrize("name", [name for name, launch in ALL.items() if launch.stock])
