@@ -18,7 +18,7 @@ groups=("$@")
     "disaggregation auto_mode"
     "attention_tp failures"
     "weights deterministic"
-    "long_contexts client round_trips"
+    "round_trips long_contexts client" # the first needs no server, so it goes while the others start
 )
 pairs=$(($(nvidia-smi -L | wc -l) / 2))
 [ "$pairs" -gt 0 ] || { echo "requires 2 or more GPUs" >&2 && exit 1; }
