@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The feature tests in several processes at once, on two GPUs or on several pairs of them:
 # `features.sh STACK [SECONDS [GROUP...]]`, from the checkout's root; a group, such as "eplb weights", is one process.
+# speculation/3-1/1-1 are those of a module's tests whose names have 3-1 or 1-1 in them.
 # Each test's outcome is written as it ends, so that a time limit loses only what still runs. All that comes of it is
 # one archive, ${OUT:-/tmp/out}/features.tgz, written anew every half minute: the record, what each group said, logs.
 set -uo pipefail
@@ -36,9 +37,12 @@ for number in "${!groups[@]}"; do
     group=${groups[$number]}
     first=$((2 * (number % pairs)))
     files=()
-    for name in $group; do files+=("tests/gpu/features/test_$name.py"); done
+    for name in $group; do
+        files+=("tests/gpu/features/test_${name%%/*}.py")
+        [[ $name != */* ]] || { only=${name#*/} && files+=(-k "${only//\// or }"); }
+    done
     CUDA_VISIBLE_DEVICES=$first,$((first + 1)) timeout -k 20 "$limit" \
-        benchmarks/gpu_host.sh "$stack" features "${files[@]}" >"$OUT/features-${group// /-}.txt" 2>&1 &
+        benchmarks/gpu_host.sh "$stack" features "${files[@]}" >"$OUT/features-${group//[ \/]/-}.txt" 2>&1 &
     pids+=($!)
 done
 trap 'kill "${pids[@]}" 2>/dev/null' TERM INT

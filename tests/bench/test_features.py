@@ -100,7 +100,7 @@ def _archived(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def test_groups_end_in_one_archive(tmp_path: Path) -> None:
     """One of them hangs: the limit ends it, and what it had seen is kept."""
     env = _checkout(tmp_path, gpus=4)
-    command = ["benchmarks/features.sh", "STACK", "3", "eplb weights", "hangs", "client"]
+    command = ["benchmarks/features.sh", "STACK", "3", "eplb weights", "hangs", "client/a/b"]
     began = time.monotonic()
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,8 @@ def test_groups_end_in_one_archive(tmp_path: Path) -> None:
     said = files["./features-eplb-weights.txt"]
     assert said.startswith("STACK on 0,1: tests/gpu/features/test_eplb.py tests/gpu/features/test")
     assert files["./features-hangs.txt"].startswith("STACK on 2,3:")
-    assert files["./features-client.txt"].startswith("STACK on 0,1:")
+    said = files["./features-client-a-b.txt"]
+    assert said == "STACK on 0,1: tests/gpu/features/test_client.py -k a or b\n"
     assert len([name for name in files if name.startswith("./logs/")]) == 3
     assert not _runs(tmp_path)
 
