@@ -89,10 +89,11 @@ class Sharing(Server):
     """A server in one of the places that the GPUs have."""
 
     def __init__(self, launch: Launch, env: Mapping[str, str], place: bool) -> None:
+        model = checkpoint(launch.model)  # nobody waits for it with a place in hand
         self._launch, self._place = launch, _take_place() if place else None
         super().__init__(
             launch.flags,
-            checkpoint(launch.model),
+            model,
             ranks=RANKS if ON_CPU else 0,
             env={**launch.env, **env},
             progress=_log(),
