@@ -92,7 +92,7 @@ def write_model(name: str, folder: Path, device: str) -> Path:
     ``qwen3-bf16`` or ``qwen3-fp8`` with eight layers, ``qwen3-bf16-16`` with sixteen, and
     ``qwen3-bf16-16-other`` with other weights;
     ``deepseek-v3`` with four, ``deepseek-v3-6`` with six, the first of them dense;
-    ``deepseek-v3-nextn`` with three, 32 experts and a NextN layer. On device ``meta`` the files have
+    ``deepseek-v3-nextn`` with three, 32 experts and a NextN layer. On device ``meta`` files have
     headers and sizes, but nothing in them.
     """
     if (folder / "written").exists():
