@@ -92,7 +92,8 @@ def write_model(name: str, folder: Path, device: str) -> Path:
     ``qwen3-bf16`` or ``qwen3-fp8`` with eight layers, ``qwen3-bf16-16`` with sixteen, and
     ``qwen3-bf16-16-other`` with other weights;
     ``deepseek-v3`` with four, ``deepseek-v3-6`` with six, the first of them dense;
-    ``deepseek-v3-nextn`` with three, 32 experts and a NextN layer.
+    ``deepseek-v3-nextn`` with three, 32 experts and a NextN layer. On device ``meta`` files have
+    headers and sizes, but nothing in them.
     """
     if (folder / "written").exists():
         return folder
@@ -263,9 +264,11 @@ def _experts(
     yield Block([f"{prefix}{n}down_proj.weight" for n in numbers], (hidden, inter), gain, fp8)
 
 
-def draw(block: Block, generator: torch.Generator) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
+def draw(
+    block: Block, generator: torch.Generator | None, device: str
+) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
     """Tensors of a block, one per name along the first axis, and their scales where FP8."""
-    count, device = len(block.names), generator.device
+    count = len(block.names)
     size = (count, *block.shape)
     if block.gain is None:
         yield block.names, torch.ones(size, dtype=block.dtype, device=device)
@@ -279,7 +282,7 @@ def draw(block: Block, generator: torch.Generator) -> Iterator[tuple[Sequence[st
         yield block.names, values
         return
     weights = torch.empty(size, dtype=torch.float8_e4m3fn, device=device)
-    for one in weights:  # one tensor at a time: float32 in between
+    for one in () if device == "meta" else weights:  # one at a time: float32 in between
         values = torch.randn(block.shape, generator=generator, device=device)
         one.copy_((values * _FP8_STD).clamp_(-448, 448))
     yield block.names, weights
@@ -306,11 +309,11 @@ def _write(folder: Path, shards: Sequence[Sequence[Block]], device: str, seed: i
 
 def _write_shard(path: Path, blocks: Sequence[Block], seed: int, device: str) -> list[str]:
     """One safetensors file: header length, header, bytes; equal tensors lie side by side."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     header: dict[str, Any] = {}
     parts, offset = [], 0
     for block in blocks:
-        for names, values in draw(block, generator):
+        for names, values in draw(block, generator, device):
             size = values[0].numel() * values.element_size()
             for name in names:
                 header[name] = {
@@ -319,13 +322,15 @@ def _write_shard(path: Path, blocks: Sequence[Block], seed: int, device: str) ->
                     "data_offsets": [offset, offset + size],
                 }
                 offset += size
-            parts.append(values.cpu().view(torch.uint8))
+            if device != "meta":
+                parts.append(values.cpu().view(torch.uint8))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for values in parts:
             file.write(values.numpy().data)
+        file.truncate(8 + len(text) + offset)
     return list(header)
 
 

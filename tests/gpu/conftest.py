@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from ..support.serving.shared_models import shared_model
-
-QWEN3_LAYERS = 4
+from .launches import MODEL
 
 
 @pytest.fixture(scope="session")
 def model() -> Path:
     """Four of Qwen3-30B-A3B's layers with random weights, in bf16."""
-    return shared_model(f"qwen3-bf16-{QWEN3_LAYERS}")
+    return shared_model(MODEL)

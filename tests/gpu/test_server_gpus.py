@@ -26,11 +26,11 @@ from ..support.serving.server import Server
 from .beside_stock import (
     GPUS,
     check_as_close_as_the_host_to_itself,
-    ours,
+    our_launch,
+    stock_launches,
     stock_logprobs,
 )
-
-LAYERS = 4  # of the model
+from .launches import LAYERS, MODEL, serve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,13 +46,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def stock(model: Path) -> list[list[float]]:
     """Of the stock host: on one GPU, and tensor-parallel."""
-    return stock_logprobs(model)
+    return stock_logprobs(stock_launches(MODEL, GPUS), model)
 
 
 @pytest.fixture(scope="module")
 def served(model: Path, stock: list[list[float]]) -> Iterator[Server]:
     """Ours on all GPUs; after ``stock``, so that it has them to itself."""
-    with ours(model) as server:
+    with serve(our_launch(MODEL, GPUS), model) as server:
         yield server.wait_ready(400)
 
 

@@ -19,22 +19,30 @@ from moe_plugin.kernels.formats import INT4_G32
 
 from ..support.random_load import RandomLoad
 from ..support.server_checks import check_within_plan
-from ..support.serving.checkpoint import QWEN3_30B_LAYERS, write_checkpoint
+from ..support.serving.checkpoint import QWEN3_30B_LAYERS, Shape, write_checkpoint
 from ..support.serving.int4_checkpoint import write_int4
 from ..support.serving.prompts import SHORT_PROMPTS
 from ..support.serving.server import Server
 from .beside_stock import (
     GPUS,
     check_as_close_as_the_host_to_itself,
-    ours,
+    our_launch,
+    stock_launches,
     stock_logprobs,
 )
+from .launches import serve
 
-# Experts of Kimi-K2's dimensions, as many as sixteen ranks hold each; Qwen3's attention, narrow.
-SHAPE = replace(
-    QWEN3_30B_LAYERS, num_hidden_layers=4, hidden_size=7168, moe_intermediate_size=2048,
-    num_experts=24 * max(1, GPUS // 2), num_attention_heads=32,
-)  # fmt: skip
+PACKED, PLAIN = "kimi-int4", "kimi-bf16"
+
+
+def shape(gpus: int) -> Shape:
+    """Experts of Kimi-K2's dimensions, as many as sixteen ranks hold each; Qwen3's attention,
+    narrow."""
+    return replace(
+        QWEN3_30B_LAYERS, num_hidden_layers=4, hidden_size=7168, moe_intermediate_size=2048,
+        num_experts=24 * max(1, gpus // 2), num_attention_heads=32,
+    )  # fmt: skip
+
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,7 +59,7 @@ pytestmark = [
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(packed, plain) checkpoints."""
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder / "made", SHAPE, dtype=torch.bfloat16, device="cuda")
+    write_checkpoint(folder / "made", shape(GPUS), dtype=torch.bfloat16, device="cuda")
     written = write_int4(folder / "made", folder, INT4_G32, "cuda")
     shutil.rmtree(folder / "made")
     torch.cuda.empty_cache()
@@ -61,13 +69,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def stock(models: tuple[Path, Path]) -> list[list[float]]:
     """Of the stock host: on one GPU, and tensor-parallel."""
-    return stock_logprobs(models[1])
+    return stock_logprobs(stock_launches(PLAIN, GPUS), models[1])
 
 
 @pytest.fixture(scope="module")
 def served(models: tuple[Path, Path], stock: list[list[float]]) -> Iterator[Server]:
     """Ours on the packed checkpoint; after ``stock``, so that it has the GPUs to itself."""
-    with ours(models[0]) as server:
+    with serve(our_launch(PACKED, GPUS), models[0]) as server:
         yield server.wait_ready(400)
 
 
@@ -88,7 +96,7 @@ def test_random_load(served: Server) -> None:
 
 def test_within_plan(served: Server) -> None:
     """Rows and buffer bytes, on every rank."""
-    check_within_plan(served, GPUS, SHAPE.num_hidden_layers)
+    check_within_plan(served, GPUS, shape(GPUS).num_hidden_layers)
 
 
 def test_a_weight_update_that_sends_nothing_changes_nothing(served: Server) -> None:

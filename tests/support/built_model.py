@@ -33,6 +33,7 @@ from sglang.srt.layers.moe.utils import (  # noqa: E402
     get_moe_a2a_backend,
     initialize_moe_config,
 )
+from sglang.srt.layers.rotary_embedding import rope_variant  # noqa: E402
 from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype  # noqa: E402
 from sglang.srt.model_executor.model_runner_components.layer_setup import (  # noqa: E402
     resolve_layer_indices,
@@ -73,6 +74,11 @@ def _dispatcher(config: Any, quant_method: Any = None) -> _Dispatcher:
     return _Dispatcher(config)
 
 
+def _no_cache(rotary: Any) -> torch.Tensor:
+    del rotary
+    return torch.empty(0)
+
+
 def _group(size: int) -> Any:
     return mock.MagicMock(
         rank_in_group=0, world_size=size, is_first_rank=True, is_last_rank=size == 1
@@ -99,6 +105,8 @@ def built(server_args: Any) -> dict[str, Any]:
         for owner, name, value in (
             (fused_moe, "create_moe_dispatcher", _dispatcher),
             (deep_gemm_wrapper, "ENABLE_JIT_DEEPGEMM", configurer._compute_enable_deep_gemm()),
+            # It names the device itself.
+            (rope_variant.DeepseekScalingRotaryEmbedding, "_compute_cos_sin_cache", _no_cache),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         flags = get_flags().dp

@@ -74,6 +74,7 @@ class RandomLoad:
                 self._over.set()
             for client in clients:
                 client.result()
+        self._flush("?timeout=30")  # waits for what was left half read: ranks are asked in turn
         made = self._steps(before)
         if len(set(made)) != 1:
             self.problems.append(f"steps of the ranks: {made}")
@@ -96,10 +97,10 @@ class RandomLoad:
             if min(self._steps(before)) >= steps:
                 return
 
-    def _flush(self) -> None:
+    def _flush(self, wait: str = "") -> None:
         """While requests run the host refuses, and must live on."""
         with contextlib.suppress(urllib.error.HTTPError):
-            self.server.post("/flush_cache", {})
+            self.server.post(f"/flush_cache{wait}", {})
         self.counts["flush"] += 1
 
     def _client(self, index: int) -> None:

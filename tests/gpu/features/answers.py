@@ -39,7 +39,7 @@ class Forced:
 def prompts(count: int, longest: int) -> list[str]:
     """Short ones, and every fourth of up to ``longest`` tokens; no two are equal."""
     return [
-        long_prompt(longest + index)[3 * index :][: longest - 17 * index]
+        long_prompt(longest + 3 * index)[3 * index :][: max(longest // 2, longest - 17 * index)]
         if index % 4 == 3
         else f"{index} {SHORT_PROMPTS[index % len(SHORT_PROMPTS)]}"
         for index in range(count)

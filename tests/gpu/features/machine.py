@@ -6,14 +6,18 @@ checks are the same, and only what needs a GPU is skipped.
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import fcntl
 import importlib.util
 import os
+import re
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +25,11 @@ import pytest
 import torch
 
 from ...support import gpu_environment
+from ...support.rank_killed import scheduler_pids
+from ...support.serving.checkpoint import Shape, write_checkpoint
 from ...support.serving.server import COMMON_ARGS, LAUNCH_SERVER, Server
+from ...support.serving.shared_models import shared_model
+from ..launches import Launch
 
 ON_CPU = os.environ.get("FEATURES_ON_CPU") == "1"
 RANKS = 2
@@ -34,9 +42,15 @@ LOAD_S = float(os.environ.get("FEATURES_LOAD_S", "30" if ON_CPU else "10"))
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:RANKS]
 LOCKS = Path(tempfile.gettempdir()) / f"moe-plugin-features-{'-'.join(VISIBLE)}"
 """Of these two GPUs; others have their own."""
-SLOTS = int(os.environ.get("FEATURES_SERVERS", "7"))
-"""Servers at once, of all test processes together: each takes about 10 GiB of each GPU. Fewer test
-processes than this, or each may hold one and wait for its second."""
+PLACE_GIB = 15
+"""Of each GPU: what one of these servers takes at most, contexts included."""
+
+QWEN3 = "qwen3-bf16-4"
+"""Four of Qwen3-30B-A3B's layers in bf16; on a CPU a smaller model."""
+QWEN3_OTHER = "qwen3-bf16-4-other"
+"""The same with other weights."""
+DEEPSEEK = "deepseek-v3-nextn"
+"""DeepSeek-V3's shape in FP8: three layers, 32 experts and a NextN layer; not on a CPU."""
 
 GROUPS = ("--tp-size", "2", "--attn-dp-size", "2")
 ON = ("--use-batched-dp-moe", "on")
@@ -74,54 +88,132 @@ gpu_only = pytest.mark.skipif(ON_CPU, reason="requires GPUs: a CPU server has no
 class Sharing(Server):
     """A server in one of the places that the GPUs have."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._place = _place()
-        super().__init__(*args, progress=_log(), **options)
+    def __init__(self, launch: Launch, env: Mapping[str, str], place: bool) -> None:
+        model = checkpoint(launch.model)  # nobody waits for it with a place in hand
+        self._launch, self._place = launch, _take_place() if place else None
+        super().__init__(
+            launch.flags,
+            model,
+            ranks=RANKS if ON_CPU else 0,
+            env={**launch.env, **env},
+            progress=_log(),
+            command=LAUNCH_SERVER,
+        )
+
+    def wait_ready(self, timeout_s: float = START_S) -> Server:
+        """Also, its plan is what the test is about."""
+        super().wait_ready(timeout_s)
+        for state in () if ON_CPU else self.states():
+            found = {name: state["plan"][name] for name in self._launch.planned}
+            assert found == self._launch.planned
+        return self
 
     def stop(self) -> None:
         super().stop()
-        self._place.close()
+        if self._place is not None:
+            _HELD.discard(self._place)
+            self._place.close()
 
 
-def _place() -> IO[str]:
-    """Wait for a free place; it is free again when the file is closed, or its process ends."""
+@cache
+def checkpoint(name: str) -> Path:
+    """The folder of a model."""
+    if not ON_CPU:
+        return shared_model(name)
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_checkpoint(folder, Shape(num_key_value_heads=4), seed=int(name == QWEN3_OTHER))
+
+
+_HELD: set[IO[str]] = set()
+"""This process's places; one is free again when its file is closed, or the process ends."""
+
+
+def _take_place() -> IO[str]:
+    """Wait for a free place.
+
+    A process's first one leaves another free, so that not all places are held by processes that
+    wait for their second.
+    """
+    least = 1 if _HELD else 2
     while True:
-        for number in range(SLOTS):
-            held = Path(f"{LOCKS}.{number}").open("w")  # noqa: SIM115, kept by the server
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return held
-            held.close()
+        with _locked("places"):
+            free = [file for number in range(_places()) if (file := _try(f"{LOCKS}.{number}"))]
+            kept = free.pop() if len(free) >= least else None
+            for file in free:
+                file.close()
+        if kept is not None:
+            _HELD.add(kept)
+            return kept
         time.sleep(0.5)
 
 
-def start(
-    model: Path,
-    *args: str,
+@cache
+def _places() -> int:
+    """Servers at once, of all test processes together."""
+    if ON_CPU:
+        return 2
+    return max(2, torch.cuda.get_device_properties(0).total_memory // (PLACE_GIB << 30))
+
+
+def _try(path: str) -> IO[str] | None:
+    file = Path(path).open("w")  # noqa: SIM115, kept by the server
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    with Path(f"{LOCKS}.{name}").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def sharing(
+    model: str,
+    *flags: str,
     kv_tokens: int = 32768,
     decode_graph: int = 64,
     env: Mapping[str, str] | None = None,
-) -> Server:
-    """Start a server that leaves room for others; its log goes to ``$OUT/logs``.
+    planned: Mapping[str, Any] | None = None,
+    refused: str = "",
+) -> Launch:
+    """A launch that leaves room for other servers.
 
     Args:
-        model: checkpoint directory.
-        args: flags beside those that every server gets.
+        model: the name of its checkpoint.
+        flags: beside those that every server gets.
         kv_tokens: of its KV cache, per DP group.
         decode_graph: largest batch that is captured; 0 leaves it to the plan.
         env: more variables.
+        planned: see :class:`Launch`.
+        refused: see :class:`Launch`.
     """
     if ON_CPU:
-        whole = {**QUICK_END, **(env or {})}
-        return Sharing((*COMMON_ARGS, *args), model, ranks=RANKS, env=whole)
+        return Launch(model, (*COMMON_ARGS, *flags), {**QUICK_END, **(env or {})})
     attention = os.environ.get("FEATURES_ATTENTION", "triton")
     shared = (
         *("--attention-backend", attention, "--sampling-backend", "pytorch"),
         *("--mem-fraction-static", "0.95", "--max-total-tokens", str(kv_tokens)),
         *(("--cuda-graph-max-bs-decode", str(decode_graph)) if decode_graph else ()),
     )
-    flags, whole = (*shared, *args), {**SHARED, **QUICK_END, **(env or {})}
-    return Sharing(flags, model, ranks=0, env=whole, command=LAUNCH_SERVER)
+    whole = {**SHARED, **QUICK_END, **(env or {})}
+    return Launch(model, (*shared, *flags), whole, planned or {}, refused)
+
+
+def start(launch: Launch, env: Mapping[str, str] | None = None, *, place: bool = True) -> Server:
+    """Start a server; its log goes to ``$OUT/logs``. A test has two places at most.
+
+    Args:
+        launch: how.
+        env: variables that are only known now.
+        place: whether it takes one; two servers with a GPU each share one.
+    """
+    return Sharing(launch, env or {}, place)
 
 
 def _log() -> Any:
@@ -140,16 +232,29 @@ def _log() -> Any:
 def ready(*servers: Server) -> None:
     """Wait for servers that were started together."""
     for server in servers:
-        server.wait_ready(START_S)
+        server.wait_ready()
 
 
 @contextmanager
 def turn() -> Iterator[None]:
     """One test process at a time loads its server: ranks of servers that share a GPU wait for each
     other's time slices, and a figure would be of nothing."""
-    with Path(f"{LOCKS}.turn").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with _locked("turn"):
         yield
+
+
+def device_gib(server: Server) -> float | None:
+    """Device memory of all ranks, where nvidia-smi tells it by process."""
+    query = ("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader")
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found: dict[str, float] = {}
+    for pid, used in re.findall(r"^(\d+), (\d+) MiB", lines, re.MULTILINE):
+        found[pid] = found.get(pid, 0) + float(used)
+    mine = [found.get(str(pid), 0) for pid in scheduler_pids(server)]
+    return sum(mine) / 1024 if all(mine) else None
 
 
 def largest_rows(server: Server) -> dict[str, int]:

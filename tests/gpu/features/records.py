@@ -52,9 +52,11 @@ def outcome(item: pytest.Item, report: pytest.TestReport) -> None:
     }
     ROWS.append(row)
     OUT.mkdir(parents=True, exist_ok=True)
+    new = OUT / f".{os.getpid()}.json"
     command = " ".join(["pytest", *(_short(word) for word in sys.argv[1:])])
     record = {"environment": environment(), "commands": [command], "features": ROWS}
-    (OUT / f"features-{os.getpid()}.json").write_text(json.dumps(record, indent=1))
+    new.write_text(json.dumps(record, indent=1))
+    new.replace(OUT / f"features-{os.getpid()}.json")  # whole, for whoever reads meanwhile
 
 
 def _short(word: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from ...support.random_load import RandomLoad
@@ -11,15 +9,18 @@ from ...support.serving.prompts import long_prompt
 from ...support.serving.server import ServerDied
 from .answers import ask, check_greedy, prompts
 from .machine import (
+    DEEPSEEK,
     GROUPS,
     LOAD_S,
     LONG,
     OURS,
+    QWEN3,
     RANKS,
     gpu_only,
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -31,24 +32,30 @@ pytestmark = [*on_two_gpus, gpu_only]
 
 # Under `on` the mode would be low latency: the host's default is `auto`, so nobody has typed it.
 AUTO = ("--moe-a2a-backend", "deepep", "--use-batched-dp-moe", "auto")
-RUNNER = {"qwen3": ("--moe-runner-backend", "deep_gemm"), "deepseek": ()}
+DEEP_GEMM_RUNNER = ("--moe-runner-backend", "deep_gemm")
 """Of normal dispatch: bf16 has no other one, and FP8 has it by itself."""
 DENSE = ("--fp8-gemm-backend", "triton")  # DeepGEMM's kernels for dense layers compile for minutes
 DEEP_GEMM = {"SGLANG_ENABLE_JIT_DEEPGEMM": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
+OWN_DECODE = {"own_decode": True, "runner": "host", "chunked_prefill_size": 0}
+SERVERS = {
+    name: (
+        sharing(model, *GROUPS, *AUTO, *runner, *DENSE, env=DEEP_GEMM, planned=OWN_DECODE),
+        sharing(model, *OURS),
+    )
+    for name, model, runner in (("qwen3", QWEN3, DEEP_GEMM_RUNNER), ("deepseek", DEEPSEEK, ()))
+}
+"""In mode auto and in low latency, by model."""
+NO_RUNNER = sharing(QWEN3, *GROUPS, *AUTO, env=DEEP_GEMM, refused="--moe-runner-backend deep_gemm")
 
 
-@pytest.mark.parametrize("shape", ["qwen3", "deepseek"])
-def test_prompts_in_one_piece(shape: str, seen: See, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("shape", SERVERS)
+def test_prompts_in_one_piece(shape: str, seen: See) -> None:
     """bf16 and FP8: 4,000-token prompts under load, beside low latency."""
-    model: Path = request.getfixturevalue(shape)
     texts = prompts(16, LONG)
-    with (
-        start(model, *GROUPS, *AUTO, *RUNNER[shape], *DENSE, env=DEEP_GEMM) as server,
-        start(model, *OURS) as low_latency,
-    ):
+    auto, other = SERVERS[shape]
+    with start(auto) as server, start(other) as low_latency:
         ready(server, low_latency)
         (chunk,) = {state["plan"]["chunked_prefill_size"] or 0 for state in server.states()}
-        assert all(state["plan"]["own_decode"] for state in server.states())
         with turn():
             own, answers = ask(low_latency, texts, 24), ask(server, texts, 24)
             text = check_greedy(low_latency, own, answers)
@@ -73,11 +80,11 @@ def test_prompts_in_one_piece(shape: str, seen: See, request: pytest.FixtureRequ
     )
 
 
-def test_bf16_without_deep_gemm_is_refused(qwen3: Path, seen: See) -> None:
+def test_bf16_without_deep_gemm_is_refused(seen: See) -> None:
     """Before anything loads, with the runner that would do."""
-    with start(qwen3, *GROUPS, *AUTO) as server, pytest.raises(ServerDied):
-        server.wait_ready(120)
+    with start(NO_RUNNER) as server, pytest.raises(ServerDied):
+        server.wait_ready()
     log = server.log()
-    assert "--moe-runner-backend deep_gemm" in log
+    assert NO_RUNNER.refused in log
     assert "Load weight begin" not in log
     seen("bf16 with the runner left out: refused before weights load, deep_gemm is offered")

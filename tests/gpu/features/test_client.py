@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import subprocess
 import time
 from collections import Counter
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -21,19 +20,25 @@ from .machine import (
     LONG,
     ON_CPU,
     OURS,
+    QWEN3,
+    device_gib,
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
 from .records import See
 
-openai = pytest.importorskip("openai", reason="requires the openai package")
-pytest.importorskip("jiter", reason="requires jiter, which openai streams with")
-
 FEATURE = "a public client"
-pytestmark = on_two_gpus
+pytestmark = [
+    *on_two_gpus,
+    *(
+        pytest.mark.skipif(find_spec(name) is None, reason=f"requires the {name} package")
+        for name in ("openai", "jiter")  # with which it reads streams
+    ),
+]
 
 SECONDS = float(os.environ.get("FEATURES_CLIENT_S", "30"))
 CLIENTS = 4 if ON_CPU else 32
@@ -47,12 +52,12 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
     },
 }
-CHAT = ("--chat-template", "chatml", "--tool-call-parser", "qwen25")
+SERVED = sharing(QWEN3, *OURS, "--chat-template", "chatml", "--tool-call-parser", "qwen25")
 
 
-def test_streaming_chats_with_tools_and_aborts(qwen3: Path, seen: See) -> None:
+def test_streaming_chats_with_tools_and_aborts(seen: See) -> None:
     """Nothing is lost, and memory at the end is that of the beginning."""
-    with start(qwen3, *OURS, *CHAT) as server:
+    with start(SERVED) as server:
         ready(server)
         with turn():
             asyncio.run(_run(server, WARM_S))
@@ -80,6 +85,8 @@ def test_streaming_chats_with_tools_and_aborts(qwen3: Path, seen: See) -> None:
 
 
 async def _run(server: Server, seconds: float) -> tuple[Counter[str], list[str]]:
+    import openai
+
     counts: Counter[str] = Counter()
     problems: list[str] = []
     over = time.monotonic() + seconds
@@ -136,11 +143,6 @@ def _memory(server: Server) -> dict[str, float]:
     pids = scheduler_pids(server)
     resident = sum(psutil.Process(pid).memory_info().rss for pid in pids)
     found = {"host": round(resident / 2**30, 3)}
-    if not ON_CPU:
-        query = ("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader")
-        lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        used = dict(line.split(", ") for line in lines.splitlines() if ", " in line)
-        mine = [float(used[str(pid)].split()[0]) for pid in pids if str(pid) in used]
-        if len(mine) == len(pids) and min(mine) > 0:
-            found["devices"] = round(sum(mine) / 1024, 3)
+    if (used := device_gib(server)) is not None:
+        found["devices"] = round(used, 3)
     return found

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from ...support.server_checks import check_same_bits
 from .answers import prompts
 from .machine import (
     LONG,
     OURS,
+    QWEN3,
     RANKS,
     gpu_only,
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -26,14 +27,14 @@ pytestmark = [*on_two_gpus, gpu_only]
 
 RUNS = 10
 NEW_TOKENS = 24
+SERVED = sharing(QWEN3, *OURS, "--enable-deterministic-inference", planned={"groups_apart": True})
 
 
-def test_same_bits_over_ten_runs_of_a_mixed_load(qwen3: Path, seen: See) -> None:
+def test_same_bits_over_ten_runs_of_a_mixed_load(seen: See) -> None:
     """The same requests in another order, at other times, on other groups: the same bits."""
     texts = prompts(16, LONG)
-    with start(qwen3, *OURS, "--enable-deterministic-inference") as server:
+    with start(SERVED) as server:
         ready(server)
-        (apart,) = {state["plan"]["groups_apart"] for state in server.states()}
         runs = []
         with turn():
             for run in range(RUNS):
@@ -48,7 +49,6 @@ def test_same_bits_over_ten_runs_of_a_mixed_load(qwen3: Path, seen: See) -> None
             check_same_bits(server, RANKS, LONG, 48)
             rows = largest_rows(server)
     different = [sum(a != b for a, b in zip(runs[0], run, strict=True)) for run in runs]
-    assert apart
     assert different == [0] * RUNS, different
     seen(
         f"{RUNS} runs of {len(texts)} prompts of 60 to {LONG} tokens, in other orders, others at "

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from ...support.random_load import RandomLoad
 from .answers import ask, check_greedy, prompts
 from .machine import (
+    DEEPSEEK,
     LOAD_S,
     LONG,
+    ON_CPU,
     OURS,
+    QWEN3,
     RANKS,
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -25,19 +27,32 @@ FEATURE = "EPLB"
 pytestmark = on_two_gpus
 
 LEAST_REBALANCES = 2
+REDUNDANT = 8
 EPLB = (
-    *("--enable-eplb", "--ep-num-redundant-experts", "8"),
+    *("--enable-eplb", "--ep-num-redundant-experts", str(REDUNDANT)),
     *("--eplb-rebalance-num-iterations", "100", "--expert-distribution-recorder-buffer-size", "50"),
     *("--expert-balancedness-report-mode", "server_log"),
 )
+SERVED = {
+    name: sharing(model, *OURS, *EPLB, planned={"num_experts": experts + REDUNDANT})
+    for name, model, experts in (("qwen3", QWEN3, 128), ("deepseek", DEEPSEEK, 32))
+}
 
 
-@pytest.mark.parametrize("shape", ["qwen3", "deepseek"])
-def test_answers_survive_rebalances(shape: str, seen: See, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "qwen3",
+        pytest.param(
+            "deepseek",
+            marks=pytest.mark.skipif(ON_CPU, reason="requires GPUs: MLA and FP8"),
+        ),
+    ],
+)
+def test_answers_survive_rebalances(shape: str, seen: See) -> None:
     """Weights move from rank to rank under load, graphs stay captured: the same answers after."""
-    model: Path = request.getfixturevalue(shape)
     texts = prompts(12, LONG)
-    with start(model, *OURS, *EPLB) as server:
+    with start(SERVED[shape]) as server:
         ready(server)
         with turn():
             before = ask(server, texts, 24)

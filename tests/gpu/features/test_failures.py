@@ -15,9 +15,11 @@ from ...support.serving.fixture_plugin import write_plugin
 from .machine import (
     ON_CPU,
     OURS,
+    QWEN3,
     RANKS,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -29,12 +31,13 @@ pytestmark = on_two_gpus
 GONE_S = 15.0
 START_S = 600.0 if ON_CPU else 300.0
 ALONE = os.environ.get("FEATURES_ALONE") == "1"
-FEW_GRAPHS = ("--disable-prefill-cuda-graph",)
+KILLED = sharing(QWEN3, *OURS, "--disable-prefill-cuda-graph", decode_graph=8, env=NO_CORE_DUMPS)
+DIFFERS = sharing(QWEN3, *OURS, "--disable-prefill-cuda-graph", env=NO_CORE_DUMPS)
 
 
-def test_a_killed_rank(qwen3: Path, seen: See) -> None:
+def test_a_killed_rank(seen: See) -> None:
     """Without the host's wait for core dumps, which is 60 s where nothing else is said."""
-    with start(qwen3, *OURS, *FEW_GRAPHS, decode_graph=8, env=NO_CORE_DUMPS) as server:
+    with start(KILLED) as server:
         ready(server)
         with turn():
             seconds = check_killed_rank_ends_the_server(server, RANKS, peers_hang=False)
@@ -57,14 +60,11 @@ def test_a_killed_rank(qwen3: Path, seen: See) -> None:
         ),
     ],
 )
-def test_a_rank_that_differs(
-    what: str, message: str, qwen3: Path, tmp_path: Path, seen: See
-) -> None:
+def test_a_rank_that_differs(what: str, message: str, tmp_path: Path, seen: See) -> None:
     """One rank has another T, or no memory left: both ranks raise, and the launch ends."""
     source = program("plugin_unequal_rank")
     env = write_plugin(tmp_path, "unequal", source, {"sglang.srt.plugins": "register"})
-    env |= {"UNEQUAL": what, **NO_CORE_DUMPS}
-    with start(qwen3, *OURS, *FEW_GRAPHS, env=env) as server:
+    with start(DIFFERS, env | {"UNEQUAL": what}) as server:
         family: set[psutil.Process] = set()
         told, over = None, time.monotonic() + START_S
         while server.process.poll() is None and time.monotonic() < over:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
 from ...support.serving.prompts import long_prompt
+from ..launches import DISABLED, Launch
 from .machine import (
     GROUPS,
     ON,
+    QWEN3,
     gpu_only,
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -26,24 +28,33 @@ FEATURE = "long contexts"
 pytestmark = [*on_two_gpus, gpu_only]
 
 MOST_EAGER = 0.05
-STOCK = {"MOE_PLUGIN_DISABLE": "1"}
 LONGER = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 _STEP = re.compile(r"(Prefill|Decode) batch.* graph: (True|False)")
+T = ("--batched-dp-moe-max-tokens", os.environ.get("FEATURES_LONG_T", "1024"))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "requests"), [(32_000, 8), pytest.param(128_000, 2, marks=pytest.mark.slow)]
-)
-def test_no_eager_cliff(tokens: int, requests: int, qwen3: Path, seen: See) -> None:
-    """Prefill and decode steps replay graphs; beside the stock host without an all-to-all."""
+def _servers(tokens: int, requests: int) -> tuple[Launch, Launch]:
+    """Ours, and the stock host without an all-to-all."""
     context = ("--context-length", str(tokens + 4096))
-    kv = (tokens + 2048) * requests
+    kv = (tokens + 2048) * requests * 3 // 5  # half of them in each group, with room
+    return (
+        sharing(QWEN3, *GROUPS, *ON, *context, *T, kv_tokens=kv, env=LONGER),
+        sharing(QWEN3, *GROUPS, *context, kv_tokens=kv, env=DISABLED | LONGER),
+    )
+
+
+REQUESTS = {32_000: 8, 128_000: 2}
+SERVERS = {tokens: _servers(tokens, requests) for tokens, requests in REQUESTS.items()}
+"""By tokens of a prompt."""
+
+
+@pytest.mark.parametrize("tokens", [32_000, pytest.param(128_000, marks=pytest.mark.slow)])
+def test_no_eager_cliff(tokens: int, seen: See) -> None:
+    """Prefill and decode steps replay graphs; beside the stock host without an all-to-all."""
+    requests = REQUESTS[tokens]
     texts = [long_prompt(tokens + i)[i:] for i in range(requests)]
-    most = ("--batched-dp-moe-max-tokens", os.environ.get("FEATURES_LONG_T", "1024"))
-    with (
-        start(qwen3, *GROUPS, *ON, *context, *most, kv_tokens=kv, env=LONGER) as server,
-        start(qwen3, *GROUPS, *context, kv_tokens=kv, env=STOCK | LONGER) as stock,
-    ):
+    ours, plain = SERVERS[tokens]
+    with start(ours) as server, start(plain) as stock:
         ready(server, stock)
         with turn():
             server.lines.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -12,6 +11,7 @@ from ...support.random_load import RandomLoad
 from ...support.serving.server import Server
 from .answers import Answer, ask, check_greedy, prompts
 from .machine import (
+    DEEPSEEK,
     LOAD_S,
     LONG,
     OURS,
@@ -20,6 +20,7 @@ from .machine import (
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -43,10 +44,17 @@ def nextn(steps: int, top_k: int = 1) -> tuple[str, ...]:
     )
 
 
+PLAIN = sharing(DEEPSEEK, *OURS)
+SPECULATES = {
+    shape: sharing(DEEPSEEK, *OURS, *nextn(*shape)) for shape in ((3, 1), (1, 1), (7, 1), (3, 2))
+}
+"""By steps and branches."""
+
+
 @pytest.fixture(scope="module")
-def plain(deepseek: Path) -> Iterator[Server]:
+def plain() -> Iterator[Server]:
     """The same server without speculation; tests wait for it."""
-    with start(deepseek, *OURS) as server:
+    with start(PLAIN) as server:
         yield server
 
 
@@ -58,12 +66,12 @@ def own(plain: Server) -> list[Answer]:
         return ask(plain, TEXTS, NEW_TOKENS)
 
 
-@pytest.mark.parametrize(("steps", "top_k"), [(3, 1), (1, 1), (7, 1), (3, 2)])
+@pytest.mark.parametrize(("steps", "top_k"), SPECULATES)
 def test_greedy_answers_are_those_without_speculation(
-    plain: Server, deepseek: Path, steps: int, top_k: int, seen: See, request: pytest.FixtureRequest
+    plain: Server, steps: int, top_k: int, seen: See, request: pytest.FixtureRequest
 ) -> None:
     """Verify and draft graphs within T; then a mixed load."""
-    with start(deepseek, *OURS, *nextn(steps, top_k)) as server:
+    with start(SPECULATES[steps, top_k]) as server:
         own = request.getfixturevalue("own")  # both servers start at once
         ready(server)
         with turn():

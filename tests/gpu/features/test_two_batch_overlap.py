@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ...support.random_load import RandomLoad
 from .answers import ask, check_greedy, prompts
 from .machine import (
     LOAD_S,
     LONG,
     OURS,
+    QWEN3,
     RANKS,
     gpu_only,
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -24,13 +24,15 @@ from .timed import timed
 FEATURE = "two-batch overlap"
 pytestmark = [*on_two_gpus, gpu_only]
 
+PLAIN = sharing(QWEN3, *OURS)
+OVERLAPS = sharing(QWEN3, *OURS, "--enable-two-batch-overlap")
 LOADS = {"64 short": (64, 60), "8 long": (8, LONG)}
 
 
-def test_both_halves_within_t_and_the_same_answers(qwen3: Path, seen: See) -> None:
+def test_both_halves_within_t_and_the_same_answers(seen: See) -> None:
     """Beside the same server without; faster or slower, by load."""
     texts = prompts(16, LONG)
-    with start(qwen3, *OURS) as plain, start(qwen3, *OURS, "--enable-two-batch-overlap") as server:
+    with start(PLAIN) as plain, start(OVERLAPS) as server:
         ready(plain, server)
         with turn():
             own, answers = ask(plain, texts, 24), ask(server, texts, 24)

@@ -22,10 +22,15 @@ from .machine import (
     LONG,
     ON_CPU,
     OURS,
+    QWEN3,
+    QWEN3_OTHER,
     RANKS,
+    checkpoint,
+    device_gib,
     largest_rows,
     on_two_gpus,
     ready,
+    sharing,
     start,
     turn,
 )
@@ -35,14 +40,15 @@ FEATURE = "weight updates"
 pytestmark = on_two_gpus
 
 SAVES = not ON_CPU and importlib.util.find_spec("torch_memory_saver") is not None
+CHANGES = sharing(QWEN3, *OURS, *(("--enable-memory-saver",) if SAVES else ()))
+OTHER = sharing(QWEN3_OTHER, *OURS)
 EXPERTS_OUT = re.compile(r"model\.layers\.[01]\.mlp\.experts\.\d+\.down_proj\.weight")
 
 
 @pytest.fixture(scope="module")
-def servers(qwen3: Path, qwen3_other: Path) -> Iterator[tuple[Server, Server]]:
+def servers() -> Iterator[tuple[Server, Server]]:
     """One that changes its weights, and one that has the other weights from the start."""
-    saver = ("--enable-memory-saver",) if SAVES else ()
-    with start(qwen3, *OURS, *saver) as server, start(qwen3_other, *OURS) as other:
+    with start(CHANGES) as server, start(OTHER) as other:
         ready(server, other)
         yield server, other
 
@@ -58,9 +64,9 @@ def alone(server: Server) -> list[tuple[Any, Any]]:
     return found
 
 
-def load(server: Server, model: Path) -> None:
+def load(server: Server, model: str) -> None:
     """Other weights of the same shape, from disk."""
-    done = server.post("/update_weights_from_disk", {"model_path": str(model)})
+    done = server.post("/update_weights_from_disk", {"model_path": str(checkpoint(model))})
     assert done["success"], done
 
 
@@ -69,29 +75,27 @@ def checksums(server: Server) -> Any:
     return server.post("/weights_checker", {"action": "checksum"})
 
 
-def test_updates_from_disk(
-    servers: tuple[Server, Server], qwen3: Path, qwen3_other: Path, seen: See
-) -> None:
+def test_updates_from_disk(servers: tuple[Server, Server], seen: See) -> None:
     """The other weights answer as a server that had them all along; the first ones as before."""
     server, other = servers
     texts = prompts(12, LONG)
     with turn():
         first = alone(server)
-        load(server, qwen3_other)
+        load(server, QWEN3_OTHER)
         changed = ask(server, texts, 24)
         text = check_greedy(other, ask(other, texts, 24), changed)
         assert alone(server) != first
-        load(server, qwen3)
+        load(server, QWEN3)
         again = alone(server)
         rows = largest_rows(server)
     assert again == first, "the first weights, loaded again, answer otherwise"
     seen(f"from disk, there and back: same bits; with the other weights {text}", rows=rows)
 
 
-def test_updates_from_tensors(servers: tuple[Server, Server], qwen3: Path, seen: See) -> None:
+def test_updates_from_tensors(servers: tuple[Server, Server], seen: See) -> None:
     """Two layers' experts are silenced, and given back."""
     server, _ = servers
-    tensors = _experts_out(qwen3)
+    tensors = _experts_out(checkpoint(QWEN3))
     with turn():
         first, sums = alone(server), checksums(server)
         _send(server, [(name, torch.zeros_like(tensor)) for name, tensor in tensors])
@@ -108,24 +112,24 @@ def test_updates_from_tensors(servers: tuple[Server, Server], qwen3: Path, seen:
 
 
 @pytest.mark.skipif(not SAVES, reason="requires the torch_memory_saver package and GPUs")
-def test_memory_saver(servers: tuple[Server, Server], qwen3: Path, seen: See) -> None:
+def test_memory_saver(servers: tuple[Server, Server], seen: See) -> None:
     """Weights, KV cache and graphs leave the device and come back; DeepEP's buffer stays."""
     server, _ = servers
     with turn():
         first = alone(server)
         server.post("/flush_cache?timeout=10", {})
-        before = _free_gib()
+        before = _used_gib(server)
         server.post("/release_memory_occupation", {})
-        released = _free_gib()
+        released = _used_gib(server)
         server.post("/resume_memory_occupation", {})
-        resumed = _free_gib()
-        load(server, qwen3)
+        resumed = _used_gib(server)
+        load(server, QWEN3)
         again = alone(server)
     assert again == first
-    assert released > before + 1
+    assert released < before - 1
     seen(
-        f"memory saver: {released - before:.1f} GiB of a GPU given back, {released - resumed:.1f} "
-        "taken again; then same bits as before"
+        f"memory saver: {before - released:.1f} GiB given back, {resumed - released:.1f} taken "
+        "again; then same bits as before"
     )
 
 
@@ -159,5 +163,10 @@ def _send(server: Server, tensors: list[tuple[str, torch.Tensor]]) -> None:
         assert done["success"], (path, done)
 
 
-def _free_gib() -> float:
-    return float(torch.cuda.mem_get_info(0)[0] / 2**30)
+def _used_gib(server: Server) -> float:
+    """Of all ranks; or of a GPU, where nobody tells it by process."""
+    used = device_gib(server)
+    if used is None:
+        free, total = torch.cuda.mem_get_info(0)
+        used = (total - free) / 2**30
+    return used

@@ -27,12 +27,12 @@ def write_int4(model: Path, folder: Path, fmt: Format, device: str = "cpu") -> t
             packed[name] = plain[name] = tensor
             continue
         found = quantise_codes(tensor[None].to(device), fmt)
-        codes, scale = found[0][0].cpu(), found[1][0].cpu()
-        packed[f"{name}_packed"] = _words(codes)
-        packed[f"{name}_scale"] = scale
+        codes, scale = found[0][0], found[1][0]
+        packed[f"{name}_packed"] = _words(codes).cpu()
+        packed[f"{name}_scale"] = scale.cpu()
         packed[f"{name}_shape"] = torch.tensor(tensor.shape)
         weight = (codes.int() - MIDDLE) * scale.float().repeat_interleave(fmt.group_size, -1)
-        plain[name] = weight.bfloat16().to(tensor.dtype)
+        plain[name] = weight.bfloat16().to(tensor.dtype).cpu()
     config = json.loads((model / "config.json").read_text())
     return (
         _write(folder / "packed", config | {"quantization_config": quantization(fmt)}, packed),
@@ -65,7 +65,7 @@ def quantization(fmt: Format) -> dict[str, object]:
 def _words(codes: torch.Tensor) -> torch.Tensor:
     """[N, K] codes, eight neighbours to an int32, the first lowest."""
     eights = codes.to(torch.int64).unflatten(-1, (-1, 8))
-    packed = (eights << torch.arange(0, 32, 4)).sum(-1)
+    packed = (eights << torch.arange(0, 32, 4, device=codes.device)).sum(-1)
     return (packed - ((packed >> 31) << 32)).to(torch.int32)
 
 
