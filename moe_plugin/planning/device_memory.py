@@ -202,7 +202,8 @@ def least_runtime(
     chunk = 0 if launch.disaggregation_mode == "decode" else chunk or stock_chunk(facts) // groups
     rows = plan.cuda_graph_max_bs_decode * launch.draft_width
     running = ceil_div(plan.max_running_requests, groups)
-    token = token_bytes(plan, topology(launch, facts), weights)
+    normal = not plan.bounds_prefill and launch.disaggregation_mode != "decode"
+    token = token_bytes(plan, topology(launch, facts), weights, normal=normal)
     activations = 512 * MIB + int(max(chunk, rows) * token) + 4 * running * context
     activations += min(MANY_RANKS, launch.tp_size * launch.pp_size * 128 * MIB)
     graphs = 2 * MIB * plan.cuda_graph_max_bs_decode
@@ -217,9 +218,10 @@ def least_runtime(
     return Runtime(activations, graphs)
 
 
-def token_bytes(plan: Plan, divided: Topology, weights: Weights | None) -> float:
-    """Activations of one token at the least: the widest layer's, half as much again for what the
-    allocator cannot reuse; and in DeepEP's normal mode the rows that its experts receive."""
+def token_bytes(plan: Plan, divided: Topology, weights: Weights | None, *, normal: bool) -> float:
+    """Activations of one token of a DP group at the least: the widest layer's, half as much again
+    for what the allocator cannot reuse; and in DeepEP's normal mode the rows that its experts
+    receive, which the group's ranks have divided among them."""
     if weights is None:
         return TOKEN_BYTES
     shape = weights.shape
@@ -230,8 +232,9 @@ def token_bytes(plan: Plan, divided: Topology, weights: Weights | None) -> float
     dense = shape.dense_intermediate if shape.dense_layers else 0
     inner = max(shape.shared_intermediate, dense if divided.whole_dense else dense // divided.ranks)
     token = 1.5 * 2 * (8 * shape.hidden + attention + 3 * inner)
-    if not plan.bounds_prefill:
-        token += plan.top_k * (4 * shape.expert_hidden + 6 * shape.expert_intermediate)
+    if normal:
+        received = plan.top_k * (4 * shape.expert_hidden + 6 * shape.expert_intermediate)
+        token += received / divided.attn_tp
     return token
 
 

@@ -21,6 +21,12 @@ Ask = Callable[..., Answer]
 HOST_TOKENS = 128
 HIDDEN_SIZES = (2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
 OURS = ("SGLANG_", "NVSHMEM_", "MOE_PLUGIN_")
+ROWS_OF_FLAGS = (
+    ("decode", "--max-running-requests"),
+    ("decode_graph", "--cuda-graph-max-bs-decode"),
+    ("prefill_buffer", "--chunked-prefill-size"),
+    ("prefill_graph", "--cuda-graph-max-bs-prefill"),
+)
 STOCK_FAILS = ("a chunk of zero or less", "capture_bs=", "single batch overlap")
 """What the host's own code ends in when it is asked about a launch that it accepted."""
 
@@ -190,13 +196,29 @@ def _keeps_as_much(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 def _needed_of_slack(launch: Launch, answer: Answer) -> int:
     """What runs beside weights and KV cache at the least, at the T that the user's values need."""
     plan = answer["plan"]
-    memory = plan["memory"]
-    tokens = next(b for b in plan["budgets"] if b["name"] == "max_dispatch_tokens_per_rank")
-    typed = tokens["source"] in ("user", "derived") and "KV" not in tokens["arithmetic"]
-    least = 1.0 if typed else min(1.0, 128 / plan["max_dispatch_tokens_per_rank"])
-    fixed = 2**32 if plan["transport"] == "deepep" else 0
-    parts = memory["buffer_bytes"] - fixed + memory["workspace_bytes"]
-    return int(parts * least) + fixed + memory["activations_bytes"] + memory["graphs_bytes"]
+    memory, tokens = plan["memory"], _least_tokens(launch, answer)
+    limits = BUILT_IN[plan["capability"]["backend"]].limits
+    buffer = memory["buffer_bytes"]
+    if limits.buffer_bytes and plan["transport"] == "deepep":
+        buffer = limits.buffer_bytes(
+            tokens, plan["hidden_size"], plan["ep_size"], plan["num_experts"]
+        )
+        buffer = limits.device_bytes(buffer) if limits.device_bytes else buffer
+    workspace = memory["workspace_bytes"] * tokens // plan["max_dispatch_tokens_per_rank"]
+    return int(buffer + workspace + memory["activations_bytes"] + memory["graphs_bytes"])
+
+
+def _least_tokens(launch: Launch, answer: Answer) -> int:
+    """T that the user named, or the host's where the rows of what the user typed need no more."""
+    plan, flags = answer["plan"], launch["flags"]
+    planned, multiple = plan["max_dispatch_tokens_per_rank"], plan["token_multiple"]
+    named = "--batched-dp-moe-max-tokens" in flags
+    if named or capacity_variable(plan["capability"]["backend"]) in launch["env"]:
+        return int(planned)
+    rows = bounded_rows(launch, answer, plan["capability"]["modes"])
+    typed = [rows.get(name, 0) for name, flag in ROWS_OF_FLAGS if flag in flags]
+    needed = max([HOST_TOKENS, *typed])
+    return min(int(planned), -(-needed // multiple) * multiple)
 
 
 def _untouched(launch: Launch, answer: Answer, ask: Ask) -> list[str]:
