@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .compatibility import FLASHINFER_TILE, LEAVE, LEAVE_TEXT
+from .expert_choice import BF16_ROWS
 from .facts import LaunchFacts, ModelFacts
 from .limits import Limits
 from .plan import Change, Rejection
@@ -34,7 +35,7 @@ _TEXTS = {
     "--deepep-mode": "deepep_mode",
     "--moe-runner-backend": "moe_runner_backend",
     "--deepep-dispatcher-output-dtype": "dispatch_dtype",
-    "SGLANG_DEEPEP_BF16_DISPATCH": "dispatch_dtype",
+    BF16_ROWS: "dispatch_dtype",
     "SGLANG_NIXL_EP_BF16_DISPATCH": "dispatch_dtype",
 }
 _SWITCHES = {
@@ -140,6 +141,8 @@ def applied(
             values[_TEXTS[name]] = value or "auto"
             if name == "--moe-runner-backend":
                 values["runner_typed"] = True
+            elif name == BF16_ROWS:
+                values["layers_by_runner"] = value is not None
         elif name in _SWITCHES:
             values[_SWITCHES[name]] = value is not None
         elif name in _GRAPHS_OFF:

@@ -285,6 +285,10 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
         for rows, taken in layer["takes"].items():
             if taken.startswith("fails"):
                 why.append(f"experts: {rows} {taken}")
+        # ``FusedMoEWithLoRA`` wants what no method but Triton's has of the layer, and no function
+        # takes Triton rows of a dispatch.
+        if adapts_experts(launch) and layer["runner"] in (None, "deep_gemm", "triton"):
+            why.append("LoRA on the experts")
         # DeepGEMM takes FP8 rows with their scales for all but bf16 weights; the methods of other
         # runners say themselves in which rows they are dispatched.
         bf16 = layer["method"] == "UnquantizedFusedMoEMethod"
@@ -334,6 +338,12 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
     if built["weights"] > usable * fraction - 2**28:
         why.append("weights")
     return why
+
+
+def adapts_experts(launch: Launch) -> bool:
+    """Whether adapters of both projections of the experts are served."""
+    modules = launch["flags"].get("--lora-target-modules", "")
+    return modules == "all" or {"gate_up_proj", "down_proj"} <= set(modules.split())
 
 
 def typed_rows(launch: Launch) -> bool:
