@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ...planning.memory import DTYPE_BYTES
@@ -26,6 +27,9 @@ _ONE_BYTE = frozenset(
         "w8a8_fp8", "w8a8_int8",
     }
 )  # fmt: skip
+_AFTER_LOADING = frozenset({"fp8_tensor", "mxfp8"})
+"""Formats that weights without one are quantised to once they are all on the device: the host makes
+them in the activation dtype (``Fp8LinearMethod``, ``Fp8MoEMethod``: ``create_weights``)."""
 _PACKED = frozenset(
     {"awq", "awq_marlin", "gptq", "gptq_marlin", "moe_wna16", "compressed-tensors", "auto-round"}
 )
@@ -55,6 +59,9 @@ def weights_of(path: str, text: Any, quantization: dict[str, Any], **launch: Any
             )
         return from_tensors(tensors, shape)
     weights = from_shape(shape)
+    if online and launch["weight_format"] in _AFTER_LOADING:
+        plain = shape_of(text, {}, **{**launch, "weight_format": "unquantized"})
+        return replace(weights, before=from_shape(plain) if plain else None)
     return (
         scaled(weights, found.total, "safetensors index") if found.total and not online else weights
     )

@@ -63,9 +63,10 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
     by_rule = above_floor(sum(rule), facts) + ours
     stock = 1 - stock_kept(launch, facts) / facts.device_bytes
     leanest = rounded_fraction(sum(least) + ours, facts)
-    weights = token = stock_weights = 0
+    weights = token = stock_weights = loading = 0
     if model.weights is not None:
         weights = model.weights.per_rank(topology(launch, facts)) + facts.other_draft_bytes
+        loading = model.weights.loading_per_rank(topology(launch, facts))
         stock_weights = model.weights.per_rank(stock_topology(launch, facts))
         stock_weights += facts.other_draft_bytes
         token = kv_token_bytes(model, launch, facts)
@@ -97,6 +98,7 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
         stock_fraction=round(stock, 3),
         stock_kv_bytes=stock_kv,
         host_fraction=round(1 - host / facts.device_bytes, 3),
+        loading_bytes=loading,
         kv_token_cap=facts.kv_token_cap,
     )
     return memory.with_room(left)
@@ -134,7 +136,7 @@ def reserve(memory: Memory) -> int:
 
 def fits(memory: Memory, typed: float | None) -> bool:
     """Whether the launch starts, with a useful KV cache; a typed fraction may leave any."""
-    if memory.mem_fraction_static < LEAST_FRACTION:
+    if memory.mem_fraction_static < LEAST_FRACTION or memory.loading_bytes > memory.usable_bytes:
         return False
     if typed is not None:
         return memory.kv_cache_bytes > 0 and needed(memory) <= reserve(memory)

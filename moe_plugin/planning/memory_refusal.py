@@ -44,6 +44,8 @@ def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
     memory, facts = plan.memory, launch.memory
     if memory is None or facts is None or launch.max_tokens is not None:
         return False  # a T of ours is what was asked for
+    if memory.loading_bytes > memory.usable_bytes:
+        return False
     tokens = launch.host_tokens_per_rank or HOST_TOKENS_PER_RANK
     chunk = launch.chunked_prefill_size
     stock = replace(launch, chunked_prefill_size=stock_chunk(facts) if chunk is None else chunk)
@@ -73,6 +75,14 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
     changes = knobs[0] if knobs else ()
     fix = ", or ".join(_typed(knob) for knob in knobs)
     weights = f"{gib(memory.weights_bytes)} of weights, " if memory.weights_source else ""
+    if memory.loading_bytes > memory.usable_bytes:
+        got = (
+            f"{gib(memory.loading_bytes)} while weights are loaded, which are quantised once all "
+            "are on the device"
+        )
+        fix = fix or "more ranks, or a checkpoint that is quantised already"
+        allowed = f"{gib(memory.usable_bytes)} of a device of {gib(memory.device_bytes)}"
+        return Rejection("device memory", got, allowed, fix, changes)
     got = (
         f"{weights}{gib(memory.buffer_bytes)} of buffer and {gib(memory.workspace_bytes)} of "
         f"workspace at {plan.max_dispatch_tokens_per_rank} tokens per rank, "

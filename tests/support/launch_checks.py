@@ -129,6 +129,8 @@ def _memory(launch: Launch, answer: Answer, ask: Ask) -> list[str]:
         faults.append("memory: parts exceed the device")
     if memory["weights_source"]:
         faults += _weights(launch, memory, built)
+        if built["weights"] > memory["usable_bytes"]:  # as they are before they are quantised
+            faults.append(f"memory: {built['weights']} bytes of weights to load")
         if memory["kv_cache_bytes"] <= 0:
             faults.append(f"memory: {memory['kv_cache_bytes']} bytes of KV cache")
         faults += _not_smaller(launch, answer, ask)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from moe_plugin.integration.resolve.weight_facts import weights_of
 from moe_plugin.planning.device_memory import token_bytes
 from moe_plugin.planning.plan import Plan
 from moe_plugin.planning.weight_bytes import Topology, from_shape
 
-from .test_memory_fit import H100, V3_FP8, plan
-from .test_weights import FP8, V3, shape
+from .test_memory_fit import H100, QWEN_235B_FP8, V3_FP8, plan
+from .test_weights import FP8, QWEN_235B, V3, shape
 
 FEW_LAYERS = from_shape(replace(shape(V3, FP8), layers=4, dense_layers=1))
 SMALL_V3 = replace(V3_FP8, weights=FEW_LAYERS)
@@ -76,3 +78,21 @@ def test_rows_of_normal_mode_are_divided_over_the_ranks_of_a_group() -> None:
     )
     assert alone[0] - alone[1] == pytest.approx(16 * (shared[0] - shared[1]))
     assert alone[0] - alone[1] == 8 * (4 * 7168 + 6 * 2048)
+
+
+def test_weights_quantised_after_loading_must_fit_before() -> None:
+    """Qwen3-235B in bf16 is 120 GiB on a rank of four until it is FP8, half of it, with one layer
+    twice meanwhile: an H100 never gets that far, with us or without."""
+    text = SimpleNamespace(**QWEN_235B)
+    weights = weights_of("nowhere", text, {}, weight_format="fp8_tensor", dtype="bfloat16")
+    assert weights is not None
+    model = replace(QWEN_235B_FP8, weight_format="fp8_tensor", weights=weights)
+    found = plan(model, 4, required=False)
+    (error,) = found.errors
+    assert error.got.startswith("121.30 GiB")
+    assert "while weights are loaded" in error.got
+    assert not error.host_runs
+    assert error.changes == (("--tp-size", "8"), ("--attn-dp-size", "8"))
+    assert plan(model, 8).verdict == "ok"
+    serialised = replace(weights, before=None)
+    assert plan(replace(model, weights=serialised), 4).verdict == "ok"
