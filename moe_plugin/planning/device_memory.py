@@ -128,9 +128,9 @@ def hosts_rule(
 
 def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts, drafts: int) -> Runtime:
     """The host's estimate for the budgets of a plan, with so many rows of a decoding request."""
-    graph = plan.cuda_graph_max_bs_decode or launch.cuda_graph_max_bs_decode or 0
-    if launch.disaggregation_mode != "prefill":  # counted by the host though none is captured
-        graph = graph or stock_graph(launch, facts, plan.max_running_requests)
+    # Counted by the host though none is captured.
+    graph = plan.cuda_graph_max_bs_decode
+    graph = graph or _hosts_graph(launch, facts, plan.max_running_requests)
     chunk = plan.chunked_prefill_size or launch.chunked_prefill_size or stock_chunk(facts)
     prefill = 0
     if launch.prefill_graphs:
@@ -161,12 +161,18 @@ def stock_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
     return min(size, running or size)
 
 
+def _hosts_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
+    """The largest decode graph that the host's estimate goes by: as typed, 0 too, or its own."""
+    typed = launch.cuda_graph_max_bs_decode
+    return stock_graph(launch, facts, running) if typed is None else typed
+
+
 def stock_kept(launch: LaunchFacts, facts: MemoryFacts) -> int:
     """What the host alone would keep back for the flags that the user typed."""
     chunk = launch.chunked_prefill_size
     chunk = stock_chunk(facts) if chunk is None else chunk
     running = launch.max_running_requests or 0
-    graph = launch.cuda_graph_max_bs_decode or stock_graph(launch, facts, running)
+    graph = _hosts_graph(launch, facts, running)
     prefill = 0
     if launch.prefill_graphs:
         typed = launch.cuda_graph_max_bs_prefill

@@ -69,6 +69,17 @@ def test_estimates_refuse_nothing_that_the_stock_host_may_run(
     assert error.host_runs is runs
 
 
+def test_a_decode_graph_of_zero_is_none_in_the_hosts_estimate() -> None:
+    """Typed beside the switch that turns decode graphs off: the host counts no bytes for it."""
+    unset, zero = (
+        plan(SMALL_V3, 8, decode_graphs=False, cuda_graph_max_bs_decode=graph).memory
+        for graph in (None, 0)
+    )
+    assert unset is not None
+    assert zero is not None
+    assert zero.stock_fraction > unset.stock_fraction + 0.1
+
+
 def test_rows_of_normal_mode_are_divided_over_the_ranks_of_a_group() -> None:
     """A token's eight copies arrive all over: one rank of sixteen gets half a row of them."""
     found = plan(V3_FP8, 16)
