@@ -160,6 +160,8 @@ def bytes_per_weight(
 ) -> tuple[float, float, float] | None:
     """(experts, attention, dense and shared MLPs), scales included; None for unknown formats."""
     whole = float(dtype_bytes)
+    if weight_format.startswith("humming"):  # it repacks what the checkpoint holds
+        weight_format = _of_checkpoint(weight_format, quantization)
     if weight_format == "unquantized":
         return whole, whole, whole
     expert = _expert_bytes(weight_format, quantization)
@@ -172,6 +174,16 @@ def bytes_per_weight(
     if weight_format == "mxfp4" or (weight_format in _EXPERTS_ONLY and not listed):
         attention = whole
     return expert, attention, dense
+
+
+def _of_checkpoint(weight_format: str, quantization: dict[str, Any]) -> str:
+    """The format that a checkpoint's own description names."""
+    method = str(quantization.get("quant_method"))
+    if weight_format == "humming_fp4":
+        return "fp8_fp4" if method == "fp8" else "mxfp4"
+    if method == "modelopt" and "FP4" in str(quantization.get("quant_algo")):
+        return "modelopt_fp4"
+    return "fp8_block" if quantization.get("weight_block_size") else method
 
 
 def _expert_bytes(name: str, quantization: dict[str, Any]) -> float | None:

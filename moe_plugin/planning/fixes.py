@@ -67,9 +67,13 @@ def complete(
         more = replan(fixed_model, fixed_launch, limits)
         if not more:
             break
+        before = found
+        found = list(found)
         for error in more:
             _merge(found, error)
         found = _reconciled(found)
+        if found == before:
+            break
     return tuple(found)
 
 
@@ -116,9 +120,13 @@ def _reconciled(found: list[Rejection]) -> list[Rejection]:
 
 
 def _merge(found: list[Rejection], error: Rejection) -> None:
-    """Add ``error``, or hand its fix to the rejection that already changes the same flags."""
+    """Add ``error``, or hand its fix to the rejection that already changes the same flags, or that
+    knew none for the same limit."""
     names = [name for name, _ in error.changes]
     for index, known in enumerate(found):
+        if known.limit == error.limit and not known.changes:
+            found[index] = error if names else known
+            return
         if names and [name for name, _ in known.changes] == names:
             found[index] = replace(known, fix=error.fix, changes=error.changes)
             return

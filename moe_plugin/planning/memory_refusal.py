@@ -17,7 +17,7 @@ from .row_budgets import row_budgets
 
 Works = Callable[[LaunchFacts], bool]
 """Whether a changed launch is planned without an error."""
-MORE_RANKS = (2, 4, 8)
+MORE_RANKS = (2, 4, 8, 16, 32)
 SIZES = (512, 256, 128, 64)
 GRAPHS = (256, 128, 64, 32)
 
