@@ -157,10 +157,10 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
     typed = launch.memory.fraction
     for smallest, lean, like_stock in TRIES:
         fitting = (
-            replace(found, memory=memory)
-            for changed, found in _candidates(first, build, start, free, smallest)
-            if fits(memory := measured(found, model, changed, lean=lean), typed)
-            and not (like_stock and typed is None and memory.less_than_stock)
+            replace(plan, memory=held)
+            for changed, plan in _candidates(first, build, start, free, smallest)
+            if fits(held := measured(plan, model, changed, lean=lean), typed)
+            and not (like_stock and typed is None and held.less_than_stock)
         )
         found = next(fitting, None)
         if found is None:
