@@ -137,7 +137,7 @@ def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts, drafts: in
         largest = plan.cuda_graph_max_bs_prefill or launch.cuda_graph_max_bs_prefill
         prefill = prefill_sizes(largest or UNSET_PREFILL_GRAPH)
     rule = hosts_rule(launch, facts, chunk, plan.max_running_requests, graph, prefill, drafts)
-    if plan.bounds_prefill:
+    if plan.bounds_prefill or launch.disaggregation_mode == "decode":
         return rule
     # Mode auto: the buffer of the normal mode, which is touched while prefill graphs are captured.
     return rule._replace(graphs=rule.graphs + (BREAKABLE_GUESS if prefill else 0))

@@ -9,7 +9,7 @@ from .device_memory import rounded_fraction, stock_chunk
 from .facts import LaunchFacts, ModelFacts
 from .integers import ceil_div
 from .limits import HOST_TOKENS_PER_RANK, Limits
-from .memory import gib
+from .memory import DTYPE_BYTES, gib
 from .memory_fit import USEFUL_SHARE, Build, needed, settle
 from .memory_record import PROMPTS, Memory
 from .plan import Change, Plan, Rejection
@@ -38,9 +38,9 @@ def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: 
 
 
 def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
-    """Whether the stock host may run the launch: at its own T there is room for the buffer and one
-    workspace beside its weights and KV cache, and T carries the chunk that it runs. What else takes
-    memory is an estimate, and none to refuse a launch for that works without us."""
+    """Whether the stock host may run the launch: at its own T there is room for the buffer and the
+    rows that combine reads beside its weights and KV cache, and T carries the chunk that it runs.
+    What else takes memory is an estimate, and none to refuse a launch for that works without us."""
     memory, facts = plan.memory, launch.memory
     if memory is None or facts is None or launch.max_tokens is not None:
         return False  # a T of ours is what was asked for
@@ -52,7 +52,7 @@ def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
     rows = row_budgets(stock, plan.capability.modes, tokens)
     if any(b.name == "chunked_prefill_size" and b.overruns(tokens) for b in rows):
         return False
-    size, held = 0, plan.workspace_bytes * tokens // plan.max_dispatch_tokens_per_rank
+    size, held = 0, plan.num_experts * tokens * plan.hidden_size * DTYPE_BYTES.get(plan.dtype, 2)
     if limits.buffer_bytes is not None:
         size = limits.buffer_bytes(tokens, plan.hidden_size, plan.ep_size, plan.num_experts)
     held += limits.device_bytes(size) if limits.device_bytes else size

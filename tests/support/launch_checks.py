@@ -332,7 +332,8 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
     if size and modes:
         hidden = built["hidden"]
         buffer = size(tokens, hidden, ranks, experts)
-        held = taken(buffer) if taken else buffer
+        combined = 2 * experts * tokens * hidden
+        held = combined + (taken(buffer) if taken else buffer)
         if buffer >= 16 * (2**31 - 1) or held > usable * (1 - fraction):
             why.append("buffer")
         if backend == "deepep" and hidden not in HIDDEN_SIZES:

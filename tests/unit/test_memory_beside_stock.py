@@ -80,6 +80,17 @@ def test_a_decode_graph_of_zero_is_none_in_the_hosts_estimate() -> None:
     assert zero.stock_fraction > unset.stock_fraction + 0.1
 
 
+def test_a_decode_instance_keeps_nothing_for_normal_mode() -> None:
+    """Whatever the mode: no prefill runs there, and none of its graphs is captured."""
+    modes = [
+        plan(SMALL_V3, 8, disaggregation_mode="decode", deepep_mode=mode).memory
+        for mode in ("auto", "low_latency")
+    ]
+    kept = [(m.graphs_bytes, m.activations_bytes) for m in modes if m is not None]
+    assert len(kept) == 2
+    assert kept[0] == kept[1]
+
+
 def test_rows_of_normal_mode_are_divided_over_the_ranks_of_a_group() -> None:
     """A token's eight copies arrive all over: one rank of sixteen gets half a row of them."""
     found = plan(V3_FP8, 16)
