@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from ...backends.deepep import limits_of
 from ...capability import get_backend
-from ...planning.limits import Limits
+from ...planning.limits import HOST_TOKENS_PER_RANK, Limits
 from ...planning.plan import Change, Plan, Rejection, refusal
 
-HOST_TOKENS_PER_RANK = 128
-"""T of the host where a backend's capacity variable is not set; the same for all of ours."""
 _ours: dict[str, str] = {}
 """Variables that this process set by itself, so that a second resolution tells them apart."""
 

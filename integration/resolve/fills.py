@@ -17,7 +17,8 @@ def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
     if plan.bounds_prefill:
         if server_args.chunked_prefill_size is None:
             fills["chunked_prefill_size"] = plan.chunked_prefill_size
-        if plan.cuda_graph_max_bs_prefill and explicit_graph_max(server_args, "prefill") is None:
+        typed = explicit_graph_max(server_args, "prefill", plan.capability.backend)
+        if plan.cuda_graph_max_bs_prefill and typed is None:
             fills["cuda_graph_max_bs_prefill"] = plan.cuda_graph_max_bs_prefill
     if plan.bounds_decode and plan.max_running_requests:
         if server_args.max_running_requests != plan.max_running_requests:

@@ -9,6 +9,7 @@ from ...batched_backend import BatchedBackend
 from ...capability import backend_names, get_backend
 from ...envs import MIXED_CHUNKS, TRANSPORT
 from ...planning.compatibility import FLASHINFER_TILE
+from ...planning.expert_choice import BF16_ROWS
 from ...planning.facts import GRAPH_MULTIPLE, LaunchFacts
 from ...planning.integers import ceil_to
 from ...planning.limits import Limits
@@ -57,7 +58,7 @@ def _named_graphs(server_args: Any, phase: str) -> dict[str, Any]:
     return named if isinstance(named, dict) else {}
 
 
-def explicit_graph_max(server_args: Any, phase: str) -> int | None:
+def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int | None:
     """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
     prefills as the host rounds it (``apply_deepep_adjustments``)."""
     named = _named_graphs(server_args, phase)
@@ -68,6 +69,8 @@ def explicit_graph_max(server_args: Any, phase: str) -> int | None:
     largest = named.get("max_bs")
     if largest is None:
         largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
+    if phase == "prefill" and backend == "deepep" and largest == 0:
+        return None  # which that function takes for unset
     return None if largest is None else int(largest)
 
 
@@ -101,7 +104,7 @@ def _prefill_graphs(server_args: Any, cfg: Any, backend: str) -> bool:
 
 def dispatch_dtype(cfg: Any, backend: str) -> tuple[str, str]:
     """(dtype of dispatched rows that the user asked for, or ``auto``; flag or variable)."""
-    flag, variable = "--deepep-dispatcher-output-dtype", "SGLANG_DEEPEP_BF16_DISPATCH"
+    flag = "--deepep-dispatcher-output-dtype"
     own = backend_of(backend).bf16_variable
     if own is None:
         return "auto", flag  # which this backend does not read
@@ -109,8 +112,8 @@ def dispatch_dtype(cfg: Any, backend: str) -> tuple[str, str]:
         asked = {None: "auto", False: "fp8", True: "bf16"}[environment_bool(own)]
         return asked, own
     asked = getattr(cfg, "deepep_dispatcher_output_dtype", None) or "auto"
-    if asked == "auto" and environment_bool(variable):
-        return "bf16", variable
+    if asked == "auto" and environment_bool(BF16_ROWS):
+        return "bf16", BF16_ROWS
     return ("fp8" if asked == "int8" else str(asked)), flag  # as the host does off NPUs
 
 
@@ -216,7 +219,7 @@ def launch_facts(
         chunked_prefill_size=server_args.chunked_prefill_size,
         dp_group_chunk=cfg.chunked_prefill_size if late else None,
         max_running_requests=server_args.max_running_requests,
-        cuda_graph_max_bs_prefill=explicit_graph_max(server_args, "prefill"),
+        cuda_graph_max_bs_prefill=explicit_graph_max(server_args, "prefill", a2a.name),
         cuda_graph_max_bs_decode=explicit_graph_max(server_args, "decode"),
         moe_runner_backend=cfg.moe_runner_backend,
         runner_typed=cfg.moe_runner_backend == server_args.moe_runner_backend,
@@ -226,6 +229,7 @@ def launch_facts(
         deep_gemm_switched_off=environment_bool("SGLANG_ENABLE_JIT_DEEPGEMM") is False,
         dispatch_dtype=dtype,
         dispatch_dtype_source=dtype_source,
+        layers_by_runner=environment_bool(BF16_ROWS) is True,
         compute_capability=compute_capability(cfg),
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=adapts_experts(cfg),

@@ -123,7 +123,9 @@ def weight_format(server_args: Any, model: Any) -> str:
     """``unquantized`` or the name of the quantization, refined where runners tell kinds apart."""
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
-    name = resolved_view(server_args).quantization or getattr(model, "quantization", None)
+    name, checked = resolved_view(server_args).quantization, getattr(model, "quantization", None)
+    if name is None or name == server_args.quantization:
+        name = checked or name  # a checkpoint may overrule what is typed
     config = quantization_config(model)
     name = name or config.get("quant_method")
     if name == "humming" and not config and not os.environ.get(_ONLINE_HUMMING):

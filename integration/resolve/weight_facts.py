@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ...planning.memory import DTYPE_BYTES
@@ -26,6 +27,9 @@ _ONE_BYTE = frozenset(
         "w8a8_fp8", "w8a8_int8",
     }
 )  # fmt: skip
+_AFTER_LOADING = frozenset({"fp8_tensor", "mxfp8"})
+"""Formats that weights without one are quantised to once they are all on the device: the host makes
+them in the activation dtype (``Fp8LinearMethod``, ``Fp8MoEMethod``: ``create_weights``)."""
 _PACKED = frozenset(
     {"awq", "awq_marlin", "gptq", "gptq_marlin", "moe_wna16", "compressed-tensors", "auto-round"}
 )
@@ -55,6 +59,9 @@ def weights_of(path: str, text: Any, quantization: dict[str, Any], **launch: Any
             )
         return from_tensors(tensors, shape)
     weights = from_shape(shape)
+    if online and launch["weight_format"] in _AFTER_LOADING:
+        plain = shape_of(text, {}, **{**launch, "weight_format": "unquantized"})
+        return replace(weights, before=from_shape(plain) if plain else None)
     return (
         scaled(weights, found.total, "safetensors index") if found.total and not online else weights
     )
@@ -153,6 +160,8 @@ def bytes_per_weight(
 ) -> tuple[float, float, float] | None:
     """(experts, attention, dense and shared MLPs), scales included; None for unknown formats."""
     whole = float(dtype_bytes)
+    if weight_format.startswith("humming"):  # it repacks what the checkpoint holds
+        weight_format = _of_checkpoint(weight_format, quantization)
     if weight_format == "unquantized":
         return whole, whole, whole
     expert = _expert_bytes(weight_format, quantization)
@@ -165,6 +174,16 @@ def bytes_per_weight(
     if weight_format == "mxfp4" or (weight_format in _EXPERTS_ONLY and not listed):
         attention = whole
     return expert, attention, dense
+
+
+def _of_checkpoint(weight_format: str, quantization: dict[str, Any]) -> str:
+    """The format that a checkpoint's own description names."""
+    method = str(quantization.get("quant_method"))
+    if weight_format == "humming_fp4":
+        return "fp8_fp4" if method == "fp8" else "mxfp4"
+    if method == "modelopt" and "FP4" in str(quantization.get("quant_algo")):
+        return "modelopt_fp4"
+    return "fp8_block" if quantization.get("weight_block_size") else method
 
 
 def _expert_bytes(name: str, quantization: dict[str, Any]) -> float | None:

@@ -128,16 +128,16 @@ def hosts_rule(
 
 def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts, drafts: int) -> Runtime:
     """The host's estimate for the budgets of a plan, with so many rows of a decoding request."""
-    graph = plan.cuda_graph_max_bs_decode or launch.cuda_graph_max_bs_decode or 0
-    if launch.disaggregation_mode != "prefill":  # counted by the host though none is captured
-        graph = graph or stock_graph(launch, facts, plan.max_running_requests)
+    # Counted by the host though none is captured.
+    graph = plan.cuda_graph_max_bs_decode
+    graph = graph or _hosts_graph(launch, facts, plan.max_running_requests)
     chunk = plan.chunked_prefill_size or launch.chunked_prefill_size or stock_chunk(facts)
     prefill = 0
     if launch.prefill_graphs:
         largest = plan.cuda_graph_max_bs_prefill or launch.cuda_graph_max_bs_prefill
         prefill = prefill_sizes(largest or UNSET_PREFILL_GRAPH)
     rule = hosts_rule(launch, facts, chunk, plan.max_running_requests, graph, prefill, drafts)
-    if plan.bounds_prefill:
+    if plan.bounds_prefill or launch.disaggregation_mode == "decode":
         return rule
     # Mode auto: the buffer of the normal mode, which is touched while prefill graphs are captured.
     return rule._replace(graphs=rule.graphs + (BREAKABLE_GUESS if prefill else 0))
@@ -161,12 +161,18 @@ def stock_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
     return min(size, running or size)
 
 
+def _hosts_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
+    """The largest decode graph that the host's estimate goes by: as typed, 0 too, or its own."""
+    typed = launch.cuda_graph_max_bs_decode
+    return stock_graph(launch, facts, running) if typed is None else typed
+
+
 def stock_kept(launch: LaunchFacts, facts: MemoryFacts) -> int:
     """What the host alone would keep back for the flags that the user typed."""
     chunk = launch.chunked_prefill_size
     chunk = stock_chunk(facts) if chunk is None else chunk
     running = launch.max_running_requests or 0
-    graph = launch.cuda_graph_max_bs_decode or stock_graph(launch, facts, running)
+    graph = _hosts_graph(launch, facts, running)
     prefill = 0
     if launch.prefill_graphs:
         typed = launch.cuda_graph_max_bs_prefill
@@ -202,7 +208,8 @@ def least_runtime(
     chunk = 0 if launch.disaggregation_mode == "decode" else chunk or stock_chunk(facts) // groups
     rows = plan.cuda_graph_max_bs_decode * launch.draft_width
     running = ceil_div(plan.max_running_requests, groups)
-    token = token_bytes(plan, topology(launch, facts), weights)
+    normal = not plan.bounds_prefill and launch.disaggregation_mode != "decode"
+    token = token_bytes(plan, topology(launch, facts), weights, normal=normal)
     activations = 512 * MIB + int(max(chunk, rows) * token) + 4 * running * context
     activations += min(MANY_RANKS, launch.tp_size * launch.pp_size * 128 * MIB)
     graphs = 2 * MIB * plan.cuda_graph_max_bs_decode
@@ -217,9 +224,10 @@ def least_runtime(
     return Runtime(activations, graphs)
 
 
-def token_bytes(plan: Plan, divided: Topology, weights: Weights | None) -> float:
-    """Activations of one token at the least: the widest layer's, half as much again for what the
-    allocator cannot reuse; and in DeepEP's normal mode the rows that its experts receive."""
+def token_bytes(plan: Plan, divided: Topology, weights: Weights | None, *, normal: bool) -> float:
+    """Activations of one token of a DP group at the least: the widest layer's, half as much again
+    for what the allocator cannot reuse; and in DeepEP's normal mode the rows that its experts
+    receive, which the group's ranks have divided among them."""
     if weights is None:
         return TOKEN_BYTES
     shape = weights.shape
@@ -230,8 +238,9 @@ def token_bytes(plan: Plan, divided: Topology, weights: Weights | None) -> float
     dense = shape.dense_intermediate if shape.dense_layers else 0
     inner = max(shape.shared_intermediate, dense if divided.whole_dense else dense // divided.ranks)
     token = 1.5 * 2 * (8 * shape.hidden + attention + 3 * inner)
-    if not plan.bounds_prefill:
-        token += plan.top_k * (4 * shape.expert_hidden + 6 * shape.expert_intermediate)
+    if normal:
+        received = plan.top_k * (4 * shape.expert_hidden + 6 * shape.expert_intermediate)
+        token += received / divided.attn_tp
     return token
 
 

@@ -14,6 +14,7 @@ from .weight_formats import FORMATS, HostExperts
 
 Runner = Literal["moe_plugin", "host"]
 JIT_DEEP_GEMM = "SGLANG_ENABLE_JIT_DEEPGEMM"
+BF16_ROWS = "SGLANG_DEEPEP_BF16_DISPATCH"
 EXPERTS = "experts for the batched layout"
 _OTHERS = ("gelu", "relu")
 """Activations that are not SwiGLU by another name."""
@@ -67,6 +68,9 @@ def host_problem(model: ModelFacts, launch: LaunchFacts, *, normal: bool) -> str
         return f"the host's {became} computes no {weights} weights on low-latency rows"
     act, _, mark = model.hidden_act.partition(", ")
     capability = launch.compute_capability
+    wanted = launch.dispatch_dtype in ("auto", *host.rows)  # or the rows are refused as such
+    if launch.layers_by_runner and wanted and not host.runner:
+        return f"{BF16_ROWS} takes {weights} layers away from their kernel, whatever the backend"
     if host.runner and host.runner not in launch.host_runners:
         return f"this SGLang registers no functions of {host.runner} for low-latency rows"
     if mark in host.leaves_out:
@@ -207,6 +211,11 @@ def _ways_out(
         yield LOW_LATENCY, replace(launch, deepep_mode="low_latency")
     if launch.deep_gemm_switched_off:
         yield ((JIT_DEEP_GEMM, None),), replace(launch, deep_gemm_switched_off=False)
+    if launch.layers_by_runner:
+        plain = replace(launch, layers_by_runner=False)
+        if launch.dispatch_dtype_source == BF16_ROWS:
+            plain = replace(plain, dispatch_dtype="auto")
+        yield ((BF16_ROWS, None),), plain
     # Where `auto` is overridden by the host itself, it is no way out.
     names = ["auto"] if launch.runner_typed else []
     for name in [*names, *(name for name in known.host if name != "auto")]:

@@ -104,6 +104,8 @@ class LaunchFacts:
         deep_gemm_switched_off: ``SGLANG_ENABLE_JIT_DEEPGEMM=0``.
         dispatch_dtype: what the user wants rows dispatched in, ``auto`` or a dtype of the host's.
         dispatch_dtype_source: the flag or variable it came from.
+        layers_by_runner: ``SGLANG_DEEPEP_BF16_DISPATCH`` is on: with it the host's layers leave
+            their rows to a runner, whatever the backend.
         compute_capability: (major, minor) of the device; None on a CPU.
         single_batch_overlap: ``--enable-single-batch-overlap``.
         lora: LoRA adapters of routed experts are served.
@@ -173,6 +175,7 @@ class LaunchFacts:
     deep_gemm_switched_off: bool = False
     dispatch_dtype: str = "auto"
     dispatch_dtype_source: str = "--deepep-dispatcher-output-dtype"
+    layers_by_runner: bool = False
     compute_capability: tuple[int, int] | None = (9, 0)
     single_batch_overlap: bool = False
     lora: bool = False

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .compatibility import FLASHINFER_TILE, LEAVE, LEAVE_TEXT
+from .expert_choice import BF16_ROWS
 from .facts import LaunchFacts, ModelFacts
 from .limits import Limits
 from .plan import Change, Rejection
@@ -35,7 +36,7 @@ _TEXTS = {
     "--load-format": "load_format",
     "--moe-runner-backend": "moe_runner_backend",
     "--deepep-dispatcher-output-dtype": "dispatch_dtype",
-    "SGLANG_DEEPEP_BF16_DISPATCH": "dispatch_dtype",
+    BF16_ROWS: "dispatch_dtype",
     "SGLANG_NIXL_EP_BF16_DISPATCH": "dispatch_dtype",
 }
 _SWITCHES = {
@@ -67,9 +68,13 @@ def complete(
         more = replan(fixed_model, fixed_launch, limits)
         if not more:
             break
+        before = found
+        found = list(found)
         for error in more:
             _merge(found, error)
         found = _reconciled(found)
+        if found == before:
+            break
     return tuple(found)
 
 
@@ -116,9 +121,13 @@ def _reconciled(found: list[Rejection]) -> list[Rejection]:
 
 
 def _merge(found: list[Rejection], error: Rejection) -> None:
-    """Add ``error``, or hand its fix to the rejection that already changes the same flags."""
+    """Add ``error``, or hand its fix to the rejection that already changes the same flags, or that
+    knew none for the same limit."""
     names = [name for name, _ in error.changes]
     for index, known in enumerate(found):
+        if known.limit == error.limit and not known.changes:
+            found[index] = error if names else known
+            return
         if names and [name for name, _ in known.changes] == names:
             found[index] = replace(known, fix=error.fix, changes=error.changes)
             return
@@ -141,6 +150,8 @@ def applied(
             values[_TEXTS[name]] = value or "auto"
             if name == "--moe-runner-backend":
                 values["runner_typed"] = True
+            elif name == BF16_ROWS:
+                values["layers_by_runner"] = value is not None
         elif name in _SWITCHES:
             values[_SWITCHES[name]] = value is not None
         elif name in _GRAPHS_OFF:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import gcd, lcm
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP = 256
+HOST_TOKENS_PER_RANK = 128
+"""T of the host where a backend's capacity variable is not set; the same for all of ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

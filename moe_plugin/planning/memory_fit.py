@@ -15,13 +15,14 @@ from .device_memory import (
     planned_rule,
     pools,
     rounded_fraction,
+    stock_graph,
     stock_kept,
     stock_topology,
     topology,
     with_guess,
 )
 from .facts import LaunchFacts, ModelFacts
-from .limits import DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP
+from .limits import DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP, HOST_TOKENS_PER_RANK
 from .memory import gib
 from .memory_record import Memory, MemoryFacts
 from .plan import Plan
@@ -30,7 +31,7 @@ LEAST_FRACTION = 0.05
 """Below this there is no room for weights and KV cache, whatever they are."""
 USEFUL_SHARE = 32
 """A KV cache of less than one 32nd of the device serves hardly more than one long request."""
-GRAPH_CAPS = (128, 64, 32)
+GRAPH_CAPS = (512, 256, 128, 64, 32)
 """Largest decode graphs that are tried, in this order, where what T allows is too much."""
 SMALLER = (128, 64)
 LARGER = (1024, 512)
@@ -62,9 +63,10 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
     by_rule = above_floor(sum(rule), facts) + ours
     stock = 1 - stock_kept(launch, facts) / facts.device_bytes
     leanest = rounded_fraction(sum(least) + ours, facts)
-    weights = token = stock_weights = 0
+    weights = token = stock_weights = loading = 0
     if model.weights is not None:
         weights = model.weights.per_rank(topology(launch, facts)) + facts.other_draft_bytes
+        loading = model.weights.loading_per_rank(topology(launch, facts))
         stock_weights = model.weights.per_rank(stock_topology(launch, facts))
         stock_weights += facts.other_draft_bytes
         token = kv_token_bytes(model, launch, facts)
@@ -96,6 +98,7 @@ def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool =
         stock_fraction=round(stock, 3),
         stock_kv_bytes=stock_kv,
         host_fraction=round(1 - host / facts.device_bytes, 3),
+        loading_bytes=loading,
         kv_token_cap=facts.kv_token_cap,
     )
     return memory.with_room(left)
@@ -133,7 +136,7 @@ def reserve(memory: Memory) -> int:
 
 def fits(memory: Memory, typed: float | None) -> bool:
     """Whether the launch starts, with a useful KV cache; a typed fraction may leave any."""
-    if memory.mem_fraction_static < LEAST_FRACTION:
+    if memory.mem_fraction_static < LEAST_FRACTION or memory.loading_bytes > memory.usable_bytes:
         return False
     if typed is not None:
         return memory.kv_cache_bytes > 0 and needed(memory) <= reserve(memory)
@@ -153,18 +156,27 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
     free = not decided and _tokens_source(first) != "user"
     typed = launch.memory.fraction
     for smallest, lean, like_stock in TRIES:
-        for changed, found in _candidates(first, build, start, free, smallest):
-            memory = measured(found, model, changed, lean=lean)
-            less = typed is None and memory.less_than_stock
-            if fits(memory, typed) and not (like_stock and less):
-                found = replace(found, memory=memory)
-                if found.max_dispatch_tokens_per_rank < first.max_dispatch_tokens_per_rank:
-                    found = _because(found, _shrunk(first, memory))
-                elif free and start.default_tokens is None and not lean and memory.weights_source:
-                    found = _grown(found, build, model, launch)
-                elif start.default_tokens is not None and not decided:
-                    found = _because(found, DECODES_ONLY)
-                return found, True
+        fitting = (
+            replace(plan, memory=held)
+            for changed, plan in _candidates(first, build, start, free, smallest)
+            if fits(held := measured(plan, model, changed, lean=lean), typed)
+            and not (like_stock and typed is None and held.less_than_stock)
+        )
+        found = next(fitting, None)
+        if found is None:
+            continue
+        memory = found.memory
+        assert memory is not None
+        if typed is None and memory.less_than_stock:
+            found = min((found, *fitting), key=_beyond_stock(launch))
+            memory = found.memory or memory
+        if found.max_dispatch_tokens_per_rank < first.max_dispatch_tokens_per_rank:
+            found = _because(found, _shrunk(first, memory))
+        elif free and start.default_tokens is None and not lean and memory.weights_source:
+            found = _grown(found, build, model, launch)
+        elif start.default_tokens is not None and not decided:
+            found = _because(found, DECODES_ONLY)
+        return found, True
     return replace(first, memory=measured(first, model, start, lean=True)), False
 
 
@@ -213,6 +225,18 @@ def _candidates(
                 yield capped, build(capped)
 
 
+def _beyond_stock(launch: LaunchFacts) -> Callable[[Plan], int]:
+    """How many of the values that take memory a plan fills beyond what the stock host takes: where
+    the KV cache ends smaller than under it, none of them should be to blame."""
+    graph = stock_graph(launch, _facts(launch), launch.max_running_requests or 0)
+
+    def beyond(plan: Plan) -> int:
+        tokens = plan.max_dispatch_tokens_per_rank > HOST_TOKENS_PER_RANK
+        return tokens + (plan.cuda_graph_max_bs_decode > graph)
+
+    return beyond
+
+
 def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> Plan:
     """The largest T whose extra bytes take at most a tenth of the KV cache."""
     before, tokens = plan.memory, plan.max_dispatch_tokens_per_rank
@@ -222,6 +246,8 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
         return plan  # a larger T would buy no shorter prefill
     if plan.rdma_buffer_bytes == 0 or tokens < DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP:
         return plan  # its bytes are not known, or the backend asks for less by itself
+    if before.less_than_stock:
+        return plan
     typed = launch.memory.fraction if launch.memory is not None else None
     for size in LARGER:
         graph = plan.cuda_graph_max_bs_decode or None
@@ -233,8 +259,8 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
         extra = memory.buffer_bytes + memory.workspace_bytes
         extra -= before.buffer_bytes + before.workspace_bytes
         extra = max(extra, before.kv_room_bytes - memory.kv_room_bytes)
-        worse = memory.less_than_stock and not before.less_than_stock
-        if fits(memory, typed) and not worse and extra * GROWTH_SHARE <= before.kv_room_bytes:
+        cheap = extra * GROWTH_SHARE <= before.kv_room_bytes
+        if cheap and fits(memory, typed) and not memory.less_than_stock:
             reason = (
                 f"takes {gib(extra)} more than {tokens}: at most a tenth of the "
                 f"{gib(before.kv_room_bytes)} of KV cache that {tokens} leaves"

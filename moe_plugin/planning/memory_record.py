@@ -58,6 +58,8 @@ class Memory:
         usable_bytes: of it, free before weights are loaded.
         weights_bytes: loaded weights, with what is made of them; 0 where not known.
         weights_source: where they were read; empty where not known.
+        loading_bytes: the most that is held while they are loaded, where they are quantised after
+            that; 0 where they are loaded as they stay.
         buffer_bytes: the communication buffer on the device.
         workspace_bytes: the experts' working memory, in every allocator pool that runs them.
         graphs_bytes: what the host keeps for captured graphs.
@@ -87,6 +89,7 @@ class Memory:
     stock_fraction: float
     stock_kv_bytes: int
     host_fraction: float
+    loading_bytes: int = 0
     kv_token_cap: int | None = None
     kv_room_bytes: int = 0
     kv_cache_bytes: int = 0

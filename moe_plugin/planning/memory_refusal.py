@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from .device_memory import rounded_fraction
+from .device_memory import rounded_fraction, stock_chunk
 from .facts import LaunchFacts, ModelFacts
 from .integers import ceil_div
-from .limits import Limits
-from .memory import gib
+from .limits import HOST_TOKENS_PER_RANK, Limits
+from .memory import DTYPE_BYTES, gib
 from .memory_fit import USEFUL_SHARE, Build, needed, settle
 from .memory_record import PROMPTS, Memory
 from .plan import Change, Plan, Rejection
+from .row_budgets import row_budgets
 
 Works = Callable[[LaunchFacts], bool]
 """Whether a changed launch is planned without an error."""
-MORE_RANKS = (2, 4, 8)
+MORE_RANKS = (2, 4, 8, 16, 32)
 SIZES = (512, 256, 128, 64)
 GRAPHS = (256, 128, 64, 32)
 
@@ -30,8 +31,33 @@ def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: 
             found, fitting = settle(build, model, changed)
             return fitting and len(found.errors) <= len(plan.errors)
 
-        plan = replace(plan, errors=(*plan.errors, memory_rejection(plan, launch, limits, works)))
+        error = memory_rejection(plan, launch, limits, works)
+        error = replace(error, host_runs=stock_has_room(plan, launch, limits))
+        plan = replace(plan, errors=(*plan.errors, error))
     return replace(plan, prompt_steps=_prompt_steps(plan, launch))
+
+
+def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
+    """Whether the stock host may run the launch: at its own T there is room for the buffer and the
+    rows that combine reads beside its weights and KV cache, and T carries the chunk that it runs.
+    What else takes memory is an estimate, and none to refuse a launch for that works without us."""
+    memory, facts = plan.memory, launch.memory
+    if memory is None or facts is None or launch.max_tokens is not None:
+        return False  # a T of ours is what was asked for
+    if memory.loading_bytes > memory.usable_bytes:
+        return False
+    tokens = launch.host_tokens_per_rank or HOST_TOKENS_PER_RANK
+    chunk = launch.chunked_prefill_size
+    stock = replace(launch, chunked_prefill_size=stock_chunk(facts) if chunk is None else chunk)
+    rows = row_budgets(stock, plan.capability.modes, tokens)
+    if any(b.name == "chunked_prefill_size" and b.overruns(tokens) for b in rows):
+        return False
+    size, held = 0, plan.num_experts * tokens * plan.hidden_size * DTYPE_BYTES.get(plan.dtype, 2)
+    if limits.buffer_bytes is not None:
+        size = limits.buffer_bytes(tokens, plan.hidden_size, plan.ep_size, plan.num_experts)
+    held += limits.device_bytes(size) if limits.device_bytes else size
+    fraction = memory.stock_fraction if facts.fraction is None else facts.fraction
+    return memory.stock_kv_bytes > 0 and held <= memory.usable_bytes * (1 - fraction)
 
 
 def _prompt_steps(plan: Plan, launch: LaunchFacts) -> tuple[tuple[int, int], ...]:
@@ -49,6 +75,14 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
     changes = knobs[0] if knobs else ()
     fix = ", or ".join(_typed(knob) for knob in knobs)
     weights = f"{gib(memory.weights_bytes)} of weights, " if memory.weights_source else ""
+    if memory.loading_bytes > memory.usable_bytes:
+        got = (
+            f"{gib(memory.loading_bytes)} while weights are loaded, which are quantised once all "
+            "are on the device"
+        )
+        fix = fix or "more ranks, or a checkpoint that is quantised already"
+        allowed = f"{gib(memory.usable_bytes)} of a device of {gib(memory.device_bytes)}"
+        return Rejection("device memory", got, allowed, fix, changes)
     got = (
         f"{weights}{gib(memory.buffer_bytes)} of buffer and {gib(memory.workspace_bytes)} of "
         f"workspace at {plan.max_dispatch_tokens_per_rank} tokens per rank, "

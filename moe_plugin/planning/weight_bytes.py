@@ -60,6 +60,8 @@ class Weights:
         draft: the same of the draft's layers.
         unloaded: bytes in the checkpoint that no rank keeps: the draft's own copies of embedding
             and head.
+        before: the same weights as they are loaded, where the host quantises them once all of them
+            are on the device; None where they are loaded as they stay.
     """
 
     source: str
@@ -67,6 +69,7 @@ class Weights:
     target: Mapping[str, int]
     draft: Mapping[str, int] = field(default_factory=dict)
     unloaded: int = 0
+    before: Weights | None = None
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -90,6 +93,16 @@ class Weights:
         head = self.target["head"] // (by_attention if topology.whole_head else ranks)
         # Of several stages too: most models build their head on every one of them.
         return int(body + made) + embedding + head
+
+    def loading_per_rank(self, topology: Topology) -> int:
+        """Most bytes that the rank holds while it loads: all weights as they come, and one layer
+        twice, which is being quantised (``DefaultModelLoader.postprocess_weights``). A draft is
+        loaded after the target, and not counted."""
+        target = replace(topology, draft=False)
+        if self.before is None:
+            return 0
+        layers = max(1, ceil_div(self.shape.layers, topology.stages))
+        return self.before.per_rank(target) + self.per_rank(target) // layers
 
     def kv_token_bytes(self, topology: Topology, element: float, row: int = 0) -> int:
         """KV cache of one token on one rank, ``element`` bytes per value; 0 where not known.

@@ -93,6 +93,7 @@ MORE = {
     "kimi-int4-ordered": variant(MODELS["kimi-k2"], quantization_config=int4(actorder="group")),
     "kimi-int4-zeros": variant(MODELS["kimi-k2"], quantization_config=int4(symmetric=False)),
     "qwen3-int8": quantized("w8a8_int8"),
+    "qwen3-modelopt-fp8": quantized("modelopt", quant_algo="FP8", ignore=["lm_head"]),
     "qwen3-awq": quantized("awq", bits=4, group_size=128, zero_point=True),
     "qwen3-awq-704": variant(
         quantized("awq", bits=4, group_size=128, zero_point=True), moe_intermediate_size=704
@@ -197,6 +198,22 @@ ROWS = (
     Row("int4 with zero points", "kimi-int4-zeros", LL, "refused", says="compressed-tensors"),
     Row("awq", "qwen3-awq", LL, "planned", runner="moe_plugin"),
     Row("awq, sizes that no groups fill", "qwen3-awq-704", LL, "refused", says="awq_marlin"),
+    # The variable moves layers of every backend, and of whatever dtype of rows.
+    Row("W4AFP8 over nixl, variable", "r1-w4afp8", (*TP8, "--moe-a2a-backend", "nixl"), "refused",
+        env=BF16_ROWS, says="SGLANG_DEEPEP_BF16_DISPATCH takes"),
+    Row("W4AFP8, FP8 rows, variable", "r1-w4afp8",
+        (*LL, "--deepep-dispatcher-output-dtype", "fp8"), "refused", env=BF16_ROWS,
+        says="unset SGLANG_DEEPEP_BF16_DISPATCH"),
+    # What the checkpoint says of itself wins over what is typed.
+    Row("W4AFP8 on ModelOpt's FP8", "qwen3-modelopt-fp8", (*LL, "--quantization", "w4afp8"),
+        "refused", says="modelopt_fp8 weights"),
+    # Over DeepEP the host takes 0 for unset.
+    Row("prefill graphs of 0", "qwen3", (*LL, "--cuda-graph-max-bs-prefill", "0"), "planned",
+        runner="moe_plugin"),
+    # Only estimates speak against it: the host has room for the buffer at its own T.
+    Row("a typed fraction, tight", "kimi-k2",
+        ("--tp-size", "16", "--moe-a2a-backend", "deepep", "--mem-fraction-static", "0.87"),
+        "alone", says="device memory", target="h100"),
     # One refusal, not one per start.
     Row("on, another backend, no experts", "qwen3-int8", (*TP8, *ON, "--moe-a2a-backend", "nixl"),
         "refused", says="w8a8_int8"),

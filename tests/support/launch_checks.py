@@ -21,6 +21,12 @@ Ask = Callable[..., Answer]
 HOST_TOKENS = 128
 HIDDEN_SIZES = (2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
 OURS = ("SGLANG_", "NVSHMEM_", "MOE_PLUGIN_")
+ROWS_OF_FLAGS = (
+    ("decode", "--max-running-requests"),
+    ("decode_graph", "--cuda-graph-max-bs-decode"),
+    ("prefill_buffer", "--chunked-prefill-size"),
+    ("prefill_graph", "--cuda-graph-max-bs-prefill"),
+)
 STOCK_FAILS = ("a chunk of zero or less", "capture_bs=", "single batch overlap")
 """What the host's own code ends in when it is asked about a launch that it accepted."""
 
@@ -123,6 +129,8 @@ def _memory(launch: Launch, answer: Answer, ask: Ask) -> list[str]:
         faults.append("memory: parts exceed the device")
     if memory["weights_source"]:
         faults += _weights(launch, memory, built)
+        if built["weights"] > memory["usable_bytes"]:  # as they are before they are quantised
+            faults.append(f"memory: {built['weights']} bytes of weights to load")
         if memory["kv_cache_bytes"] <= 0:
             faults.append(f"memory: {memory['kv_cache_bytes']} bytes of KV cache")
         faults += _not_smaller(launch, answer, ask)
@@ -190,13 +198,29 @@ def _keeps_as_much(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 def _needed_of_slack(launch: Launch, answer: Answer) -> int:
     """What runs beside weights and KV cache at the least, at the T that the user's values need."""
     plan = answer["plan"]
-    memory = plan["memory"]
-    tokens = next(b for b in plan["budgets"] if b["name"] == "max_dispatch_tokens_per_rank")
-    typed = tokens["source"] in ("user", "derived") and "KV" not in tokens["arithmetic"]
-    least = 1.0 if typed else min(1.0, 128 / plan["max_dispatch_tokens_per_rank"])
-    fixed = 2**32 if plan["transport"] == "deepep" else 0
-    parts = memory["buffer_bytes"] - fixed + memory["workspace_bytes"]
-    return int(parts * least) + fixed + memory["activations_bytes"] + memory["graphs_bytes"]
+    memory, tokens = plan["memory"], _least_tokens(launch, answer)
+    limits = BUILT_IN[plan["capability"]["backend"]].limits
+    buffer = memory["buffer_bytes"]
+    if limits.buffer_bytes and plan["transport"] == "deepep":
+        buffer = limits.buffer_bytes(
+            tokens, plan["hidden_size"], plan["ep_size"], plan["num_experts"]
+        )
+        buffer = limits.device_bytes(buffer) if limits.device_bytes else buffer
+    workspace = memory["workspace_bytes"] * tokens // plan["max_dispatch_tokens_per_rank"]
+    return int(buffer + workspace + memory["activations_bytes"] + memory["graphs_bytes"])
+
+
+def _least_tokens(launch: Launch, answer: Answer) -> int:
+    """T that the user named, or the host's where the rows of what the user typed need no more."""
+    plan, flags = answer["plan"], launch["flags"]
+    planned, multiple = plan["max_dispatch_tokens_per_rank"], plan["token_multiple"]
+    named = "--batched-dp-moe-max-tokens" in flags
+    if named or capacity_variable(plan["capability"]["backend"]) in launch["env"]:
+        return int(planned)
+    rows = bounded_rows(launch, answer, plan["capability"]["modes"])
+    typed = [rows.get(name, 0) for name, flag in ROWS_OF_FLAGS if flag in flags]
+    needed = max([HOST_TOKENS, *typed])
+    return min(int(planned), -(-needed // multiple) * multiple)
 
 
 def _untouched(launch: Launch, answer: Answer, ask: Ask) -> list[str]:
@@ -263,6 +287,10 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
         for rows, taken in layer["takes"].items():
             if taken.startswith("fails"):
                 why.append(f"experts: {rows} {taken}")
+        # ``FusedMoEWithLoRA`` wants what no method but Triton's has of the layer, and no function
+        # takes Triton rows of a dispatch.
+        if adapts_experts(launch) and layer["runner"] in (None, "deep_gemm", "triton"):
+            why.append("LoRA on the experts")
         # DeepGEMM takes FP8 rows with their scales for all but bf16 weights; the methods of other
         # runners say themselves in which rows they are dispatched.
         bf16 = layer["method"] == "UnquantizedFusedMoEMethod"
@@ -304,7 +332,8 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
     if size and modes:
         hidden = built["hidden"]
         buffer = size(tokens, hidden, ranks, experts)
-        held = taken(buffer) if taken else buffer
+        combined = 2 * experts * tokens * hidden
+        held = combined + (taken(buffer) if taken else buffer)
         if buffer >= 16 * (2**31 - 1) or held > usable * (1 - fraction):
             why.append("buffer")
         if backend == "deepep" and hidden not in HIDDEN_SIZES:
@@ -312,6 +341,12 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
     if built["weights"] > usable * fraction - 2**28:
         why.append("weights")
     return why
+
+
+def adapts_experts(launch: Launch) -> bool:
+    """Whether adapters of both projections of the experts are served."""
+    modules = launch["flags"].get("--lora-target-modules", "")
+    return modules == "all" or {"gate_up_proj", "down_proj"} <= set(modules.split())
 
 
 def typed_rows(launch: Launch) -> bool:

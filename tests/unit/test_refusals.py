@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from moe_plugin.planning.facts import ModelFacts
+from moe_plugin.planning.facts import LaunchFacts, ModelFacts
+from moe_plugin.planning.fixes import complete
+from moe_plugin.planning.limits import Limits
+from moe_plugin.planning.plan import Rejection
 
 from .test_budgets import QWEN, T_FLAG, T_VARIABLE, V3, one_error, plan
 
@@ -221,3 +224,13 @@ def test_load_formats_are_refused_where_weights_are_repacked(name: str) -> None:
     assert not plan(V3, load_format=name).errors
     fp4 = replace(V3, weight_format="fp8_fp4")
     assert not plan(fp4, load_format=name, moe_runner_backend="humming").errors
+
+
+def test_a_limit_without_a_fix_is_named_once() -> None:
+    """However often planning comes back to it; and it takes the fix that another one opens."""
+    rows = Rejection("rows", "16", "8", "--page-size 8", (("--page-size", "8"),))
+    memory = Rejection("device memory", "a lot", "less", "more ranks")
+    opened = replace(memory, fix="--tp-size 16", changes=(("--tp-size", "16"),))
+    for again, found in ((memory, (rows, memory)), (opened, (rows, opened))):
+        asked = complete((rows, memory), V3, LaunchFacts(), Limits(), lambda *_, a=again: (a,))
+        assert asked == found

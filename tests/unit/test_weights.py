@@ -138,6 +138,9 @@ def test_kv_cache_of_a_token() -> None:
             0.5625,
             2.0,
         ),
+        ("humming", FP8, 1.0, 1.0),  # what the checkpoint holds, repacked
+        ("humming", {"quant_method": "gptq", "bits": 4, "group_size": 128}, 0.515625, 0.515625),
+        ("humming_fp4", FP8, 0.53125, 1.0),
     ],
 )
 def test_each_part_has_its_own_width(
@@ -152,7 +155,11 @@ def test_each_part_has_its_own_width(
 
 def test_what_is_not_understood_is_not_known() -> None:
     """A format or layers of another kind: no weights rather than wrong ones."""
-    for config, name in ((V3, "tomorrow"), ({**V3, "compress_ratios": [4]}, "fp8_block")):
+    for config, name in (
+        (V3, "tomorrow"),
+        ({**V3, "compress_ratios": [4]}, "fp8_block"),
+        (V3, "humming"),
+    ):
         assert shape_of(SimpleNamespace(**config), {}, weight_format=name, dtype="bfloat16") is None
     without = {name: value for name, value in V3.items() if name != "vocab_size"}
     assert shape_of(SimpleNamespace(**without), {}, weight_format="fp8_block", dtype="f") is None
