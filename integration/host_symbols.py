@@ -96,7 +96,7 @@ MLA = HostSymbol(
 )
 GRAPH_PHASE = HostSymbol(
     "model_executor.cuda_graph_config.with_phase",
-    ("cfg", "phase"),
+    ("config", "phase"),
     "lower captured batches that the host filled after us",
     "the host bounds its batches by the buffer",
 )

@@ -62,7 +62,7 @@ def _install(*, runtime: bool) -> list[str]:
     for hook in found:
         problem = host_checks.check_symbol(hook.symbol) if hook.symbol.without else None
         if problem:
-            logger.warning("%s: %s", hook.symbol.without, problem)
+            logger.warning("moe_plugin does less here: %s: %s", hook.symbol.without, problem)
         else:
             _register(hook)
     return []
