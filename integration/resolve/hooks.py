@@ -22,7 +22,7 @@ from ...planning.start_log import binding, bytes_of_a_rank, why_tokens
 from ..attached_plan import attach_plan, note_decided, plan_of, take_decided
 from ..flags import requested
 from ..host_checks import newer_than_tested
-from .capacity import export_variables, withdraw_variables
+from .exported_variables import export_variables, withdraw_variables
 from .fills import fills_of
 from .foresight import foresee
 from .installation import foreign_device, runtime_problems, schedulers_are_ray_actors

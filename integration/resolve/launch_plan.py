@@ -12,7 +12,7 @@ from ...capability import backend_names, get_backend, use_batched_dp_moe
 from ...planning.facts import LaunchFacts, ModelFacts
 from ...planning.plan import Plan
 from ...planning.planner import make_plan
-from .capacity import user_tokens_per_rank
+from .exported_variables import user_tokens_per_rank
 from .installation import check_host
 from .launch_facts import launch_facts, transport_of
 from .memory_facts import memory_facts

@@ -17,7 +17,7 @@ from ...planning.plan import Change, Rejection, refusal
 from ..flags import carry_request
 from ..host_checks import check_symbol
 from ..host_symbols import RECORD_FIELDS
-from .capacity import changed_environment
+from .exported_variables import changed_environment
 
 ROUNDS = 6
 _rehearsing = False

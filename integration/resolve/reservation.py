@@ -2,7 +2,7 @@
 
 *Flat*: the host sizes the KV cache before it captures graphs, and keeps back a guess for
 everything after: 2 GiB for DeepEP with decode graphs, 1 GiB more with breakable prefill graphs,
-whatever the capacity. The buffer is created once the KV cache is there, as on the stock host, so
+whatever T is. The buffer is created once the KV cache is there, as on the stock host, so
 that it is part of what is kept back. *After capture*: the host measures what is free then, and
 keeps back a small slack; buffer and captured graphs are in what it measures.
 """

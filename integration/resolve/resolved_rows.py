@@ -8,9 +8,9 @@ from typing import Any
 
 from ...batched_backend import Mode
 from ...planning.budget_checks import ROWS, nothing_to_capture, overruns
-from ...planning.compatibility import LEAVE, LEAVE_TEXT
 from ...planning.facts import LaunchFacts
 from ...planning.integers import ceil_to
+from ...planning.leaving import LEAVE, LEAVE_TEXT
 from ...planning.plan import Plan, Rejection
 from ...planning.row_budgets import RowBudget, requests_per_dp_group, row_budgets
 from .launch_facts import launch_facts

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...batched_backend import Capability
 from ...capability import get_backend
-from ...planning.memory_fit import recounted
+from ...planning.memory_use import recounted
 from ...planning.plan import Change, Plan, Rejection, refusal
 from ..flags import requested
 from .launch_facts import attn_dp_size, explicit_graph_max, launch_facts

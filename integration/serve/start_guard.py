@@ -11,7 +11,7 @@ from ...capability import get_backend
 from ...errors import HostMismatchError, UnsupportedError, explain
 from .. import flags, host_symbols
 from ..attached_plan import plan_of, was_resolved
-from ..resolve.capacity import HOST_TOKENS_PER_RANK
+from ..resolve.exported_variables import HOST_TOKENS_PER_RANK
 from ..resolve.host_environment import environment_int
 from ..resolve.launch_plan import capability_for, plan_for
 from ..resolve.resolved_rows import check_final
@@ -60,9 +60,9 @@ def _fits_by_hand(server_args: Any, cfg: Any) -> bool:
     it always did, on the host's experts."""
     plan = plan_for(server_args, cfg, cfg.moe_a2a_backend, cfg.deepep_mode, late=True)
     limits = limits_of(get_backend(plan.capability.backend), plan.transport)
-    if limits.capacity_variable is None or plan.transport == "torch":
+    if limits.tokens_variable is None or plan.transport == "torch":
         return False
-    tokens = environment_int(limits.capacity_variable) or HOST_TOKENS_PER_RANK
+    tokens = environment_int(limits.tokens_variable) or HOST_TOKENS_PER_RANK
     unplanned = replace(plan, max_dispatch_tokens_per_rank=tokens)
     return not check_final(unplanned, server_args, cfg)
 

@@ -64,7 +64,7 @@ def device_bytes(rdma_bytes: int) -> int:
 DEEPEP_LIMITS = Limits(
     name="DeepEP low latency",
     max_tokens=1024,
-    capacity_variable=CAPACITY_VARIABLE,
+    tokens_variable=CAPACITY_VARIABLE,
     hidden_sizes=HIDDEN_SIZES,
     max_top_k=16,
     min_experts=2,
@@ -100,7 +100,7 @@ DEEPEP_LIMITS = Limits(
 TORCH_LIMITS = Limits(
     name="the torch transport",
     max_tokens=1024,
-    capacity_variable=CAPACITY_VARIABLE,
+    tokens_variable=CAPACITY_VARIABLE,
     dtypes=frozenset({"bfloat16", "float32"}),
     sources=(
         ("max_tokens", "assert in the host's DeepEP dispatcher, deepep.py:409"),

@@ -21,7 +21,7 @@ DEEPEP_V2 = BatchedBackend(
     explicit_flag="--moe-a2a-backend deepep_v2",
     limits=Limits(
         name="DeepEP v2",
-        capacity_variable="SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK",
+        tokens_variable="SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK",
         dtypes=frozenset({"bfloat16"}),
         sources=(
             ("max_tokens", "none; the host compares chunk, graphs and every dispatch with T"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ..batched_backend import Mode
-from .compatibility import FLASHINFER_TILE, LEAVE, LEAVE_TEXT
+from .compatibility import FLASHINFER_TILE
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .integers import ceil_div, ceil_to, floor_to
+from .leaving import LEAVE, LEAVE_TEXT
 from .plan import Rejection
 from .row_budgets import (
     RowBudget,

@@ -17,24 +17,14 @@ from .expert_choice import (
     Runner,
     choose_experts,
     decodes_on_own,
-    dispatches_fp8,
     dotted,
 )
 from .facts import LaunchFacts, ModelFacts
 from .host_models import PLAIN_EXPERTS, REFUSED_BY_HOST, UNPROVEN, WRONG_SUMS
-from .leaving import LEAVE, LEAVE_TEXT, LOW_LATENCY, leave
+from .leaving import LEAVE_TEXT, LOW_LATENCY, leave
 from .load_formats import check_load_format
 from .plan import Rejection
 from .weight_formats import FORMATS
-
-__all__ = [
-    "FLASHINFER_TILE",
-    "LEAVE",
-    "LEAVE_TEXT",
-    "choose_runner",
-    "dispatches_fp8",
-    "splits_experts",
-]
 
 FLASHINFER_TILE = "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE"
 
@@ -108,14 +98,14 @@ def _torch_transport(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
 
 def _overlap(launch: LaunchFacts) -> list[Rejection]:
     """Single-batch overlap before Blackwell: the host passes what this DeepEP does not take."""
-    capability = launch.compute_capability
-    if not launch.single_batch_overlap or (capability is not None and capability >= (10, 0)):
+    compute = launch.compute_capability
+    if not launch.single_batch_overlap or (compute is not None and compute >= (10, 0)):
         return []
     return [
         Rejection(
             "single-batch overlap",
             got="--enable-single-batch-overlap"
-            + (f" on compute capability {dotted(capability)}" if capability else ""),
+            + (f" on compute capability {dotted(compute)}" if compute else ""),
             allowed="two-batch overlap, or single-batch overlap on Blackwell with the host's own "
             "experts",
             fix="remove --enable-single-batch-overlap",

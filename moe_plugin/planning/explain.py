@@ -46,7 +46,7 @@ def _tokens_per_rank(
 ) -> Budget:
     name = launch.max_tokens_source
     if launch.max_tokens is None and launch.host_tokens_per_rank is not None:
-        name = limits.capacity_variable or name
+        name = limits.tokens_variable or name
     why = {
         "user": f"from {name}",
         "default": f"default of {limits.name or plan.capability.backend}",

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .compatibility import FLASHINFER_TILE, LEAVE, LEAVE_TEXT
+from .compatibility import FLASHINFER_TILE
 from .expert_choice import BF16_ROWS
 from .facts import LaunchFacts, ModelFacts
+from .leaving import LEAVE, LEAVE_TEXT
 from .limits import Limits
 from .plan import Change, Rejection
 
@@ -158,7 +159,7 @@ def applied(
             values[_GRAPHS_OFF[name]] = value is None
         elif name == "SGLANG_ENABLE_JIT_DEEPGEMM":
             values["deep_gemm_switched_off"] = value in ("0", "false")
-        elif name == limits.capacity_variable:
+        elif name == limits.tokens_variable:
             values["host_tokens_per_rank"] = None if value is None else int(value)
         elif name == "--speculative-moe-a2a-backend":
             values |= {"draft_a2a_backend": value, "draft_shape": None}

@@ -8,7 +8,7 @@ from math import gcd, lcm
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP = 256
 HOST_TOKENS_PER_RANK = 128
-"""T of the host where a backend's capacity variable is not set; the same for all of ours."""
+"""T of the host where a backend's variable for it is not set; the same for all of ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class Limits:
         name: who sets these limits, for messages.
         default_max_tokens: tokens per rank planned when the user names none.
         max_tokens: largest tokens per rank.
-        capacity_variable: the host's environment variable for tokens per rank, or None.
+        tokens_variable: the host's environment variable for tokens per rank, or None.
         hidden_sizes: supported hidden sizes.
         max_top_k: largest number of experts per token.
         min_experts: fewest physical experts.
@@ -39,7 +39,7 @@ class Limits:
     name: str = ""
     default_max_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP
     max_tokens: int | None = None
-    capacity_variable: str | None = None
+    tokens_variable: str | None = None
     hidden_sizes: frozenset[int] | None = None
     max_top_k: int | None = None
     min_experts: int = 1

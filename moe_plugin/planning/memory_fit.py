@@ -5,32 +5,17 @@ A launch is refused only if nothing fits, with every single change that would he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from .device_memory import (
-    above_floor,
-    least_runtime,
-    planned_rule,
-    pools,
-    rounded_fraction,
-    stock_graph,
-    stock_kept,
-    stock_topology,
-    topology,
-    with_guess,
-)
+from .device_memory import stock_graph
 from .facts import LaunchFacts, ModelFacts
 from .limits import DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP, HOST_TOKENS_PER_RANK
 from .memory import gib
-from .memory_record import Memory, MemoryFacts
+from .memory_record import Memory
+from .memory_use import facts_of, fits, memory_of
 from .plan import Plan
 
-LEAST_FRACTION = 0.05
-"""Below this there is no room for weights and KV cache, whatever they are."""
-USEFUL_SHARE = 32
-"""A KV cache of less than one 32nd of the device serves hardly more than one long request."""
 GRAPH_CAPS = (512, 256, 128, 64, 32)
 """Largest decode graphs that are tried, in this order, where what T allows is too much."""
 SMALLER = (128, 64)
@@ -53,98 +38,6 @@ Build = Callable[[LaunchFacts], Plan]
 """Plans the same launch, with other defaults."""
 
 
-def measured(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool = False) -> Memory:
-    """The memory of a plan; with ``lean`` at the least that runs instead of by the host's rule."""
-    facts = _facts(launch)
-    rule = planned_rule(plan, launch, facts, launch.draft_width)
-    least = least_runtime(plan, launch, facts, model.weights, model.context_length)
-    workspace = pools(plan, launch) * plan.workspace_bytes
-    ours = plan.rdma_device_bytes + workspace
-    by_rule = above_floor(sum(rule), facts) + ours
-    stock = 1 - stock_kept(launch, facts) / facts.device_bytes
-    leanest = rounded_fraction(sum(least) + ours, facts)
-    weights = token = stock_weights = loading = 0
-    if model.weights is not None:
-        weights = model.weights.per_rank(topology(launch, facts)) + facts.other_draft_bytes
-        loading = model.weights.loading_per_rank(topology(launch, facts))
-        stock_weights = model.weights.per_rank(stock_topology(launch, facts))
-        stock_weights += facts.other_draft_bytes
-        token = kv_token_bytes(model, launch, facts)
-    theirs = facts.fraction if facts.fraction is not None else round(stock, 3)
-    stock_kv = int(facts.usable_bytes * theirs) - stock_weights
-    used, fraction = least, leanest
-    if facts.fraction is not None:
-        fraction = facts.fraction
-    elif not lean:
-        # Never less for the KV cache than the stock host leaves, as far as what runs allows it.
-        alike = math.ceil((stock_kv + weights) / facts.usable_bytes * 1000 - 1e-6) / 1000
-        fraction = max(rounded_fraction(by_rule, facts), min(alike, leanest))
-        used = rule if fraction == rounded_fraction(by_rule, facts) else least
-    left = int(facts.usable_bytes * fraction) - weights
-    prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
-    hosts = planned_rule(plan, launch, facts, launch.typed_draft_tokens)
-    host = with_guess(launch, facts, hosts, prefill)
-    memory = Memory(
-        device_bytes=facts.device_bytes,
-        usable_bytes=facts.usable_bytes,
-        weights_bytes=weights,
-        weights_source=model.weights.source if model.weights else "",
-        buffer_bytes=plan.rdma_device_bytes,
-        workspace_bytes=workspace,
-        graphs_bytes=used.graphs,
-        activations_bytes=used.activations,
-        mem_fraction_static=fraction,
-        kv_token_bytes=token,
-        stock_fraction=round(stock, 3),
-        stock_kv_bytes=stock_kv,
-        host_fraction=round(1 - host / facts.device_bytes, 3),
-        loading_bytes=loading,
-        kv_token_cap=facts.kv_token_cap,
-    )
-    return memory.with_room(left)
-
-
-def kv_token_bytes(model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts) -> int:
-    """KV cache of one token on one rank; 0 where it is not known."""
-    if model.weights is None:
-        return 0
-    divided = topology(launch, facts)
-    return model.weights.kv_token_bytes(divided, facts.kv_element, facts.mla_row)
-
-
-def recounted(
-    memory: Memory, model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts | None
-) -> Memory:
-    """``memory`` in tokens of the KV cache as the host has it in the end: its dtype is decided
-    after its bytes."""
-    if facts is None:
-        return memory
-    token = kv_token_bytes(model, launch, facts)
-    return replace(memory, kv_token_bytes=token).with_room(memory.kv_room_bytes)
-
-
-def needed(memory: Memory) -> int:
-    """Bytes of a plan that come out of the reserve, beside the KV cache."""
-    parts = (memory.buffer_bytes, memory.workspace_bytes, memory.graphs_bytes)
-    return sum(parts) + memory.activations_bytes
-
-
-def reserve(memory: Memory) -> int:
-    """What is left beside weights and KV cache."""
-    return memory.usable_bytes - memory.weights_bytes - memory.kv_cache_bytes
-
-
-def fits(memory: Memory, typed: float | None) -> bool:
-    """Whether the launch starts, with a useful KV cache; a typed fraction may leave any."""
-    if memory.mem_fraction_static < LEAST_FRACTION or memory.loading_bytes > memory.usable_bytes:
-        return False
-    if typed is not None:
-        return memory.kv_cache_bytes > 0 and needed(memory) <= reserve(memory)
-    if not memory.weights_source:
-        return True
-    return memory.kv_room_bytes >= memory.device_bytes // USEFUL_SHARE
-
-
 def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, bool]:
     """The plan that memory allows, and whether it fits: with graphs or T smaller than they would
     be by themselves, or with T larger where that costs little. What the user typed stays."""
@@ -159,7 +52,7 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
         fitting = (
             replace(plan, memory=held)
             for changed, plan in _candidates(first, build, start, free, smallest)
-            if fits(held := measured(plan, model, changed, lean=lean), typed)
+            if fits(held := memory_of(plan, model, changed, lean=lean), typed)
             and not (like_stock and typed is None and held.less_than_stock)
         )
         found = next(fitting, None)
@@ -177,7 +70,7 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
         elif start.default_tokens is not None and not decided:
             found = _because(found, DECODES_ONLY)
         return found, True
-    return replace(first, memory=measured(first, model, start, lean=True)), False
+    return replace(first, memory=memory_of(first, model, start, lean=True)), False
 
 
 def _by_role(build: Build, launch: LaunchFacts) -> int | None:
@@ -228,7 +121,7 @@ def _candidates(
 def _beyond_stock(launch: LaunchFacts) -> Callable[[Plan], int]:
     """How many of the values that take memory a plan fills beyond what the stock host takes: where
     the KV cache ends smaller than under it, none of them should be to blame."""
-    graph = stock_graph(launch, _facts(launch), launch.max_running_requests or 0)
+    graph = stock_graph(launch, facts_of(launch), launch.max_running_requests or 0)
 
     def beyond(plan: Plan) -> int:
         tokens = plan.max_dispatch_tokens_per_rank > HOST_TOKENS_PER_RANK
@@ -255,7 +148,7 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
         found = build(changed)
         if found.max_dispatch_tokens_per_rank != size or size <= tokens:
             continue
-        memory = measured(found, model, changed)
+        memory = memory_of(found, model, changed)
         extra = memory.buffer_bytes + memory.workspace_bytes
         extra -= before.buffer_bytes + before.workspace_bytes
         extra = max(extra, before.kv_room_bytes - memory.kv_room_bytes)
@@ -275,8 +168,3 @@ def _shrunk(first: Plan, memory: Memory) -> str:
         f"{gib(memory.weights_bytes)} of weights; these leave {gib(memory.kv_cache_bytes)} of KV "
         "cache"
     )
-
-
-def _facts(launch: LaunchFacts) -> MemoryFacts:
-    assert launch.memory is not None
-    return launch.memory

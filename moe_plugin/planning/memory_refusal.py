@@ -10,8 +10,9 @@ from .facts import LaunchFacts, ModelFacts
 from .integers import ceil_div
 from .limits import HOST_TOKENS_PER_RANK, Limits
 from .memory import DTYPE_BYTES, gib
-from .memory_fit import USEFUL_SHARE, Build, needed, settle
+from .memory_fit import Build, settle
 from .memory_record import PROMPTS, Memory
+from .memory_use import USEFUL_SHARE, needed
 from .plan import Change, Plan, Rejection
 from .row_budgets import row_budgets
 
@@ -144,8 +145,8 @@ def _tokens(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> 
     if launch.max_tokens is None and launch.host_tokens_per_rank is None:
         return
     variable: tuple[Change, ...] = ()
-    if launch.host_tokens_per_rank is not None and limits.capacity_variable:
-        variable = ((limits.capacity_variable, None),)
+    if launch.host_tokens_per_rank is not None and limits.tokens_variable:
+        variable = ((limits.tokens_variable, None),)
     for size in SIZES:
         if size < plan.max_dispatch_tokens_per_rank and size % plan.token_multiple == 0:
             changes = (("--batched-dp-moe-max-tokens", str(size)), *variable)

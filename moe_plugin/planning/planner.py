@@ -23,14 +23,12 @@ from .limits import Limits
 from .memory import workspace_bytes
 from .memory_refusal import within_memory
 from .mixed_chunks import may_mix
-from .plan import Budget, Plan, Rejection, Source
+from .plan import Plan, Rejection, Source
 from .row_budgets import RowBudget, row_budgets
 from .transport_checks import check_model, check_tokens_per_rank, token_multiple
 from .weight_formats import FORMATS
 
 RUNNING = "max_running_requests"
-
-__all__ = ["Budget", "Plan", "Rejection", "make_plan"]
 
 
 def make_plan(
@@ -203,7 +201,7 @@ def _choose_tokens_per_rank(
 ) -> tuple[int, Source, list[Rejection]]:
     """T: our flag, else the host's variable, else what the user's own values need."""
     errors: list[Rejection] = []
-    variable = limits.capacity_variable or ""
+    variable = limits.tokens_variable or ""
     flag, host = launch.max_tokens, launch.host_tokens_per_rank
     if flag is not None and host is not None and flag != host:
         errors.append(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .compatibility import LEAVE, LEAVE_TEXT, dispatches_fp8
+from .expert_choice import dispatches_fp8
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts, physical_experts
 from .integers import ceil_to
+from .leaving import LEAVE, LEAVE_TEXT
 from .limits import Limits
 from .memory import gib
 from .plan import Change, Rejection
@@ -27,9 +28,9 @@ def check_tokens_per_rank(
     def reject(limit: str, got: str, allowed: str, fix: int) -> Rejection:
         written = f"{name}={fix}" if name.isupper() else f"{name} {fix}"
         changes: tuple[Change, ...] = ((name, str(fix)),)
-        if launch.host_tokens_per_rank is not None and name != limits.capacity_variable:
-            changes += ((limits.capacity_variable or "", None),)
-            written += f", and unset {limits.capacity_variable}"
+        if launch.host_tokens_per_rank is not None and name != limits.tokens_variable:
+            changes += ((limits.tokens_variable or "", None),)
+            written += f", and unset {limits.tokens_variable}"
         return Rejection(limit, got, allowed, written, changes)
 
     shown = f"{name}={tokens_per_rank}" if name.isupper() else f"{name} {tokens_per_rank}"
@@ -62,7 +63,7 @@ def check_tokens_per_rank(
         error = reject("tokens per rank", shown, why, fix)
         # The host's own variable, in a launch whose captured buckets are the host's own.
         unplanned = multiple_of(model, launch, limits, captured=1)
-        host_runs = name == limits.capacity_variable and tokens_per_rank % unplanned == 0
+        host_runs = name == limits.tokens_variable and tokens_per_rank % unplanned == 0
         return [replace(error, host_runs=host_runs)]
     return []
 

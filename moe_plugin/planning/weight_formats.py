@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .plan import Change
 
-Capability = tuple[int, int]
+ComputeCapability = tuple[int, int]
 """Compute capability of a CUDA device: (major, minor)."""
 
 PLAIN = frozenset({"limited", "clamped"})
@@ -33,7 +33,7 @@ class OwnExperts:
 
     rows: str
     activations: frozenset[str] = frozenset({"silu", "silu, limited", "silu, clamped"})
-    below: Capability | None = None
+    below: ComputeCapability | None = None
     repacks: bool = False
 
 
@@ -58,7 +58,7 @@ class HostExperts:
     activations: frozenset[str] = frozenset({"silu", "situ"})
     leaves_out: frozenset[str] = frozenset({"clamped"})
     deep_gemm: bool = False
-    least: Capability | None = None
+    least: ComputeCapability | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,9 @@ class WeightFormat:
     with_runner: tuple[Change, ...] = ()
 
 
-def _deep_gemm(rows: str, *, least: Capability | None = None, plain: bool = False) -> HostExperts:
+def _deep_gemm(
+    rows: str, *, least: ComputeCapability | None = None, plain: bool = False
+) -> HostExperts:
     return HostExperts(
         runner="deep_gemm",
         rows=(rows,),

@@ -17,7 +17,7 @@ CAPACITY = 8
 @pytest.fixture(scope="module")
 def result() -> Mapping[str, Any]:
     others = [backend for name, backend in BUILT_IN.items() if name != "deepep"]
-    env = {f"{backend.limits.capacity_variable}": f"{CAPACITY}" for backend in others}
+    env = {f"{backend.limits.tokens_variable}": f"{CAPACITY}" for backend in others}
     env |= {"PYTHONPATH": str(ROOT / "tests")}
     found: Mapping[str, Any] = host_result(program("masked_backends"), env=env)
     return found

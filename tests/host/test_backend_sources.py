@@ -11,7 +11,7 @@ import pytest
 
 from moe_plugin.backends import BUILT_IN
 from moe_plugin.backends.not_batched import NOT_BATCHED
-from moe_plugin.integration.resolve.capacity import HOST_TOKENS_PER_RANK
+from moe_plugin.integration.resolve.exported_variables import HOST_TOKENS_PER_RANK
 
 
 def source(path: str) -> str:
@@ -39,8 +39,8 @@ def test_every_backend_that_the_host_offers_is_batched_or_says_why_not() -> None
 
 
 @pytest.mark.parametrize("backend", BUILT_IN)
-def test_capacity_variables_and_their_default_are_the_hosts(backend: str) -> None:
-    variable = BUILT_IN[backend].limits.capacity_variable
+def test_tokens_variables_and_their_default_are_the_hosts(backend: str) -> None:
+    variable = BUILT_IN[backend].limits.tokens_variable
     assert variable
     declared = f"{variable} = EnvInt({HOST_TOKENS_PER_RANK})"
     text = dispatcher(backend)

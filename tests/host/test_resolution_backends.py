@@ -13,7 +13,7 @@ from ..support.resolving import Launch
 TP8 = ("--tp-size", "8", "--attn-dp-size", "8")
 TP8_DP2 = ("--tp-size", "8", "--attn-dp-size", "2")
 OTHERS = ("nixl", "mooncake", "pplx", "deepep_v2")
-VARIABLES = {name: BUILT_IN[name].limits.capacity_variable or "" for name in OTHERS}
+VARIABLES = {name: BUILT_IN[name].limits.tokens_variable or "" for name in OTHERS}
 NIXL_BF16 = "SGLANG_NIXL_EP_BF16_DISPATCH"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_plugin.backends import BUILT_IN
 
-from .random_launches import apply, capacity_variable
+from .random_launches import apply, tokens_variable
 
 Launch = dict[str, Any]
 Answer = dict[str, Any]
@@ -77,7 +77,7 @@ def _rows(launch: Launch, answer: Answer) -> list[str]:
     tokens = plan["max_dispatch_tokens_per_rank"]
     rows = bounded_rows(launch, answer, plan["capability"]["modes"])
     faults = [f"rows: {name} {value} > {tokens}" for name, value in rows.items() if value > tokens]
-    name = capacity_variable(plan["capability"]["backend"])
+    name = tokens_variable(plan["capability"]["backend"])
     exported = answer["environment"].get(name, launch["env"].get(name))
     if str(exported) != str(tokens):
         faults.append(f"capacity: {name}={exported}, T = {tokens}")
@@ -215,7 +215,7 @@ def _least_tokens(launch: Launch, answer: Answer) -> int:
     plan, flags = answer["plan"], launch["flags"]
     planned, multiple = plan["max_dispatch_tokens_per_rank"], plan["token_multiple"]
     named = "--batched-dp-moe-max-tokens" in flags
-    if named or capacity_variable(plan["capability"]["backend"]) in launch["env"]:
+    if named or tokens_variable(plan["capability"]["backend"]) in launch["env"]:
         return int(planned)
     rows = bounded_rows(launch, answer, plan["capability"]["modes"])
     typed = [rows.get(name, 0) for name, flag in ROWS_OF_FLAGS if flag in flags]
@@ -282,7 +282,7 @@ def why_stock_fails(launch: Launch, stock: Answer) -> list[str]:
     if backend not in BUILT_IN:
         return []
     why = []
-    tokens, ranks = int(env.get(capacity_variable(backend), HOST_TOKENS)), int(flags["--tp-size"])
+    tokens, ranks = int(env.get(tokens_variable(backend), HOST_TOKENS)), int(flags["--tp-size"])
     for layer in built["layers"]:
         for rows, taken in layer["takes"].items():
             if taken.startswith("fails"):

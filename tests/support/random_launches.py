@@ -84,9 +84,9 @@ def random_launch(seed: int, devices: Sequence[str] = DEVICES) -> Launch:
     }
 
 
-def capacity_variable(backend: str) -> str:
+def tokens_variable(backend: str) -> str:
     """The host's variable for T of a backend."""
-    return BUILT_IN[backend].limits.capacity_variable or ""
+    return BUILT_IN[backend].limits.tokens_variable or ""
 
 
 def _backend(draw: _Draw) -> None:
@@ -106,7 +106,7 @@ def _backend(draw: _Draw) -> None:
         flags["--use-batched-dp-moe"] = "on"
     if draw.one_in(6):
         name = flags.get("--moe-a2a-backend", "deepep")
-        draw.env[capacity_variable(name)] = str(rng.choice(TOKENS))
+        draw.env[tokens_variable(name)] = str(rng.choice(TOKENS))
 
 
 def _budgets(draw: _Draw, tp: int) -> None:

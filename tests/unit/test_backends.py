@@ -20,7 +20,7 @@ from moe_plugin import (
 from moe_plugin.backends import BUILT_IN, mooncake, nixl, pplx
 from moe_plugin.backends.not_batched import NOT_BATCHED
 from moe_plugin.capability import use_batched_dp_moe
-from moe_plugin.integration.resolve.capacity import export_variables, withdraw_variables
+from moe_plugin.integration.resolve.exported_variables import export_variables, withdraw_variables
 from moe_plugin.planning.facts import LaunchFacts, ModelFacts
 from moe_plugin.planning.plan import Plan
 from moe_plugin.planning.planner import make_plan

@@ -88,7 +88,7 @@ def test_precedence_flag_variable_derived_default() -> None:
     assert plan(QWEN, host_tokens_per_rank=64, max_tokens=64).verdict == "ok"
     refused = plan(QWEN, host_tokens_per_rank=64, max_tokens=128)
     assert refused.max_dispatch_tokens_per_rank == 128
-    assert one_error(refused).changes == ((DEEPEP_LIMITS.capacity_variable, None),)
+    assert one_error(refused).changes == ((DEEPEP_LIMITS.tokens_variable, None),)
 
 
 def test_a_small_capacity_refuses_a_large_chunk_with_the_users_own_numbers() -> None:
@@ -138,7 +138,7 @@ def test_a_capacity_that_both_name_is_fixed_in_both_places() -> None:
     error = one_error(plan(max_tokens=100, host_tokens_per_rank=100))
     assert error.changes == (
         ("--batched-dp-moe-max-tokens", "128"),
-        (DEEPEP_LIMITS.capacity_variable, None),
+        (DEEPEP_LIMITS.tokens_variable, None),
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from moe_plugin.backends.deepep import DEEPEP_LIMITS
 from moe_plugin.planning.facts import LaunchFacts, ModelFacts
-from moe_plugin.planning.memory_fit import USEFUL_SHARE
 from moe_plugin.planning.memory_record import MIB, MemoryFacts
+from moe_plugin.planning.memory_use import USEFUL_SHARE
 from moe_plugin.planning.plan import Plan
 from moe_plugin.planning.planner import make_plan
 from moe_plugin.planning.report import render

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moe_plugin.envs import VARIABLES
-from moe_plugin.planning.weight_formats import FORMATS, Capability, HostExperts, OwnExperts
+from moe_plugin.planning.weight_formats import FORMATS, ComputeCapability, HostExperts, OwnExperts
 
 _ACTIVATIONS = {
     "silu": "SwiGLU",
@@ -51,7 +51,7 @@ def _host(experts: Mapping[str, HostExperts]) -> str:
     return ", ".join(found) or "–"
 
 
-def _sm(capability: Capability) -> str:
+def _sm(capability: ComputeCapability) -> str:
     return "SM{}{}".format(*capability)
 
 

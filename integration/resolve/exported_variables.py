@@ -21,7 +21,7 @@ def user_tokens_per_rank(limits: Limits) -> int | None:
     Raises:
         ConfigError: it is no integer. The host would warn and go on with its default.
     """
-    name = limits.capacity_variable
+    name = limits.tokens_variable
     text = os.environ.get(name or "", "").strip()
     if not name or not text or name in _ours:
         return None
@@ -69,7 +69,7 @@ def export_variables(plan: Plan) -> None:
     built; and bf16 rows where our experts want them, if a variable decides for all layers.
     """
     backend = get_backend(plan.capability.backend)
-    _export(limits_of(backend, plan.transport).capacity_variable, plan.max_dispatch_tokens_per_rank)
+    _export(limits_of(backend, plan.transport).tokens_variable, plan.max_dispatch_tokens_per_rank)
     if plan.runner == "moe_plugin" and not plan.fp8_rows:
         _export(backend.bf16_variable, 1)
 
