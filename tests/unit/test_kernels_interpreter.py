@@ -27,6 +27,7 @@ NAMES = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 FEWER = pytest.mark.parametrize("fmt", DIFFERENT.values(), ids=DIFFERENT)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def test_cases_in_a_process_of_their_own() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
