@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The feature tests in several processes at once, on two GPUs or on several pairs of them:
 # `features.sh STACK [SECONDS [GROUP...]]`, from the checkout's root; a group, such as "eplb weights", is one process.
-# speculation/3-1/1-1 are those of a module's tests whose names have 3-1 or 1-1 in them.
+# speculation/3-1/1-1 alone in its group are those of a module's tests whose names have 3-1 or 1-1 in them.
 # Each test's outcome is written as it ends, so that a time limit loses only what still runs. All that comes of it is
 # one archive, ${OUT:-/tmp/out}/features.tgz, written anew every half minute: the record, what each group said, logs.
 set -uo pipefail
@@ -21,6 +21,9 @@ groups=("$@")
     "weights deterministic"
     "round_trips long_contexts client" # the first needs no server, so it goes while the others start
 )
+for group in "${groups[@]}"; do # pytest has one filter for all files of a process
+    [[ $group != *" "*"/"* && $group != *"/"*" "* ]] || { echo "got '$group': a group with / names one module" >&2 && exit 1; }
+done
 pairs=$(($(nvidia-smi -L | wc -l) / 2))
 [ "$pairs" -gt 0 ] || { echo "requires 2 or more GPUs" >&2 && exit 1; }
 

@@ -13,7 +13,7 @@ from .host_symbols import SYMBOLS, HostSymbol
 
 SUPPORTED_HOST = SpecifierSet(">=0.5.20,<0.6", prereleases=True)
 TESTED_HOSTS = ("0.5.20", "0.5.21", "0.5.22", "0.5.23")
-"""Hosts that the tests run on, ascending. Newer ones have to pass the checks of this table."""
+"""Hosts that the tests run on, ascending. Newer ones have to pass the checks below."""
 
 
 def host_version() -> str:
@@ -32,7 +32,7 @@ def check_version() -> str | None:
 def newer_than_tested() -> str | None:
     """A note where this host is newer than every one that was tested, or None."""
     found = host_version()
-    if Version(found) <= Version(TESTED_HOSTS[-1]):
+    if Version(Version(found).public) <= Version(TESTED_HOSTS[-1]):
         return None
     return f"sglang {found} is newer than {TESTED_HOSTS[-1]}, the newest that was tested"
 

@@ -201,6 +201,22 @@ MODEL_FORWARD = HostSymbol(
     runtime=True,
     without="no steps are counted",
 )
+STEP_BATCH = HostSymbol(
+    "model_executor.forward_batch_info.ForwardBatch",
+    ("forward_mode", "global_num_token_non_padded_cpu"),
+    "know mode and rows of a step",
+    "plugins are told of each step",
+    runtime=True,
+    without="no steps are counted",
+)
+STEP_OUTPUT = HostSymbol(
+    "model_executor.model_runner.ModelRunnerOutput",
+    ("can_run_graph",),
+    "know whether a step replayed a graph",
+    "plugins are told of each step",
+    runtime=True,
+    without="no steps are counted",
+)
 METRICS = HostSymbol(
     "managers.scheduler.Scheduler.init_metrics_collector",
     ("self",),
@@ -264,6 +280,7 @@ PARALLEL = HostSymbol(
     "say which rank answers /server_info",
     "never: public runtime API",
     runtime=True,
+    without="/server_info shows nothing of the plugin",
 )
 RUNTIME_FLAGS = HostSymbol(
     "runtime_context.get_flags",
@@ -271,6 +288,7 @@ RUNTIME_FLAGS = HostSymbol(
     "know whether something besides the all-to-all joins the DP groups",
     "upstream couples the groups only where something but low latency joins them",
     runtime=True,
+    without="DP groups replay the same graphs or none, which is slower",
 )
 MLP_GATHER = HostSymbol(
     "utils.common.require_mlp_tp_gather",
@@ -278,6 +296,7 @@ MLP_GATHER = HostSymbol(
     "know whether something besides the all-to-all joins the DP groups",
     "upstream couples the groups only where something but low latency joins them",
     runtime=True,
+    without="DP groups replay the same graphs or none, which is slower",
 )
 TP_GROUP = HostSymbol(
     "distributed.parallel_state.get_tp_group",
@@ -347,47 +366,5 @@ DISPATCHERS = {
 }
 """By backend. Checked only where that backend is used: not every supported host has each."""
 
-SYMBOLS: tuple[HostSymbol, ...] = (
-    ADD_CLI_ARGS,
-    FROM_CLI_ARGS,
-    DECLARE,
-    RESOLVING_VIEW,
-    RESOLUTION_HOOK,
-    MODEL_CONFIG,
-    DRAFT_WIDTH,
-    DEVICE_MEMORY,
-    VIEW,
-    MLA,
-    GRAPH_PHASE,
-    LORA_MODULES,
-    DRAFT_CONFIG,
-    ADAPTIVE_STEPS,
-    MODEL_OVERRIDES,
-    RUNNER_OVERRIDES,
-    BACKEND_OVERRIDES,
-    RECORD_FIELDS,
-    SCHEDULER_INIT,
-    INTERNAL_STATE,
-    MOE_INIT,
-    MOE_FORWARD,
-    MOE_CORE,
-    GET_BUFFER,
-    LL_OUTPUT,
-    LL_COMBINE,
-    MEMORY_SAVER,
-    MEMORY_POOLS,
-    SYNC_VOTES,
-    MODEL_FORWARD,
-    METRICS,
-    SERVER_ARGS,
-    PARALLEL,
-    RUNTIME_FLAGS,
-    MLP_GATHER,
-    TP_GROUP,
-    IS_EXTEND,
-    SET_IS_EXTEND,
-    FABRIC,
-    GLOBAL_TOKENS,
-    FUSED_FUNCTION,
-    A2A_BACKEND,
-)
+SYMBOLS = tuple(value for value in globals().copy().values() if isinstance(value, HostSymbol))
+"""All of the above but the dispatchers."""

@@ -22,11 +22,25 @@ logger = logging.getLogger(__name__)
 
 
 class Hook(NamedTuple):
-    """What we put before, after or around a symbol of the host."""
+    """What we put before, after or around a symbol of the host.
+
+    Attributes:
+        symbol: what is hooked.
+        function: takes what the symbol takes; after the result or the original, but BEFORE it.
+        kind: of the host's ``HookType``.
+        needs: other symbols that may be missing, without which this one is not hooked either.
+    """
 
     symbol: host_symbols.HostSymbol
     function: Callable[..., Any]
     kind: Literal["BEFORE", "AFTER", "AROUND"]
+    needs: tuple[host_symbols.HostSymbol, ...] = ()
+
+    def missing(self) -> str | None:
+        """What this host lacks that the plugin can do without, or None."""
+        wanted = [symbol for symbol in (self.symbol, *self.needs) if symbol.without]
+        problems = filter(None, map(host_checks.check_symbol, wanted))
+        return next(problems, None)
 
 
 def register() -> None:
@@ -52,16 +66,16 @@ def register() -> None:
 
 
 def _install(*, runtime: bool) -> list[str]:
-    """Register every hook; or none, and say why not."""
+    """Register every hook; or none, and say why not. Whatever may fail comes before the first."""
     if problems := host_checks.problems(runtime=runtime):
         return problems
     from .resolve import hooks
 
     found = [*FLAG_HOOKS, *(runtime_hooks() if runtime else ())]
+    missing = {hook.symbol.target: problem for hook in found if (problem := hook.missing())}
     hooks.install()
     for hook in found:
-        problem = host_checks.check_symbol(hook.symbol) if hook.symbol.without else None
-        if problem:
+        if problem := missing.get(hook.symbol.target):
             logger.warning("moe_plugin does less here: %s: %s", hook.symbol.without, problem)
         else:
             _register(hook)
@@ -105,17 +119,28 @@ def runtime_hooks() -> tuple[Hook, ...]:
     """What scheduler processes hook besides; imports what serves."""
     from .serve import buffer, metrics, moe_layer, own_graphs, server_info, start_guard, steps
 
+    of_steps = (host_symbols.STEP_BATCH, host_symbols.STEP_OUTPUT)
     return (
         Hook(host_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE"),
         Hook(host_symbols.MOE_INIT, moe_layer.around_moe_init, "AROUND"),
         Hook(host_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER"),
         Hook(host_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND"),
-        Hook(host_symbols.SYNC_VOTES, own_graphs.around_all_gather, "AROUND"),
-        Hook(host_symbols.MODEL_FORWARD, steps.around_forward, "AROUND"),
+        Hook(
+            host_symbols.SYNC_VOTES,
+            own_graphs.around_all_gather,
+            "AROUND",
+            needs=(host_symbols.RUNTIME_FLAGS, host_symbols.MLP_GATHER),
+        ),
+        Hook(host_symbols.MODEL_FORWARD, steps.around_forward, "AROUND", needs=of_steps),
         Hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND"),
         Hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND"),
         Hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER"),
-        Hook(host_symbols.METRICS, metrics.after_init_metrics_collector, "AFTER"),
+        Hook(
+            host_symbols.METRICS,
+            metrics.after_init_metrics_collector,
+            "AFTER",
+            needs=(host_symbols.MODEL_FORWARD, *of_steps),  # no count that stands still
+        ),
     )
 
 

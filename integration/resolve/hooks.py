@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from ...errors import MoePluginError
 from ...planning.plan import Plan, refusal
@@ -39,6 +39,15 @@ logger = logging.getLogger(__name__)
 SOURCE = "moe_plugin"
 
 Step = Callable[[Any], None]
+Found = TypeVar("Found")
+
+
+class Decision(NamedTuple):
+    """A plan, the all-to-all that ``on`` selects for it, and the budgets that it fills."""
+
+    plan: Plan
+    selected: dict[str, Any]
+    filled: dict[str, Any]
 
 
 def install() -> None:
@@ -67,7 +76,9 @@ def _before_graph_config(server_args: Any, previous: Step) -> None:
     take_decided(server_args)
     if requested(server_args).switch != "off":
         with completed_refusals(server_args):
-            attach_plan(server_args, _ours(_plan_and_fill, server_args))
+            decided = _ours(_decide, server_args)
+        if decided is not None:
+            _declare(server_args, decided)
     previous(server_args)
 
 
@@ -117,7 +128,7 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _ours(step: Callable[[Any], Plan | None], server_args: Any) -> Plan | None:
+def _ours(step: Callable[[Any], Found | None], server_args: Any) -> Found | None:
     """A step that nothing of the launch depends on yet: its own mistakes break no launch."""
     try:
         return step(server_args)
@@ -138,9 +149,9 @@ def _verify_unplanned(server_args: Any) -> Plan | None:
     return verify(server_args, None)
 
 
-def _plan_and_fill(server_args: Any) -> Plan | None:
+def _decide(server_args: Any) -> Decision | None:
+    """What to make of the launch; nothing of it has changed yet."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
-    from sglang.srt.arg_groups.overrides import declare_resolution
 
     cfg = foresee(server_args, resolving_view(server_args))
     backend, mode, chosen = select_backend(server_args, cfg)
@@ -159,12 +170,17 @@ def _plan_and_fill(server_args: Any) -> Plan | None:
     if problems := runtime_problems(plan.capability.backend):
         leave_alone(server_args, problems)
         return None
-    fills = fills_of(server_args, plan)
-    # From here on the launch depends on us.
-    for what, values in (("selected", chosen), ("filled", fills)):
+    return Decision(plan, chosen, fills_of(server_args, plan))
+
+
+def _declare(server_args: Any, decided: Decision) -> None:
+    """From here on the launch depends on us: a failure ends it."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    for what, values in (("selected", decided.selected), ("filled", decided.filled)):
         if values:
             declare_resolution(server_args, SOURCE, **values)
             note_decided(server_args, **{what: _listed(values)})
     # Before the host's own checks of chunk and graphs against T, which two backends have.
-    export_variables(plan)
-    return plan
+    export_variables(decided.plan)
+    attach_plan(server_args, decided.plan)

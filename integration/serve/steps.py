@@ -24,10 +24,9 @@ def around_forward(
     plan = process.current_plan()
     if plan is None or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
-    # Before the host pads both, for the collectives. No step ends for want of a count.
-    mode = forward_batch.forward_mode
-    tokens = getattr(forward_batch, "global_num_token_non_padded_cpu", None)
+    # Before the host pads both, for the collectives.
+    mode, tokens = forward_batch.forward_mode, forward_batch.global_num_token_non_padded_cpu
     output = original(runner, forward_batch, *args, **kwargs)
-    execution: Execution = "replayed" if getattr(output, "can_run_graph", False) else "eager"
+    execution: Execution = "replayed" if output.can_run_graph else "eager"
     STATS.record_step(mode.name.lower(), execution, ceil_div(tokens or 0, plan.attn_tp_size))
     return output

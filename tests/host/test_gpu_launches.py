@@ -6,6 +6,7 @@ headers and sizes but without weights. What holds of a plan is in :mod:`..suppor
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -165,11 +166,20 @@ def _checked(launch: Launch) -> dict[str, Any]:
     return {"model": launch.model, "flags": flags, "env": dict(launch.env)}
 
 
+def _calls(node: ast.AST) -> Iterator[str]:
+    names = (each.func for each in ast.walk(node) if isinstance(each, ast.Call))
+    return (name.id for name in names if isinstance(name, ast.Name))
+
+
 def test_servers_are_declared() -> None:
-    """Every module of features has some; only round trips start none."""
+    """Every module of features has some, and makes none on the way; only round trips start none."""
     modules = {name.split()[0] for name in FEATURES}
-    files = {path.stem for path in (ROOT / "tests" / "gpu" / "features").glob("test_*.py")}
-    assert files - modules == {"test_round_trips"}
+    files = list((ROOT / "tests" / "gpu" / "features").glob("test_*.py"))
+    assert {path.stem for path in files} - modules == {"test_round_trips"}
+    for path in files:
+        for function in ast.parse(path.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and "start" in set(_calls(function)):
+                assert not {"sharing", "Launch"} & set(_calls(function)), (path.name, function.name)
 
 
 def test_the_host_knows_the_variables() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import pkgutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,16 @@ def test_hooks_take_what_the_host_passes() -> None:
 def test_hooks_take_what_older_hosts_pass(version: str) -> None:
     """The same, in the files of hosts that are not installed."""
     check_hooks(overlay(version))
+
+
+def test_a_hook_is_left_out_with_what_it_needs() -> None:
+    """No count stands still, and what bounds a batch needs nothing else."""
+    here, gone = HOOKS[0].symbol, replace(HOOKS[0].symbol, path="no.such.symbol", without="less")
+    hook = plugin.Hook(here, lambda: None, "AROUND")
+    assert hook.missing() is None
+    assert "no.such.symbol is missing" in (hook._replace(needs=(gone,)).missing() or "")
+    assert "no.such.symbol is missing" in (hook._replace(symbol=gone).missing() or "")
+    assert not [hook for hook in HOOKS if hook.needs and not hook.symbol.without]
 
 
 def imported_symbols(path: Path) -> set[str]:

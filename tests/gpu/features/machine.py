@@ -91,14 +91,18 @@ class Sharing(Server):
     def __init__(self, launch: Launch, env: Mapping[str, str], place: bool) -> None:
         model = checkpoint(launch.model)  # nobody waits for it with a place in hand
         self._launch, self._place = launch, _take_place() if place else None
-        super().__init__(
-            launch.flags,
-            model,
-            ranks=RANKS if ON_CPU else 0,
-            env={**launch.env, **env},
-            progress=_log(),
-            command=LAUNCH_SERVER,
-        )
+        try:
+            super().__init__(
+                launch.flags,
+                model,
+                ranks=RANKS if ON_CPU else 0,
+                env={**launch.env, **env},
+                progress=_log(),
+                command=LAUNCH_SERVER,
+            )
+        except BaseException:
+            self._leave_place()
+            raise
 
     def wait_ready(self, timeout_s: float = START_S) -> Server:
         """Also, its plan is what the test is about."""
@@ -110,6 +114,9 @@ class Sharing(Server):
 
     def stop(self) -> None:
         super().stop()
+        self._leave_place()
+
+    def _leave_place(self) -> None:
         if self._place is not None:
             _HELD.discard(self._place)
             self._place.close()
@@ -254,7 +261,7 @@ def device_gib(server: Server) -> float | None:
     for pid, used in re.findall(r"^(\d+), (\d+) MiB", lines, re.MULTILINE):
         found[pid] = found.get(pid, 0) + float(used)
     mine = [found.get(str(pid), 0) for pid in scheduler_pids(server)]
-    return sum(mine) / 1024 if all(mine) else None
+    return sum(mine) / 1024 if mine and all(mine) else None
 
 
 def largest_rows(server: Server) -> dict[str, int]:
