@@ -43,7 +43,7 @@ demo: install
 test: test-fast test-servers
 
 test-fast: install
-	$(PYTEST) -n $(JOBS) --dist loadfile -m "not gpu and not slow and not server"
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not server"
 
 # One after another: a server of two ranks takes two cores.
 test-servers: install
