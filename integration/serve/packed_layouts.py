@@ -79,11 +79,13 @@ class HostLayout:
     def write(self, expert: int, codes: Any, scale: Any, zero: Any) -> None:
         """Put back one expert: int32 codes [N, K], and what `unpack_scales` makes of the rest."""
         packed = _pack(self._turned(codes), self.packed_dim, self.places)
+        zeros = None  # what takes memory comes before what is written
+        if self.zero is not None:
+            zeros = _pack(self._turned(zero.int()), self.packed_zeros, self.places)
         self.codes.data[expert] = packed.view(self.codes.dtype)
         self.scale.data[expert] = self._turned(scale)
         if self.zero is not None:
-            zeros = self._turned(zero.int())
-            self.zero.data[expert] = _pack(zeros, self.packed_zeros, self.places)
+            self.zero.data[expert] = zeros
 
     def _turned(self, values: torch.Tensor) -> torch.Tensor:
         return values.T if self.inputs_first else values

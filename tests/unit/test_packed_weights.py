@@ -14,6 +14,7 @@ from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_f
 from moe_plugin.integration.serve.marlin_stub import refuse_rows
 from moe_plugin.integration.serve.packed_layouts import stored_codes
 from moe_plugin.integration.serve.packed_weights import codes_and_scales, take_over_loading
+from moe_plugin.kernels import packing
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
 from moe_plugin.kernels.formats import INT4_G32, INT4_G128, INT4_G128_ZERO, MXFP4
 from moe_plugin.kernels.packing import E2M1
@@ -204,6 +205,88 @@ def test_a_session_changes_only_what_it_sends(method: str, fmt: Any, inter: int)
             getattr(layer, name).data[1] = parameter[1]
     layer.quant_method.process_weights_after_loading(layer)
     assert all(map(torch.equal, packed(layer), expected))
+
+
+def fails_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Have a function of the packing run out of memory once, at its n-th call."""
+    original, calls = getattr(packing, name), []
+
+    def function(*args: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError
+        return original(*args)
+
+    monkeypatch.setattr(packing, name, function)
+
+
+AT = pytest.mark.parametrize("call", [1, EXPERTS + 2])
+"""The first expert of w13, and the second of w2."""
+SOME = pytest.mark.parametrize(
+    ("method", "fmt", "inter"),
+    [
+        ("CompressedTensorsFusedMoEMethod", INT4_G32, INTER),
+        ("AWQMoEMethod", INT4_G128_ZERO, INTER),
+        ("Fp8MoEMethod", MXFP4, 96),
+    ],
+    ids=str,
+)
+"""Scales as large as ours; zero points; a depth that is padded."""
+
+
+@AT
+@SOME
+def test_restoring_goes_on_where_it_failed(
+    method: str, fmt: Any, inter: int, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, loaded = repacked_layer(method, fmt, inter)
+    before = packed(layer)
+    fails_at(monkeypatch, "unpack_codes", call)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.quant_method.restore_weights_before_loading(layer)
+    layer.quant_method.restore_weights_before_loading(layer)
+    for name, parameter in loaded.items():
+        assert torch.equal(getattr(layer, name), parameter), name
+    layer.quant_method.process_weights_after_loading(layer)
+    assert all(map(torch.equal, packed(layer), before))
+
+
+@AT
+@SOME
+def test_what_was_restored_in_part_is_repacked_as_it_was(
+    method: str, fmt: Any, inter: int, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, _ = repacked_layer(method, fmt, inter)
+    graph, before = [p.data_ptr() for p in layer.parameters()], packed(layer)
+    fails_at(monkeypatch, "unpack_codes", call)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.quant_method.restore_weights_before_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert all(map(torch.equal, packed(layer), before))
+    assert [p.data_ptr() for p in layer.parameters()] == graph
+
+
+@AT
+@pytest.mark.parametrize("restored", [False, True], ids=["repacked again", "restored first"])
+@pytest.mark.parametrize("again", [False, True], ids=["first load", "reload"])
+@SOME
+def test_repacking_goes_on_where_it_failed(
+    method: str, fmt: Any, inter: int, again: bool, restored: bool, call: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    other, _ = repacked_layer(method, fmt, inter)
+    layer, _ = host_layer(method, fmt.group_size, fmt.zero_points, inter=inter)
+    take_over_loading(layer)
+    if again:
+        layer.quant_method.process_weights_after_loading(layer)
+        layer.quant_method.restore_weights_before_loading(layer)
+    fails_at(monkeypatch, "pack_scales", call)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.quant_method.process_weights_after_loading(layer)
+    if restored:
+        layer.quant_method.restore_weights_before_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert all(map(torch.equal, packed(layer), packed(other)))
 
 
 def test_scales_move_with_their_experts() -> None:
