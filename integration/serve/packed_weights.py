@@ -56,6 +56,15 @@ def take_over_loading(layer: Any) -> None:
     layer.quant_method.restore_weights_before_loading = restore
 
 
+def is_repacked(layer: Any) -> bool:
+    """Whether any of the layer's experts is in our order, so that the host cannot load into it."""
+    state: _Packing | None = getattr(layer, _STATE, None)
+    if state is None:
+        return False
+    left = (state.unpacked[name] < len(place) for name, place in state.places.items())
+    return state.repacked or any(left)
+
+
 def packed_format(layer: Any) -> Format:
     """The format of a layer whose weights are packed, loaded or not, repacked or not.
 
@@ -67,7 +76,21 @@ def packed_format(layer: Any) -> Format:
 
 
 def codes_and_scales(layer: Any, name: str) -> tuple[Any, Any]:
-    """Of w13 or w2, as `ExpertWeights` takes them; no copy."""
+    """Of w13 or w2, as `ExpertWeights` takes them; no copy.
+
+    Raises:
+        UnsupportedError: the host is loading, and codes are in its order.
+    """
+    state: _Packing = getattr(layer, _STATE)
+    if not state.repacked:
+        raise UnsupportedError(
+            explain(
+                f"MoE layer {layer.layer_id}: forward",
+                got="one while weights are being updated",
+                allowed="none until /end_weight_update, or the update from disk, has succeeded",
+                fix="pause generation (/pause_generation) before a weight update begins",
+            )
+        )
     return stored_codes(layer, name), getattr(layer, f"{name}_{_SCALES}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from moe_plugin.errors import UnsupportedError
 from moe_plugin.integration.resolve.int4_facts import is_int4
+from moe_plugin.integration.serve import weight_updates
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
 from moe_plugin.integration.serve.marlin_stub import refuse_rows
 from moe_plugin.integration.serve.packed_layouts import stored_codes
@@ -287,6 +289,74 @@ def test_repacking_goes_on_where_it_failed(
         layer.quant_method.restore_weights_before_loading(layer)
     layer.quant_method.process_weights_after_loading(layer)
     assert all(map(torch.equal, packed(layer), packed(other)))
+
+
+def test_a_forward_within_an_update_is_refused() -> None:
+    layer, _ = repacked_layer("CompressedTensorsFusedMoEMethod", INT4_G32, INTER)
+    layer.quant_method.restore_weights_before_loading(layer)
+    with pytest.raises(UnsupportedError, match=r"MoE layer 4: .*weights are being updated.*Fix: "):
+        expert_weights(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert expert_weights(layer).format == INT4_G32
+
+
+UPDATES = {
+    "tensor": weight_updates.around_tensor_update,
+    "ipc": weight_updates.around_ipc_update,
+}
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_an_update_that_restores_nothing_is_refused_before_it_writes(kind: str) -> None:
+    layer, _ = repacked_layer("CompressedTensorsFusedMoEMethod", INT4_G32, INTER)
+    updater = SimpleNamespace(get_model=lambda: torch.nn.Sequential(layer))
+    reached = []
+
+    def original(*_: Any) -> tuple[bool, str]:
+        reached.append(kind)
+        return True, "Success"
+
+    done, message = UPDATES[kind](original, updater, [])
+    assert (done, reached) == (False, [])
+    assert "Fix: call /begin_weight_update first" in message
+    layer.quant_method.restore_weights_before_loading(layer)  # as a session begins
+    assert UPDATES[kind](original, updater, [])[0]
+    layer.quant_method.process_weights_after_loading(layer)
+    assert not UPDATES[kind](original, updater, [])[0]
+
+
+@pytest.mark.parametrize("sessions", [False, True], ids=["0.5.20", "sessions"])
+def test_a_broadcast_into_repacked_experts_is_refused(
+    sessions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = SimpleNamespace(UpdateWeightsFromDistributedReqOutput=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", answers)
+    layer, _ = repacked_layer("CompressedTensorsFusedMoEMethod", INT4_G32, INTER)
+    runner = SimpleNamespace(model=torch.nn.Sequential(layer))
+    manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    if sessions:
+        manager._session = object()
+        manager._select_runners = lambda selector: [(selector, runner)]
+    request = SimpleNamespace(selector="target")
+    update = weight_updates.around_distributed_update
+    assert not update(lambda *_: "reached", manager, request).success
+    layer.quant_method.restore_weights_before_loading(layer)
+    assert update(lambda *_: "reached", manager, request) == "reached"
+
+
+def test_a_load_that_does_not_restore_is_restored_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older hosts reload from disk, and roll back where processing failed."""
+    layer, loaded = repacked_layer("CompressedTensorsFusedMoEMethod", INT4_G32, INTER)
+    before, model = packed(layer), torch.nn.Sequential(layer)
+    weight_updates.before_load(model, [], torch.device("cpu"))
+    fails_at(monkeypatch, "pack_scales", EXPERTS + 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.quant_method.process_weights_after_loading(layer)
+    weight_updates.before_load(model, [], torch.device("cpu"))
+    for name, parameter in loaded.items():
+        assert torch.equal(getattr(layer, name), parameter), name
+    layer.quant_method.process_weights_after_loading(layer)
+    assert all(map(torch.equal, packed(layer), before))
 
 
 def test_scales_move_with_their_experts() -> None:
