@@ -4,7 +4,8 @@ and given back when the host loads again.
 The host would repack them for its own kernels. Ours take its place: expert by expert, codes within
 the memory that they have, so that nothing needs room for two. Scales become a parameter of their
 own, so that whatever moves experts between ranks moves them too. While the host may load again,
-from `restore` to `repack`, a layer has its scales twice.
+from `restore` to `repack`, scales share that memory where the host's take as much, such as those of
+symmetric int4 in bf16; a layer has others twice.
 
 What is given back is what was loaded, so that the host may load as little of it as it likes; but
 scales are the bf16 ones that kernels read, and what nothing reads (activation orders, the zero
@@ -20,11 +21,20 @@ from typing import Any
 from ...errors import UnsupportedError, explain
 from ...kernels.formats import Format
 from ...planning.leaving import LEAVE_TEXT
-from .packed_layouts import HostLayout, host_layout, read_format, spent_parameters, stored_codes
+from .packed_layouts import (
+    HostLayout,
+    host_layout,
+    read_format,
+    scale_parameter,
+    spent_parameters,
+    stored_codes,
+)
 
 _STATE = "_moe_plugin_packing"
 _SCALES = "packed_scales"
 _NAMES = ("w13", "w2")
+_CODES_AT_ONCE = 2**22
+"""Of one expert. While they are turned each is an int32, several times."""
 
 
 @dataclass(slots=True)
@@ -142,15 +152,20 @@ def _make_room(layer: Any, name: str, layout: HostLayout, state: _Packing) -> No
 
 def _repack(layer: Any, name: str, layout: HostLayout, state: _Packing) -> None:
     """Bring the experts of w13 or w2 that are as the host loads them into our order."""
+    import torch
+
     from ...kernels.packing import pack_codes, pack_scales
 
     place, kept = state.places[name], getattr(layer, f"{name}_{_SCALES}")
-    _, depth = _size(layer, name)
+    rows, depth = _size(layer, name)
     # The last first: what is loaded anew lies at the beginning of what is written.
     for expert in reversed(range(state.unpacked[name])):
-        codes, scale, zero = layout.read(expert)
-        ours = pack_codes(codes, state.format), pack_scales(scale, depth, state.format, zero)
-        place[expert], kept.data[expert] = ours
+        codes, scales = [], []
+        for channels in _parts(rows, depth):
+            code, scale, zero = layout.read(expert, channels)
+            codes.append(pack_codes(code, state.format))
+            scales.append(pack_scales(scale, depth, state.format, zero))
+        place[expert], kept.data[expert] = torch.cat(codes), torch.cat(scales)
         state.unpacked[name] = expert
 
 
@@ -168,7 +183,7 @@ def restore(layer: Any) -> None:
 def _give_back(layer: Any, state: _Packing) -> None:
     """Let the layer have the parameters that the host loads; what they hold is not theirs yet."""
     room = {
-        each: parameter.data.new_zeros(state.spent[each])
+        each: _room(layer, name, parameter, state.spent[each])
         for name in _NAMES
         for each, parameter in spent_parameters(layer, name).items()
     }
@@ -181,16 +196,39 @@ def _give_back(layer: Any, state: _Packing) -> None:
     state.repacked = False
 
 
+def _room(layer: Any, name: str, parameter: Any, shape: Any) -> Any:
+    """Memory of a parameter that the host loads, and that nothing has read since. Scales that take
+    what ours do share theirs, as codes do."""
+    kept = getattr(layer, f"{name}_{_SCALES}").data
+    same = shape.numel() * parameter.itemsize == kept.nbytes
+    if same and parameter is scale_parameter(layer, name):
+        return kept.flatten().view(parameter.dtype).view(shape)
+    return parameter.data.new_zeros(shape)
+
+
 def _restore(layer: Any, name: str, state: _Packing) -> None:
     """Bring the experts of w13 or w2 that are in our order into the host's."""
-    from ...kernels.packing import unpack_codes, unpack_scales
+    from ...kernels.packing import STRIP, unpack_codes, unpack_scales
 
     place, kept = state.places[name], getattr(layer, f"{name}_{_SCALES}")
-    layout, (_, depth) = host_layout(layer, name), _size(layer, name)
+    layout, (rows, depth) = host_layout(layer, name), _size(layer, name)
     for expert in range(state.unpacked[name], len(place)):  # codes move to the beginning
-        codes = unpack_codes(place[expert], depth, state.format)
-        layout.write(expert, codes, *unpack_scales(kept.data[expert], depth, state.format))
+        parts = []
+        for channels in _parts(rows, depth):
+            strips = slice(channels.start // STRIP, channels.stop // STRIP)
+            codes = unpack_codes(place[expert, strips], depth, state.format)
+            scale, zero = unpack_scales(kept.data[expert, strips], depth, state.format)
+            parts.append(layout.stored(codes, scale, zero))
+        layout.write(expert, parts)
         state.unpacked[name] = expert + 1
+
+
+def _parts(rows: int, depth: int) -> list[slice]:
+    """Output channels of an expert that are turned at once, whole strips."""
+    from ...kernels.packing import STRIP
+
+    count = max(1, _CODES_AT_ONCE // depth // STRIP) * STRIP
+    return [slice(start, min(start + count, rows)) for start in range(0, rows, count)]
 
 
 def _size(layer: Any, name: str) -> tuple[int, int]:

@@ -11,10 +11,10 @@ import torch
 
 from moe_plugin.errors import UnsupportedError
 from moe_plugin.integration.resolve.int4_facts import is_int4
-from moe_plugin.integration.serve import weight_updates
+from moe_plugin.integration.serve import packed_weights, weight_updates
 from moe_plugin.integration.serve.expert_weights import expert_weights, loaded_format
 from moe_plugin.integration.serve.marlin_stub import refuse_rows
-from moe_plugin.integration.serve.packed_layouts import stored_codes
+from moe_plugin.integration.serve.packed_layouts import scale_parameter, stored_codes
 from moe_plugin.integration.serve.packed_weights import codes_and_scales, take_over_loading
 from moe_plugin.kernels import packing
 from moe_plugin.kernels.experts_torch import dequantise_expert_torch
@@ -289,6 +289,51 @@ def test_repacking_goes_on_where_it_failed(
         layer.quant_method.restore_weights_before_loading(layer)
     layer.quant_method.process_weights_after_loading(layer)
     assert all(map(torch.equal, packed(layer), packed(other)))
+
+
+@LAYERS
+def test_experts_are_turned_a_few_channels_at_a_time(
+    method: str, fmt: Any, inter: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, and 48 channels of w13 at a time, the last fewer; of w2 more."""
+    whole, _ = repacked_layer(method, fmt, inter)
+    monkeypatch.setattr(packed_weights, "_CODES_AT_ONCE", 48 * HIDDEN)
+    sizes: list[int] = []
+    monkeypatch.setattr(packing, "pack_codes", counted(packing.pack_codes, sizes))
+    monkeypatch.setattr(packing, "unpack_codes", counted(packing.unpack_codes, sizes))
+    layer, loaded = repacked_layer(method, fmt, inter)
+    assert all(map(torch.equal, packed(layer), packed(whole)))
+    layer.quant_method.restore_weights_before_loading(layer)
+    for name, parameter in loaded.items():
+        assert torch.equal(getattr(layer, name), parameter), name
+    assert max(sizes) <= 48 * HIDDEN * (4 / 3 if inter == 96 else 1)  # a depth of 96 is padded
+
+
+def counted(original: Any, sizes: list[int]) -> Any:
+    """A function of the packing that notes how many codes it turns at once."""
+
+    def function(values: torch.Tensor, *args: Any) -> torch.Tensor:
+        turned = original(values, *args)
+        sizes.append(8 * min(values.nbytes, turned.nbytes) // 4)  # of int32 words
+        return turned
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("method", "shared"),
+    [("CompressedTensorsFusedMoEMethod", True), ("GPTQMarlinMoEMethod", True),
+     ("MoeWNA16Method", True), ("AWQMoEMethod", False), ("Fp8MoEMethod", False)],
+)  # fmt: skip
+def test_scales_take_no_memory_twice_where_the_hosts_are_as_large(
+    method: str, shared: bool
+) -> None:
+    fmt = dict(CASES)[method] if method != "MoeWNA16Method" else INT4_G32
+    layer, _ = repacked_layer(method, fmt, INTER)
+    layer.quant_method.restore_weights_before_loading(layer)
+    for name in NAMES:
+        kept = getattr(layer, f"{name}_packed_scales")
+        assert (scale_parameter(layer, name).data_ptr() == kept.data_ptr()) is shared
 
 
 def test_a_forward_within_an_update_is_refused() -> None:
