@@ -117,7 +117,16 @@ FLAG_HOOKS = (
 
 def runtime_hooks() -> tuple[Hook, ...]:
     """What scheduler processes hook besides; imports what serves."""
-    from .serve import buffer, metrics, moe_layer, own_graphs, server_info, start_guard, steps
+    from .serve import (
+        buffer,
+        metrics,
+        moe_layer,
+        own_graphs,
+        server_info,
+        start_guard,
+        steps,
+        weight_updates,
+    )
 
     of_steps = (host_symbols.STEP_BATCH, host_symbols.STEP_OUTPUT)
     return (
@@ -135,6 +144,10 @@ def runtime_hooks() -> tuple[Hook, ...]:
         Hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND"),
         Hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND"),
         Hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER"),
+        Hook(host_symbols.LOAD_WEIGHTS, weight_updates.before_load, "BEFORE"),
+        Hook(host_symbols.TENSOR_UPDATE, weight_updates.around_tensor_update, "AROUND"),
+        Hook(host_symbols.IPC_UPDATE, weight_updates.around_ipc_update, "AROUND"),
+        Hook(host_symbols.DISTRIBUTED_UPDATE, weight_updates.around_distributed_update, "AROUND"),
         Hook(
             host_symbols.METRICS,
             metrics.after_init_metrics_collector,

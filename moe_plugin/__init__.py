@@ -22,6 +22,7 @@ From ``hidden_states`` to the combine, in every MoE layer::
     integration/serve/moe_layer.py    between the host's dispatch and combine
       expert_weights.py                  what the host's layer holds, as our experts take it
       packed_weights.py                  4-bit weights, repacked when they are loaded
+      weight_updates.py                  and given back before the host loads again
     runtime/runner.py                 one plain runner, no chunk loop
     kernels/experts.py                two launches: sm90/ on Hopper, portable/ elsewhere
     (host) combine

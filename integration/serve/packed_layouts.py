@@ -1,4 +1,4 @@
-"""4-bit weights as the host's methods hold them, read and written an expert at a time.
+"""4-bit weights as the host's methods hold them, read by output channels, written by experts.
 
 With K inputs and N output channels of w13 or w2; eight codes to an int32, lowest first:
 
@@ -58,14 +58,19 @@ class HostLayout:
     inputs_first: bool
     exponents: bool
 
-    def read(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def read(
+        self, expert: int, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(codes uint8 [N, K], scales [N, groups] as `pack_scales` takes them, zero points alike or
-        None) of one expert; codes and zero points are copies."""
-        codes = _unpack(self.codes.data[expert], self.packed_dim, self.places)
+        None) of some output channels of one expert, whole strips; codes and zero points are
+        copies."""
+        codes = self._rows(self.codes.data[expert], rows, self.packed_dim)
+        codes = _unpack(codes, self.packed_dim, self.places)
         zero = None
         if self.zero is not None:
-            zero = self._turned(_unpack(self.zero.data[expert], self.packed_zeros, self.places))
-        return self._turned(codes), self.read_scale(expert), zero
+            zeros = self._rows(self.zero.data[expert], rows, self.packed_zeros)
+            zero = self._turned(_unpack(zeros, self.packed_zeros, self.places))
+        return self._turned(codes), self.read_scale(expert)[rows], zero
 
     def read_scale(self, expert: int) -> torch.Tensor:
         """Scales of one expert, [N, groups]; of FP4 their exponents, uint8."""
@@ -76,14 +81,35 @@ class HostLayout:
             return ((scale.float().view(torch.int32) >> 23) & 255).to(torch.uint8)
         return self._turned(scale)
 
-    def write(self, expert: int, codes: Any, scale: Any, zero: Any) -> None:
-        """Put back one expert: int32 codes [N, K], and what `unpack_scales` makes of the rest."""
-        packed = _pack(self._turned(codes), self.packed_dim, self.places)
-        self.codes.data[expert] = packed.view(self.codes.dtype)
-        self.scale.data[expert] = self._turned(scale)
+    def stored(self, codes: Any, scale: Any, zero: Any) -> tuple[Any, Any, Any]:
+        """Of int32 codes [N, K] and what `unpack_scales` makes of the rest: as the host stores
+        these output channels."""
+        packed = _pack(self._turned(codes), self.packed_dim, self.places).view(self.codes.dtype)
+        zeros = None
         if self.zero is not None:
-            zeros = self._turned(zero.int())
-            self.zero.data[expert] = _pack(zeros, self.packed_zeros, self.places)
+            zeros = _pack(self._turned(zero.int()), self.packed_zeros, self.places)
+        return packed, self._turned(scale), zeros
+
+    def write(self, expert: int, parts: list[tuple[Any, Any, Any]]) -> None:
+        """Put back one expert, all of its output channels as `stored` gives them."""
+        import torch
+
+        parameters = self.codes, self.scale, self.zero
+        found = [(p, each) for p, each in zip(parameters, zip(*parts, strict=True), strict=True)]
+        # What takes memory comes before what is written.
+        whole = [(p, torch.cat(each, self._channels)) for p, each in found if p is not None]
+        for parameter, values in whole:
+            parameter.data[expert] = values
+
+    @property
+    def _channels(self) -> int:
+        """The dimension of one expert's tensors that is its output channels."""
+        return 1 if self.inputs_first else 0
+
+    def _rows(self, values: torch.Tensor, rows: slice, packed: int) -> torch.Tensor:
+        each = len(self.places) if packed == self._channels else 1
+        start, stop = rows.start // each, rows.stop // each
+        return values.narrow(self._channels, start, stop - start)
 
     def _turned(self, values: torch.Tensor) -> torch.Tensor:
         return values.T if self.inputs_first else values
@@ -91,7 +117,7 @@ class HostLayout:
 
 def host_layout(layer: Any, name: str) -> HostLayout:
     """How the layer holds w13 or w2, as it is loaded and not repacked."""
-    codes, scale, zero = stored_codes(layer, name), _scale(layer, name), _zero(layer, name)
+    codes, scale, zero = stored_codes(layer, name), scale_parameter(layer, name), _zero(layer, name)
     depth = layer.hidden_size if name == "w13" else layer.intermediate_size_per_partition
     if _in_bytes(codes):
         return HostLayout(codes, scale, zero, _BYTES, 1, 0, False, _is_fp4(layer))
@@ -115,6 +141,13 @@ def stored_weights(layer: Any, name: str) -> Any:
     return getattr(layer, f"{name}_weight") if codes is None else codes
 
 
+def scale_parameter(layer: Any, name: str) -> Any:
+    """The parameter that the host loads scales of w13 or w2 into."""
+    names = ("weight_scale", "weight_scale_inv", "scales")
+    found = (getattr(layer, f"{name}_{suffix}", None) for suffix in names)
+    return next(scale for scale in found if scale is not None)
+
+
 def spent_parameters(layer: Any, name: str) -> dict[str, Any]:
     """The parameters of w13 or w2 that nothing reads once its weights are repacked, by name."""
     found = ((f"{name}_{each}", getattr(layer, f"{name}_{each}", None)) for each in _SPENT)
@@ -128,7 +161,7 @@ def read_format(layer: Any) -> Format:
     Raises:
         UnsupportedError: one that our kernels do not decode.
     """
-    scale, zero = _scale(layer, "w13"), _zero(layer, "w13")
+    scale, zero = scale_parameter(layer, "w13"), _zero(layer, "w13")
     groups = scale.shape[2 if _in_bytes(stored_codes(layer, "w13")) else 1]
     group = layer.hidden_size // groups
     code = "e2m1" if _is_fp4(layer) else "integer"
@@ -158,12 +191,6 @@ def _is_fp4(layer: Any) -> bool:
 
 def _in_bytes(codes: Any) -> bool:
     return bool(codes.dtype.itemsize == 1)
-
-
-def _scale(layer: Any, name: str) -> Any:
-    names = ("weight_scale", "weight_scale_inv", "scales")
-    found = (getattr(layer, f"{name}_{suffix}", None) for suffix in names)
-    return next(scale for scale in found if scale is not None)
 
 
 def _zero(layer: Any, name: str) -> Any | None:
