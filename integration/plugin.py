@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..envs import DISABLE, USE_BATCHED_DP_MOE
 from ..errors import ConfigError, HostMismatchError
-from . import flags, host_checks, host_symbols
+from . import flags, host_checks, host_symbols, scheduler_symbols
 from .status import STATUS
 
 logger = logging.getLogger(__name__)
@@ -128,31 +128,33 @@ def runtime_hooks() -> tuple[Hook, ...]:
         weight_updates,
     )
 
-    of_steps = (host_symbols.STEP_BATCH, host_symbols.STEP_OUTPUT)
+    of_steps = (scheduler_symbols.STEP_BATCH, scheduler_symbols.STEP_OUTPUT)
     return (
-        Hook(host_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE"),
-        Hook(host_symbols.MOE_INIT, moe_layer.around_moe_init, "AROUND"),
-        Hook(host_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER"),
-        Hook(host_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND"),
+        Hook(scheduler_symbols.SCHEDULER_INIT, start_guard.before_scheduler_init, "BEFORE"),
+        Hook(scheduler_symbols.MOE_INIT, moe_layer.around_moe_init, "AROUND"),
+        Hook(scheduler_symbols.MEMORY_POOLS, buffer.after_memory_pools, "AFTER"),
+        Hook(scheduler_symbols.GET_BUFFER, buffer.around_get_buffer, "AROUND"),
         Hook(
-            host_symbols.SYNC_VOTES,
+            scheduler_symbols.SYNC_VOTES,
             own_graphs.around_all_gather,
             "AROUND",
-            needs=(host_symbols.RUNTIME_FLAGS, host_symbols.MLP_GATHER),
+            needs=(scheduler_symbols.RUNTIME_FLAGS, scheduler_symbols.MLP_GATHER),
         ),
-        Hook(host_symbols.MODEL_FORWARD, steps.around_forward, "AROUND", needs=of_steps),
-        Hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND"),
-        Hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND"),
-        Hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER"),
-        Hook(host_symbols.LOAD_WEIGHTS, weight_updates.before_load, "BEFORE"),
-        Hook(host_symbols.TENSOR_UPDATE, weight_updates.around_tensor_update, "AROUND"),
-        Hook(host_symbols.IPC_UPDATE, weight_updates.around_ipc_update, "AROUND"),
-        Hook(host_symbols.DISTRIBUTED_UPDATE, weight_updates.around_distributed_update, "AROUND"),
+        Hook(scheduler_symbols.MODEL_FORWARD, steps.around_forward, "AROUND", needs=of_steps),
+        Hook(scheduler_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND"),
+        Hook(scheduler_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND"),
+        Hook(scheduler_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER"),
+        Hook(scheduler_symbols.LOAD_WEIGHTS, weight_updates.before_load, "BEFORE"),
+        Hook(scheduler_symbols.TENSOR_UPDATE, weight_updates.around_tensor_update, "AROUND"),
+        Hook(scheduler_symbols.IPC_UPDATE, weight_updates.around_ipc_update, "AROUND"),
         Hook(
-            host_symbols.METRICS,
+            scheduler_symbols.DISTRIBUTED_UPDATE, weight_updates.around_distributed_update, "AROUND"
+        ),
+        Hook(
+            scheduler_symbols.METRICS,
             metrics.after_init_metrics_collector,
             "AFTER",
-            needs=(host_symbols.MODEL_FORWARD, *of_steps),  # no count that stands still
+            needs=(scheduler_symbols.MODEL_FORWARD, *of_steps),  # no count that stands still
         ),
     )
 
@@ -165,10 +167,10 @@ def _register_inert() -> None:
             refuse_if_asked(flags.Request("on", None, USE_BATCHED_DP_MOE.name))
         except (ConfigError, HostMismatchError) as error:
             raise SystemExit(f"error: {error}") from None
-    if _is_scheduler_process() and not host_checks.check_symbol(host_symbols.SCHEDULER_INIT):
+    if _is_scheduler_process() and not host_checks.check_symbol(scheduler_symbols.SCHEDULER_INIT):
         from .serve import start_guard
 
-        _register(Hook(host_symbols.SCHEDULER_INIT, start_guard.refuse_planned, "BEFORE"))
+        _register(Hook(scheduler_symbols.SCHEDULER_INIT, start_guard.refuse_planned, "BEFORE"))
     if any(host_checks.check_symbol(hook.symbol) for hook in FLAG_HOOKS):
         return  # our flags stay unknown to the parser, which refuses them by itself
 

@@ -17,7 +17,8 @@ from ...capability import backend_names, faulty_entry_points
 from ...cli.main import Parser
 from ...cli.tables import table_for
 from ...envs import VARIABLES
-from .. import host_checks, host_symbols, plugin
+from .. import host_checks, plugin
+from ..scheduler_symbols import SYMBOLS
 from ..status import STATUS
 from . import machine_facts
 from .doctor_launch import Verdict, default_target, judge
@@ -119,7 +120,7 @@ def _symbols(*, quick: bool) -> list[Finding]:
     findings: list[Finding] = []
     if not find_spec("sglang"):
         return findings
-    for symbol in host_symbols.SYMBOLS:
+    for symbol in SYMBOLS:
         if symbol.runtime and quick:
             findings.append(Finding("host", symbol.path, "info", "not checked (--quick)"))
             continue

@@ -13,7 +13,7 @@ from ...capability import get_backend
 from ...planning.leaving import USE_DEEPEP
 from ...planning.plan import Change, Plan, Rejection
 from ..host_checks import check_symbol, problems
-from ..host_symbols import DISPATCHERS
+from ..scheduler_symbols import DISPATCHERS
 
 _checks_machine = True
 

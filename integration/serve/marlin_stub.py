@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import UnsupportedError, explain
 from ...planning.leaving import LEAVE_TEXT
 from ..host_checks import check_symbol
-from ..host_symbols import FUSED_FUNCTION
+from ..scheduler_symbols import FUSED_FUNCTION
 
 _RUNNER = "marlin"
 

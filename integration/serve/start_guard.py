@@ -9,12 +9,13 @@ from typing import Any
 from ...backends.deepep import limits_of
 from ...capability import get_backend
 from ...errors import HostMismatchError, UnsupportedError, explain
-from .. import flags, host_symbols
+from .. import flags
 from ..attached_plan import plan_of, was_resolved
 from ..resolve.exported_variables import HOST_TOKENS_PER_RANK
 from ..resolve.host_environment import environment_int
 from ..resolve.launch_plan import capability_for, plan_for
 from ..resolve.resolved_rows import check_final
+from ..scheduler_symbols import SYMBOLS
 from ..status import STATUS
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def refuse_planned(_self: Any, server_args: Any, *_args: Any, **_kwargs: Any) ->
 def _check_hooks_applied() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    optional = {symbol.target for symbol in host_symbols.SYMBOLS if symbol.without}
+    optional = {symbol.target for symbol in SYMBOLS if symbol.without}
     missing = [
         target
         for target in STATUS.hooked

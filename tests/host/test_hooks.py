@@ -14,7 +14,7 @@ import pytest
 
 from moe_plugin import integration
 from moe_plugin.integration import plugin
-from moe_plugin.integration.host_symbols import DISPATCHERS, SYMBOLS
+from moe_plugin.integration.scheduler_symbols import DISPATCHERS, SYMBOLS
 
 from ..support.host_sources import definition, parameters
 from ..support.versions import OLDER, overlay

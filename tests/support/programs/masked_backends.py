@@ -22,7 +22,7 @@ from support.moe_reference import Fp8Experts, MoECase, dense_moe, dense_moe_fp8,
 
 from moe_plugin.batched_backend import Capability
 from moe_plugin.integration.host_checks import check_symbol
-from moe_plugin.integration.host_symbols import DISPATCHERS
+from moe_plugin.integration.scheduler_symbols import DISPATCHERS
 from moe_plugin.integration.serve import buffer, dispatchers, moe_layer, process
 from moe_plugin.kernels.experts_torch import quantise_groups_torch
 from moe_plugin.planning.plan import Plan
