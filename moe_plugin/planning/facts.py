@@ -84,6 +84,7 @@ class LaunchFacts:
         page_size: KV-cache page, tokens; the host wants chunks in whole pages.
         decode_graphs: decode CUDA graphs are captured.
         prefill_graphs: prefill CUDA graphs are captured.
+        captures_prefills: the host captures them for certain, and breakable ones.
         required: ``--use-batched-dp-moe on``: what T cannot carry is refused. Under ``auto`` caps
             that the host would take are lowered instead.
         max_tokens: T as our flag or variable says.
@@ -157,6 +158,7 @@ class LaunchFacts:
     page_size: int = 1
     decode_graphs: bool = True
     prefill_graphs: bool = True
+    captures_prefills: bool = True
     required: bool = True
     max_tokens: int | None = None
     max_tokens_source: str = "--batched-dp-moe-max-tokens"

@@ -118,3 +118,29 @@ def test_weights_quantised_after_loading_must_fit_before() -> None:
     assert plan(model, 8).verdict == "ok"
     serialised = replace(weights, before=None)
     assert plan(replace(model, weights=serialised), 4).verdict == "ok"
+
+
+APART = {"deepep_mode": "low_latency", "attn_dp_size": 16, "chunked_prefill_size": 2048}
+SMALL_GRAPHS = {"cuda_graph_max_bs_decode": 128, "cuda_graph_max_bs_prefill": 128}
+
+
+@pytest.mark.parametrize(
+    ("more", "runs"),
+    [
+        (SMALL_GRAPHS, True),
+        ({**SMALL_GRAPHS, "cuda_graph_max_bs_decode": 256}, False),
+        ({**SMALL_GRAPHS, "cuda_graph_max_bs_decode": None}, False),  # it chooses 512
+        ({**SMALL_GRAPHS, "cuda_graph_max_bs_decode": None, "max_running_requests": 1600}, True),
+        ({**SMALL_GRAPHS, "cuda_graph_max_bs_decode": 256, "decode_graphs": False}, True),
+        ({**SMALL_GRAPHS, "cuda_graph_max_bs_prefill": 256}, False),
+        ({**SMALL_GRAPHS, "cuda_graph_max_bs_prefill": None}, False),  # up to 2,048 tokens
+        ({"cuda_graph_max_bs_decode": 128, "prefill_graphs": False}, True),
+        ({"cuda_graph_max_bs_decode": 128, "captures_prefills": False}, True),
+        ({"cuda_graph_max_bs_decode": 256, "deepep_mode": "auto"}, False),
+        ({"cuda_graph_max_bs_decode": 128, "deepep_mode": "auto"}, True),
+    ],
+)
+def test_graphs_beyond_the_hosts_own_t_are_not_left_to_it(more: dict[str, Any], runs: bool) -> None:
+    """It captures them once weights are loaded, and DeepEP asserts: typed, or its own choice."""
+    (error,) = refused(0.885, **{**APART, **more}).errors
+    assert error.host_runs is runs
