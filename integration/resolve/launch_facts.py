@@ -19,6 +19,9 @@ from .host_environment import environment_bool, environment_int
 from .host_runners import batched_runners, is_foreign
 from .lora_facts import adapts_experts
 
+KEY_VALUE_STORES = ("redis://",)
+"""Model paths that the host's only ``BaseKVConnector`` reads (``create_remote_connector``)."""
+
 
 def attn_dp_size(cfg: Any) -> int:
     """Attention-DP groups. 0.5.20 and 0.5.21 spell it ``--dp-size N --enable-dp-attention``."""
@@ -197,5 +200,6 @@ def launch_facts(
         separate_draft=_separate_draft(cfg),
         draft_shape=draft_shape(server_args, cfg, a2a.name),
         load_format=str(cfg.load_format),
+        key_value_store=str(cfg.model_path).startswith(KEY_VALUE_STORES),
         weight_cache=getattr(cfg, "weight_cache_mode", "off") != "off",
     )

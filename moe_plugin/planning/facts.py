@@ -131,6 +131,7 @@ class LaunchFacts:
             also be lowered.
         decode_graph_cap: most requests that a decode graph is filled with; None for as many as fit.
         load_format: ``--load-format``, as resolved.
+        key_value_store: the model path is one of a key-value store: parameters of another server.
         weight_cache: a daemon holds the weights for several servers (``--weight-cache-mode``).
     """
 
@@ -198,6 +199,7 @@ class LaunchFacts:
     follows_cap: bool = True
     decode_graph_cap: int | None = None
     load_format: str = "auto"
+    key_value_store: bool = False
     weight_cache: bool = False
 
     @property
