@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from .device_memory import UNSET_PREFILL_GRAPH, hosts_graph, rounded_fraction, stock_chunk
+from .expert_choice import host_problem
 from .facts import LaunchFacts, ModelFacts
 from .integers import ceil_div
 from .limits import HOST_TOKENS_PER_RANK, Limits
@@ -33,9 +34,17 @@ def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: 
             return fitting and len(found.errors) <= len(plan.errors)
 
         error = memory_rejection(plan, launch, limits, works)
-        error = replace(error, host_runs=stock_has_room(plan, launch, limits))
+        runs = stock_has_experts(plan, model, launch) and stock_has_room(plan, launch, limits)
+        error = replace(error, host_runs=runs)
         plan = replace(plan, errors=(*plan.errors, error))
     return replace(plan, prompt_steps=_prompt_steps(plan, launch))
+
+
+def stock_has_experts(plan: Plan, model: ModelFacts, launch: LaunchFacts) -> bool:
+    """Whether the stock host computes what the plugin's experts would; other launches are refused
+    for their experts, or left alone."""
+    normal = not plan.bounds_prefill and launch.disaggregation_mode != "decode"
+    return plan.runner != "moe_plugin" or not host_problem(model, launch, normal=normal)
 
 
 def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
@@ -45,7 +54,7 @@ def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
     memory, facts = plan.memory, launch.memory
     if memory is None or facts is None or launch.max_tokens is not None:
         return False  # a T of ours is what was asked for
-    if memory.loading_bytes > memory.usable_bytes:
+    if memory.loading_bytes > memory.device_bytes:
         return False
     tokens = launch.host_tokens_per_rank or HOST_TOKENS_PER_RANK
     if _stock_overruns(plan, launch, facts, tokens):

@@ -10,6 +10,7 @@ import pytest
 
 from moe_plugin.integration.resolve.weight_facts import weights_of
 from moe_plugin.planning.device_memory import token_bytes
+from moe_plugin.planning.memory_record import GIB
 from moe_plugin.planning.plan import Plan
 from moe_plugin.planning.weight_bytes import Topology, from_shape
 
@@ -116,8 +117,24 @@ def test_weights_quantised_after_loading_must_fit_before() -> None:
     assert not error.host_runs
     assert error.changes == (("--tp-size", "8"), ("--attn-dp-size", "8"))
     assert plan(model, 8).verdict == "ok"
+    # What is planned beside the device's context may be there after all.
+    assert found.memory is not None
+    small = {**SMALL_GRAPHS, "chunked_prefill_size": 512, "required": False}
+    near = plan(model, 4, found.memory.loading_bytes + GIB, **small)
+    assert [(e.limit, e.host_runs) for e in near.errors] == [("device memory", True)]
     serialised = replace(weights, before=None)
     assert plan(replace(model, weights=serialised), 4).verdict == "ok"
+
+
+def test_a_launch_without_experts_on_the_stock_host_is_not_left_to_it() -> None:
+    """It has none for bf16 rows but DeepGEMM, which is not chosen by itself; ours compute them."""
+    bf16 = replace(SMALL_V3, weight_format="unquantized")
+    tight = {**TIGHT, **APART, **SMALL_GRAPHS, "fraction": 0.885}
+    own = plan(bf16, 16, H100, **tight)
+    theirs = plan(bf16, 16, H100, **tight, moe_runner_backend="deep_gemm")
+    assert own.runner == "moe_plugin"
+    assert [(e.limit, e.host_runs) for e in own.errors] == [("device memory", False)]
+    assert [(e.limit, e.host_runs) for e in theirs.errors] == [("device memory", True)]
 
 
 APART = {"deepep_mode": "low_latency", "attn_dp_size": 16, "chunked_prefill_size": 2048}
