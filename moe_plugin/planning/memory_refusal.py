@@ -22,6 +22,9 @@ Works = Callable[[LaunchFacts], bool]
 MORE_RANKS = (2, 4, 8, 16, 32)
 SIZES = (512, 256, 128, 64)
 GRAPHS = (256, 128, 64, 32)
+SPECULATING_REQUESTS = 48
+"""Running requests of the stock host with speculation where nobody named a number
+(``arg_groups/speculative_hook.py``)."""
 
 
 def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: Limits) -> Plan:
@@ -72,14 +75,17 @@ def _stock_overruns(
 ) -> bool:
     """Whether the first chunk or a captured batch of the stock host, as typed or as it chooses
     them, is more than ``tokens_per_rank``: it ends in an assertion once weights are loaded."""
-    graph = hosts_graph(launch, facts, launch.max_running_requests or 0)
+    running = launch.max_running_requests
+    if running is None and launch.draft_width > 1:
+        running = SPECULATING_REQUESTS
     chunk, prefill = launch.chunked_prefill_size, launch.cuda_graph_max_bs_prefill
     if prefill is None and launch.a2a_backend == "deepep" and not launch.backend_late:
         prefill = UNSET_PREFILL_GRAPH
     stock = replace(
         launch,
         chunked_prefill_size=stock_chunk(facts) if chunk is None else chunk,
-        cuda_graph_max_bs_decode=graph,
+        max_running_requests=running,
+        cuda_graph_max_bs_decode=hosts_graph(launch, facts, running or 0),
         cuda_graph_max_bs_prefill=prefill,
         prefill_graphs=launch.prefill_graphs and launch.captures_prefills,
     )
