@@ -14,8 +14,8 @@ from moe_plugin.planning.memory_record import GIB
 from moe_plugin.planning.plan import Plan
 from moe_plugin.planning.weight_bytes import Topology, from_shape
 
-from .test_memory_fit import H100, QWEN_235B_FP8, V3_FP8, plan
-from .test_weights import FP8, QWEN_235B, V3, shape
+from .test_memory_fit import H100, QWEN_30B_BF16, QWEN_235B_FP8, V3_FP8, plan
+from .test_weights import FP8, QWEN_30B, QWEN_235B, V3, shape
 
 FEW_LAYERS = from_shape(replace(shape(V3, FP8), layers=4, dense_layers=1))
 SMALL_V3 = replace(V3_FP8, weights=FEW_LAYERS)
@@ -42,6 +42,23 @@ def test_t_is_the_stock_hosts_own_where_no_t_leaves_as_much() -> None:
     assert memory is not None
     assert memory.less_than_stock
     assert found.max_dispatch_tokens_per_rank == 128
+    assert found.budgets[0].arithmetic.startswith("256 leave 39.61 GiB of KV cache, these 45.90")
+
+
+def test_t_stays_where_a_smaller_one_gains_no_kv_cache_to_speak_of() -> None:
+    """16 experts: what 128 tokens save is in the same step of the buffer, and 0.04 GiB of rows."""
+    few = from_shape(replace(shape(QWEN_30B), layers=4, experts=16))
+    model = replace(QWEN_30B_BF16, num_experts=16, weights=few)
+    typed = {"chunked_prefill_size": 64, "cuda_graph_max_bs_decode": 64, "max_running_requests": 64}
+    launch = {"attn_dp_size": 1, "prefill_graphs": False, **typed}
+    found = plan(model, 2, 40 * GIB, **launch)
+    smaller = plan(model, 2, 40 * GIB, max_tokens=128, **launch)
+    assert found.memory is not None
+    assert smaller.memory is not None
+    gained = smaller.memory.kv_cache_bytes - found.memory.kv_cache_bytes
+    assert found.memory.less_than_stock
+    assert 0 < gained <= found.memory.kv_tolerance_bytes
+    assert found.max_dispatch_tokens_per_rank == 256
 
 
 def refused(fraction: float, **more: Any) -> Plan:
