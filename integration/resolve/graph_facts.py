@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...planning.device_memory import UNSET_PREFILL_GRAPH
 from ...planning.facts import GRAPH_MULTIPLE
 from ...planning.integers import ceil_to
 
@@ -41,7 +42,8 @@ def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int |
         largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
     breakable = _named_backend(server_args, server_args, phase) in (None, BREAKABLE)
     if phase == "prefill" and backend == "deepep" and breakable and largest == 0:
-        return None  # which that function takes for unset, of breakable graphs
+        # Which it takes for unset, of breakable graphs; what is filled gives way to JSON.
+        return UNSET_PREFILL_GRAPH if "max_bs" in named else None
     return None if largest is None else int(largest)
 
 

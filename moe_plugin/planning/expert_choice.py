@@ -227,7 +227,7 @@ def _ways_out(
 
 
 def without_bf16_rows(launch: LaunchFacts) -> LaunchFacts:
-    """The launch with :data:`BF16_ROWS` unset: a dtype that another flag or variable names stays."""
+    """The launch with :data:`BF16_ROWS` unset: a dtype that something else names stays."""
     named = launch.dispatch_dtype_source != BF16_ROWS
     dtype = launch.dispatch_dtype if named else "auto"
     return replace(launch, layers_by_runner=False, dispatch_dtype=dtype)
