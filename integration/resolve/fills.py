@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...planning.plan import Plan
-from .launch_facts import explicit_graph_max
+from .graph_facts import explicit_graph_max
 
 
 def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:

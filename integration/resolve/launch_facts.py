@@ -10,14 +10,17 @@ from ...capability import backend_names, get_backend
 from ...envs import MIXED_CHUNKS, TRANSPORT
 from ...planning.compatibility import FLASHINFER_TILE
 from ...planning.expert_choice import BF16_ROWS
-from ...planning.facts import GRAPH_MULTIPLE, LaunchFacts
-from ...planning.integers import ceil_to
+from ...planning.facts import LaunchFacts
 from ...planning.limits import Limits
 from ..flags import requested
 from .draft_facts import draft_has_routed_moe, draft_shape, draft_width
+from .graph_facts import captures_prefills, explicit_graph_max, graphs_enabled, prefill_graphs
 from .host_environment import environment_bool, environment_int
 from .host_runners import batched_runners, is_foreign
 from .lora_facts import adapts_experts
+
+KEY_VALUE_STORES = ("redis://",)
+"""Model paths that the host's only ``BaseKVConnector`` reads (``create_remote_connector``)."""
 
 
 def attn_dp_size(cfg: Any) -> int:
@@ -48,58 +51,6 @@ def transport_of(cfg: Any, backend: str) -> str:
     if asked != "auto":
         return asked
     return "torch" if cfg.device == "cpu" else "deepep"
-
-
-def _named_graphs(server_args: Any, phase: str) -> dict[str, Any]:
-    """What ``--cuda-graph-config`` says of a phase."""
-    config = server_args.cuda_graph_config
-    config = config.to_dict() if hasattr(config, "to_dict") else config or {}
-    named = config.get(phase) if isinstance(config, dict) else None
-    return named if isinstance(named, dict) else {}
-
-
-def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int | None:
-    """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
-    prefills as the host rounds it (``apply_deepep_adjustments``)."""
-    named = _named_graphs(server_args, phase)
-    sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
-    if sizes:
-        most = int(max(sizes))
-        return ceil_to(most, GRAPH_MULTIPLE) if phase == "prefill" else most
-    largest = named.get("max_bs")
-    if largest is None:
-        largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
-    if phase == "prefill" and backend == "deepep" and largest == 0:
-        return None  # which that function takes for unset
-    return None if largest is None else int(largest)
-
-
-def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
-    """Whether a phase may capture graphs. Before the host decided: unless it was switched off."""
-    if cfg.device == "cpu":
-        return False
-    if getattr(server_args, "_cuda_graph_config_locked", None) is not None:
-        config = cfg.cuda_graph_config
-        return config is not None and getattr(config, phase).backend != "disabled"
-    named = _named_graphs(server_args, phase)
-    backend = named.get("backend") or getattr(cfg, f"cuda_graph_backend_{phase}", None)
-    if backend is not None:  # named, it wins over the flag for both phases
-        return bool(backend != "disabled")
-    if getattr(cfg, "disable_cuda_graph", False):
-        return False
-    if phase == "prefill" and (
-        cfg.pp_size > 1 or cfg.enable_two_batch_overlap or getattr(cfg, "dcp_size", 1) > 1
-    ):
-        return False  # the host captures none there by itself
-    return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
-
-
-def _prefill_graphs(server_args: Any, cfg: Any, backend: str) -> bool:
-    """Whether prefill graphs are captured: by itself the host does so over DeepEP alone."""
-    named = _named_graphs(server_args, "prefill").get("backend") or getattr(
-        cfg, "cuda_graph_backend_prefill", None
-    )
-    return graphs_enabled(server_args, cfg, "prefill") and (named or backend) in ("deepep", named)
 
 
 def dispatch_dtype(cfg: Any, backend: str) -> tuple[str, str]:
@@ -187,6 +138,7 @@ def launch_facts(
     dp_groups = attn_dp_size(cfg)
     a2a = backend_of(backend or cfg.moe_a2a_backend)
     dtype, dtype_source = dispatch_dtype(cfg, a2a.name)
+    capability = compute_capability(cfg)
     return LaunchFacts(
         a2a_backend=a2a.name,
         backend_late=server_args.moe_a2a_backend != a2a.name and request.switch != "on",
@@ -211,7 +163,8 @@ def launch_facts(
         max_prefill_tokens=cfg.max_prefill_tokens,
         page_size=max(1, int(cfg.page_size or 1)),
         decode_graphs=graphs_enabled(server_args, cfg, "decode"),
-        prefill_graphs=_prefill_graphs(server_args, cfg, a2a.name),
+        prefill_graphs=prefill_graphs(server_args, cfg, a2a.name),
+        captures_prefills=captures_prefills(server_args, cfg, capability),
         required=request.switch == "on",
         max_tokens=request.max_tokens,
         max_tokens_source=request.max_tokens_source,
@@ -230,7 +183,7 @@ def launch_facts(
         dispatch_dtype=dtype,
         dispatch_dtype_source=dtype_source,
         layers_by_runner=environment_bool(BF16_ROWS) is True,
-        compute_capability=compute_capability(cfg),
+        compute_capability=capability,
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=adapts_experts(cfg),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
@@ -247,5 +200,6 @@ def launch_facts(
         separate_draft=_separate_draft(cfg),
         draft_shape=draft_shape(server_args, cfg, a2a.name),
         load_format=str(cfg.load_format),
+        key_value_store=str(cfg.model_path).startswith(KEY_VALUE_STORES),
         weight_cache=getattr(cfg, "weight_cache_mode", "off") != "off",
     )

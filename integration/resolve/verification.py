@@ -10,7 +10,8 @@ from ...capability import get_backend
 from ...planning.memory_use import recounted
 from ...planning.plan import Change, Plan, Rejection, refusal
 from ..flags import requested
-from .launch_facts import attn_dp_size, explicit_graph_max, launch_facts
+from .graph_facts import explicit_graph_max
+from .launch_facts import attn_dp_size, launch_facts
 from .launch_plan import plan_for
 from .memory_facts import memory_facts
 from .model_facts import model_facts

@@ -60,8 +60,8 @@ def weights_of(path: str, text: Any, quantization: dict[str, Any], **launch: Any
         return from_tensors(tensors, shape)
     weights = from_shape(shape)
     if online and launch["weight_format"] in _AFTER_LOADING:
-        plain = shape_of(text, {}, **{**launch, "weight_format": "unquantized"})
-        return replace(weights, before=from_shape(plain) if plain else None)
+        plain = {**launch, "weight_format": "unquantized"}
+        return replace(weights, before=weights_of(path, text, {}, **plain))
     return (
         scaled(weights, found.total, "safetensors index") if found.total and not online else weights
     )

@@ -130,7 +130,7 @@ def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts, drafts: in
     """The host's estimate for the budgets of a plan, with so many rows of a decoding request."""
     # Counted by the host though none is captured.
     graph = plan.cuda_graph_max_bs_decode
-    graph = graph or _hosts_graph(launch, facts, plan.max_running_requests)
+    graph = graph or hosts_graph(launch, facts, plan.max_running_requests)
     chunk = plan.chunked_prefill_size or launch.chunked_prefill_size or stock_chunk(facts)
     prefill = 0
     if launch.prefill_graphs:
@@ -161,7 +161,7 @@ def stock_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
     return min(size, running or size)
 
 
-def _hosts_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
+def hosts_graph(launch: LaunchFacts, facts: MemoryFacts, running: int) -> int:
     """The largest decode graph that the host's estimate goes by: as typed, 0 too, or its own."""
     typed = launch.cuda_graph_max_bs_decode
     return stock_graph(launch, facts, running) if typed is None else typed
@@ -172,7 +172,7 @@ def stock_kept(launch: LaunchFacts, facts: MemoryFacts) -> int:
     chunk = launch.chunked_prefill_size
     chunk = stock_chunk(facts) if chunk is None else chunk
     running = launch.max_running_requests or 0
-    graph = _hosts_graph(launch, facts, running)
+    graph = hosts_graph(launch, facts, running)
     prefill = 0
     if launch.prefill_graphs:
         typed = launch.cuda_graph_max_bs_prefill

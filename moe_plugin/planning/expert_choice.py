@@ -212,10 +212,7 @@ def _ways_out(
     if launch.deep_gemm_switched_off:
         yield ((JIT_DEEP_GEMM, None),), replace(launch, deep_gemm_switched_off=False)
     if launch.layers_by_runner:
-        plain = replace(launch, layers_by_runner=False)
-        if launch.dispatch_dtype_source == BF16_ROWS:
-            plain = replace(plain, dispatch_dtype="auto")
-        yield ((BF16_ROWS, None),), plain
+        yield ((BF16_ROWS, None),), without_bf16_rows(launch)
     # Where `auto` is overridden by the host itself, it is no way out.
     names = ["auto"] if launch.runner_typed else []
     for name in [*names, *(name for name in known.host if name != "auto")]:
@@ -227,6 +224,13 @@ def _ways_out(
         yield changes, other
         if launch.deepep_mode == "auto":
             yield changes + LOW_LATENCY, replace(other, deepep_mode="low_latency")
+
+
+def without_bf16_rows(launch: LaunchFacts) -> LaunchFacts:
+    """The launch with :data:`BF16_ROWS` unset: a dtype that something else names stays."""
+    named = launch.dispatch_dtype_source != BF16_ROWS
+    dtype = launch.dispatch_dtype if named else "auto"
+    return replace(launch, layers_by_runner=False, dispatch_dtype=dtype)
 
 
 def _aside(model: ModelFacts) -> str:

@@ -84,6 +84,7 @@ class LaunchFacts:
         page_size: KV-cache page, tokens; the host wants chunks in whole pages.
         decode_graphs: decode CUDA graphs are captured.
         prefill_graphs: prefill CUDA graphs are captured.
+        captures_prefills: the host captures them for certain, and breakable ones.
         required: ``--use-batched-dp-moe on``: what T cannot carry is refused. Under ``auto`` caps
             that the host would take are lowered instead.
         max_tokens: T as our flag or variable says.
@@ -130,6 +131,7 @@ class LaunchFacts:
             also be lowered.
         decode_graph_cap: most requests that a decode graph is filled with; None for as many as fit.
         load_format: ``--load-format``, as resolved.
+        key_value_store: the model path is one of a key-value store: parameters of another server.
         weight_cache: a daemon holds the weights for several servers (``--weight-cache-mode``).
     """
 
@@ -157,6 +159,7 @@ class LaunchFacts:
     page_size: int = 1
     decode_graphs: bool = True
     prefill_graphs: bool = True
+    captures_prefills: bool = True
     required: bool = True
     max_tokens: int | None = None
     max_tokens_source: str = "--batched-dp-moe-max-tokens"
@@ -196,6 +199,7 @@ class LaunchFacts:
     follows_cap: bool = True
     decode_graph_cap: int | None = None
     load_format: str = "auto"
+    key_value_store: bool = False
     weight_cache: bool = False
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .compatibility import FLASHINFER_TILE
-from .expert_choice import BF16_ROWS
+from .expert_choice import BF16_ROWS, without_bf16_rows
 from .facts import LaunchFacts, ModelFacts
 from .leaving import LEAVE, LEAVE_TEXT
 from .limits import Limits
@@ -37,7 +37,6 @@ _TEXTS = {
     "--load-format": "load_format",
     "--moe-runner-backend": "moe_runner_backend",
     "--deepep-dispatcher-output-dtype": "dispatch_dtype",
-    BF16_ROWS: "dispatch_dtype",
     "SGLANG_NIXL_EP_BF16_DISPATCH": "dispatch_dtype",
 }
 _SWITCHES = {
@@ -151,8 +150,8 @@ def applied(
             values[_TEXTS[name]] = value or "auto"
             if name == "--moe-runner-backend":
                 values["runner_typed"] = True
-            elif name == BF16_ROWS:
-                values["layers_by_runner"] = value is not None
+        elif name == BF16_ROWS and value is None:
+            launch = without_bf16_rows(launch)
         elif name in _SWITCHES:
             values[_SWITCHES[name]] = value is not None
         elif name in _GRAPHS_OFF:

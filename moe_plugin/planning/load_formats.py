@@ -2,7 +2,8 @@
 them: where our experts repack their weights, such parameters are of another shape.
 
 Read in SGLang's ``model_loader`` and ``weight_cache``: these repack memory that nothing was loaded
-into, or nothing at all. Dummy weights are repacked like loaded ones.
+into, or nothing at all. Dummy weights are repacked like loaded ones, and so are those of a plain
+checkpoint in a remote file store (``RemoteModelLoader``).
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from .leaving import LEAVE, LEAVE_TEXT
 from .plan import Change, Rejection
 from .weight_formats import FORMATS
 
-_DUMPS = frozenset({"sharded_state", "remote"})
-"""Here the model path is that of the dump, which no other load format reads."""
-_COPIES = _DUMPS | {"presharded", "remote_instance"}
+_COPIES = frozenset({"presharded", "remote_instance"})
 
 
 def check_load_format(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
@@ -23,7 +22,9 @@ def check_load_format(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]
     if known is None or known.own is None or not known.own.repacks:
         return []
     errors = []
-    if launch.load_format in _DUMPS:
+    # Here the model path is that of the dump, which no other load format reads.
+    stored = launch.load_format == "remote" and launch.key_value_store
+    if stored or launch.load_format == "sharded_state":
         fix = f"the checkpoint itself with --load-format auto, or {LEAVE_TEXT}"
         errors.append(_refused(model, f"--load-format {launch.load_format}", fix, LEAVE))
     elif launch.load_format in _COPIES:

@@ -58,13 +58,11 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
         found = next(fitting, None)
         if found is None:
             continue
-        memory = found.memory
-        assert memory is not None
+        memory = _memory(found)
         if typed is None and memory.less_than_stock:
             found = min((found, *fitting), key=_beyond_stock(launch))
-            memory = found.memory or memory
         if found.max_dispatch_tokens_per_rank < first.max_dispatch_tokens_per_rank:
-            found = _because(found, _shrunk(first, memory))
+            found = _worth_it(found, first, build, model, start)
         elif free and start.default_tokens is None and not lean and memory.weights_source:
             found = _grown(found, build, model, launch)
         elif start.default_tokens is not None and not decided:
@@ -162,9 +160,36 @@ def _grown(plan: Plan, build: Build, model: ModelFacts, launch: LaunchFacts) -> 
     return plan
 
 
-def _shrunk(first: Plan, memory: Memory) -> str:
-    return (
-        f"{first.max_dispatch_tokens_per_rank} leave too little beside "
-        f"{gib(memory.weights_bytes)} of weights; these leave {gib(memory.kv_cache_bytes)} of KV "
-        "cache"
+def _worth_it(
+    found: Plan, first: Plan, build: Build, model: ModelFacts, launch: LaunchFacts
+) -> Plan:
+    """``found`` with the reason for its smaller T; or a plan with that of ``first``, where it fits
+    and the smaller T would gain no KV cache to speak of."""
+    memory, tokens = _memory(found), first.max_dispatch_tokens_per_rank
+    typed = launch.memory.fraction if launch.memory is not None else None
+    same = (
+        replace(plan, memory=held)
+        for changed, plan in _candidates(first, build, launch, False, tokens)
+        if fits(held := memory_of(plan, model, changed), typed)
     )
+    kept = min(same, key=_beyond_stock(launch), default=None)
+    left = gib(memory.kv_cache_bytes)
+    if kept is None:
+        weights = gib(memory.weights_bytes)
+        reason = f"{tokens} leave too little beside {weights} of weights; these leave {left} of KV "
+        return _because(found, reason + "cache")
+    without = _memory(kept)
+    if memory.kv_cache_bytes <= without.kv_cache_bytes + without.kv_tolerance_bytes:
+        return kept
+    stock = gib(memory.stock_cache_bytes)
+    return _because(
+        found,
+        f"{tokens} leave {gib(without.kv_cache_bytes)} of KV cache, these {left}; {stock} under "
+        "the stock host",
+    )
+
+
+def _memory(plan: Plan) -> Memory:
+    """Of a plan whose memory is known."""
+    assert plan.memory is not None
+    return plan.memory

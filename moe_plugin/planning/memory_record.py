@@ -96,11 +96,20 @@ class Memory:
     kv_cache_tokens: int = 0
 
     @property
+    def stock_cache_bytes(self) -> int:
+        """What the KV cache would take under the host alone."""
+        return self._capped(self.stock_kv_bytes)
+
+    @property
+    def kv_tolerance_bytes(self) -> int:
+        """A difference of KV caches that counts for nothing: half a percent, or the step of a
+        fraction of three digits."""
+        return max(self.usable_bytes // 1000, self.stock_cache_bytes // 200)
+
+    @property
     def less_than_stock(self) -> bool:
-        """Whether the KV cache is smaller than under the host alone: by more than half a percent,
-        or the step of a fraction of three digits."""
-        stock = self._capped(self.stock_kv_bytes)
-        return self.kv_cache_bytes + max(self.usable_bytes // 1000, stock // 200) < stock
+        """Whether the KV cache is smaller than under the host alone."""
+        return self.kv_cache_bytes + self.kv_tolerance_bytes < self.stock_cache_bytes
 
     def _capped(self, left: int) -> int:
         if self.kv_token_cap is None or not self.kv_token_bytes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from .device_memory import rounded_fraction, stock_chunk
+from .device_memory import UNSET_PREFILL_GRAPH, hosts_graph, rounded_fraction, stock_chunk
+from .expert_choice import host_problem
 from .facts import LaunchFacts, ModelFacts
 from .integers import ceil_div
 from .limits import HOST_TOKENS_PER_RANK, Limits
 from .memory import DTYPE_BYTES, gib
 from .memory_fit import Build, settle
-from .memory_record import PROMPTS, Memory
+from .memory_record import PROMPTS, Memory, MemoryFacts
 from .memory_use import USEFUL_SHARE, needed
 from .plan import Change, Plan, Rejection
 from .row_budgets import row_budgets
@@ -21,6 +22,9 @@ Works = Callable[[LaunchFacts], bool]
 MORE_RANKS = (2, 4, 8, 16, 32)
 SIZES = (512, 256, 128, 64)
 GRAPHS = (256, 128, 64, 32)
+SPECULATING_REQUESTS = 48
+"""Running requests of the stock host with speculation where nobody named a number
+(``arg_groups/speculative_hook.py``)."""
 
 
 def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: Limits) -> Plan:
@@ -33,25 +37,30 @@ def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: 
             return fitting and len(found.errors) <= len(plan.errors)
 
         error = memory_rejection(plan, launch, limits, works)
-        error = replace(error, host_runs=stock_has_room(plan, launch, limits))
+        runs = stock_has_experts(plan, model, launch) and stock_has_room(plan, launch, limits)
+        error = replace(error, host_runs=runs)
         plan = replace(plan, errors=(*plan.errors, error))
     return replace(plan, prompt_steps=_prompt_steps(plan, launch))
 
 
+def stock_has_experts(plan: Plan, model: ModelFacts, launch: LaunchFacts) -> bool:
+    """Whether the stock host computes what the plugin's experts would; other launches are refused
+    for their experts, or left alone."""
+    normal = not plan.bounds_prefill and launch.disaggregation_mode != "decode"
+    return plan.runner != "moe_plugin" or not host_problem(model, launch, normal=normal)
+
+
 def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
     """Whether the stock host may run the launch: at its own T there is room for the buffer and the
-    rows that combine reads beside its weights and KV cache, and T carries the chunk that it runs.
+    rows that combine reads beside its weights and KV cache, and T carries what it runs at start.
     What else takes memory is an estimate, and none to refuse a launch for that works without us."""
     memory, facts = plan.memory, launch.memory
     if memory is None or facts is None or launch.max_tokens is not None:
         return False  # a T of ours is what was asked for
-    if memory.loading_bytes > memory.usable_bytes:
+    if memory.loading_bytes > memory.device_bytes:
         return False
     tokens = launch.host_tokens_per_rank or HOST_TOKENS_PER_RANK
-    chunk = launch.chunked_prefill_size
-    stock = replace(launch, chunked_prefill_size=stock_chunk(facts) if chunk is None else chunk)
-    rows = row_budgets(stock, plan.capability.modes, tokens)
-    if any(b.name == "chunked_prefill_size" and b.overruns(tokens) for b in rows):
+    if _stock_overruns(plan, launch, facts, tokens):
         return False
     size, held = 0, plan.num_experts * tokens * plan.hidden_size * DTYPE_BYTES.get(plan.dtype, 2)
     if limits.buffer_bytes is not None:
@@ -59,6 +68,32 @@ def stock_has_room(plan: Plan, launch: LaunchFacts, limits: Limits) -> bool:
     held += limits.device_bytes(size) if limits.device_bytes else size
     fraction = memory.stock_fraction if facts.fraction is None else facts.fraction
     return memory.stock_kv_bytes > 0 and held <= memory.usable_bytes * (1 - fraction)
+
+
+def _stock_overruns(
+    plan: Plan, launch: LaunchFacts, facts: MemoryFacts, tokens_per_rank: int
+) -> bool:
+    """Whether the first chunk or a captured batch of the stock host, as typed or as it chooses
+    them, is more than ``tokens_per_rank``: it ends in an assertion once weights are loaded."""
+    running = launch.max_running_requests
+    if running is None and launch.draft_width > 1:
+        running = SPECULATING_REQUESTS
+    chunk, prefill = launch.chunked_prefill_size, launch.cuda_graph_max_bs_prefill
+    if prefill is None and launch.a2a_backend == "deepep" and not launch.backend_late:
+        prefill = UNSET_PREFILL_GRAPH
+    stock = replace(
+        launch,
+        chunked_prefill_size=stock_chunk(facts) if chunk is None else chunk,
+        max_running_requests=running,
+        cuda_graph_max_bs_decode=hosts_graph(launch, facts, running or 0),
+        cuda_graph_max_bs_prefill=prefill,
+        prefill_graphs=launch.prefill_graphs and launch.captures_prefills,
+    )
+    runs = {"chunked_prefill_size"}
+    if not launch.two_batch_overlap:  # it dispatches a captured batch in halves
+        runs |= {"cuda_graph_max_bs_decode", "cuda_graph_max_bs_prefill"}
+    rows = row_budgets(stock, plan.capability.modes, tokens_per_rank)
+    return any(budget.name in runs and budget.overruns(tokens_per_rank) for budget in rows)
 
 
 def _prompt_steps(plan: Plan, launch: LaunchFacts) -> tuple[tuple[int, int], ...]:

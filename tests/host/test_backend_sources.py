@@ -12,6 +12,7 @@ import pytest
 from moe_plugin.backends import BUILT_IN
 from moe_plugin.backends.not_batched import NOT_BATCHED
 from moe_plugin.integration.resolve.exported_variables import HOST_TOKENS_PER_RANK
+from moe_plugin.integration.resolve.launch_facts import KEY_VALUE_STORES
 
 
 def source(path: str) -> str:
@@ -87,3 +88,15 @@ def test_checks_of_the_host_that_leave_attention_tp_out() -> None:
     assert "scatter_ranks = max(1, view.tp_size // view.attn_dp_size)" in hook
     assert (BUILT_IN["pplx"].whole_rows, BUILT_IN["deepep_v2"].whole_graphs) == (True, True)
     assert not any(BUILT_IN[name].whole_rows for name in ("deepep", "nixl", "mooncake"))
+
+
+def test_key_value_stores_are_those_whose_weights_the_host_copies() -> None:
+    """By the scheme that leads to a ``BaseKVConnector``; file stores hold plain checkpoints."""
+    folder = source("connector/__init__.py")
+    created = dict(re.findall(r'connector_type == "(\w+)":\n\s+return (\w+)\(', folder))
+    modules = re.findall(r"from sglang\.srt\.connector\.(\w+) import (\w+)", folder)
+    copied = {
+        name for path, name in modules if "(BaseKVConnector)" in source(f"connector/{path}.py")
+    }
+    schemes = {f"{scheme}://" for scheme, name in created.items() if name in copied}
+    assert schemes == set(KEY_VALUE_STORES)

@@ -336,7 +336,7 @@ def test_a_cap_is_lowered_again_when_a_wider_draft_comes_to_light(
             [["--cuda-graph-max-bs-decode", None], ["--disable-decode-cuda-graph", ""]],
         ),
         (
-            ("--cuda-graph-config", '{"prefill": {"max_bs": 0}}'),
+            ("--cuda-graph-backend-prefill", "full", "--cuda-graph-max-bs-prefill", "0"),
             [["--cuda-graph-max-bs-prefill", None], ["--disable-prefill-cuda-graph", ""]],
         ),
         (
@@ -352,7 +352,7 @@ def test_a_cap_is_lowered_again_when_a_wider_draft_comes_to_light(
 def test_sizes_that_leave_nothing_to_capture_are_refused(
     launch: Launch, flags: tuple[str, ...], changes: list[list[str | None]]
 ) -> None:
-    """The host asserts on them after the weights, or captures up to 2,048 for a prefill size of 0.
+    """The host asserts on them after the weights, or in its first prefill.
 
     Two attention-TP ranks share a decode batch: odd sizes are dropped.
     """

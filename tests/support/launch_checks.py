@@ -41,7 +41,10 @@ def check(launch: Launch, ask: Ask) -> tuple[str, list[str]]:
         faults = _rows(launch, answer) + _experts(launch, answer)
         return "ok", faults + _memory(launch, answer, ask)
     if answer["ok"]:
-        return "alone", _untouched(launch, answer, ask)
+        faults = _untouched(launch, answer, ask)
+        if "device memory" in answer["left_alone"]:
+            faults += _fails_alone(launch, ask)
+        return "alone", faults
     if not answer["errors"]:
         return "host", _refused_by_host(launch, answer, ask)
     faults = _fixes(launch, answer, ask)
@@ -235,6 +238,21 @@ def _untouched(launch: Launch, answer: Answer, ask: Ask) -> list[str]:
     if any(stock["environment"].get(name) != value for name, value in variables.items()):
         faults.append(f"left alone, but variables: {variables} not {stock['environment']}")
     return faults
+
+
+def _fails_alone(launch: Launch, ask: Ask) -> list[str]:
+    """What is left alone for want of memory starts on the stock host: rows of requests that come
+    in apart, and of captured batches that it halves."""
+    stock = ask(without_plugin(launch), built=True, layout=True, all_rows=True)
+    if "oracle" in stock:
+        served = STOCK_FAILS[0] in stock["oracle"]
+        return [] if served else [f"left alone: {stock['oracle'][-1000:]}"]
+    if not stock["ok"] or stock["built"]["error"]:
+        return []
+    halved = "--enable-two-batch-overlap" in launch["flags"]
+    served = ("rows: decode ", "rows: prefill ", "rows: mixed ", *(("rows: ",) if halved else ()))
+    why = [reason for reason in why_stock_fails(launch, stock) if not reason.startswith(served)]
+    return [f"left alone, but {why}"] if why else []
 
 
 def _refused_by_host(launch: Launch, answer: Answer, ask: Ask) -> list[str]:

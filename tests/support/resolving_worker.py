@@ -61,6 +61,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
     """Parse and resolve one command line with the host's own code."""
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
+    from moe_plugin.integration.flags import requested
     from moe_plugin.integration.resolve import hooks, installation
 
     saved, checks = dict(os.environ), installation._checks_machine
@@ -87,6 +88,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
             decode={"backend": config.decode.backend, "bs": config.decode.bs},
             prefill={"backend": config.prefill.backend, "bs": config.prefill.bs},
             plan=plan.as_dict() if plan else None,
+            left_alone=requested(server_args).left_alone,
             declared=[source for source, _ in server_args._resolved_overrides],
             environment={
                 name: value for name, value in os.environ.items() if saved.get(name) != value

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_plugin.integration import flags
+from moe_plugin.planning.memory_fit import GRAPH_CAPS
 
 from ..support import document_tables
 
@@ -34,6 +35,12 @@ def test_the_readme_is_short_and_has_both_flags() -> None:
     assert len(README.splitlines()) <= MOST_LINES
     assert f"`{flags.SWITCH_FLAG} {{auto,on,off}}`" in README
     assert f"`{flags.MAX_TOKENS_FLAG} N`" in README
+
+
+def test_budgets_name_the_sizes_that_are_tried() -> None:
+    """Of decode graphs, in order."""
+    *sizes, last = map(str, GRAPH_CAPS)
+    assert f"{', '.join(sizes)} and {last} requests" in (ROOT / "docs/budgets.md").read_text()
 
 
 def _log_lines() -> Iterator[str]:

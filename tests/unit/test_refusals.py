@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from moe_plugin.planning.expert_choice import BF16_ROWS
 from moe_plugin.planning.facts import LaunchFacts, ModelFacts
-from moe_plugin.planning.fixes import complete
+from moe_plugin.planning.fixes import applied, complete
 from moe_plugin.planning.limits import Limits
 from moe_plugin.planning.plan import Rejection
 
@@ -219,11 +220,32 @@ def test_hard_limits_are_refused_with_the_way_out(
 def test_load_formats_are_refused_where_weights_are_repacked(name: str) -> None:
     """FP4 on the host's Humming, and FP8, stay as the host holds them."""
     packed = replace(V3, weight_format="awq_marlin_int4")
-    assert one_error(plan(packed, load_format=name)).limit == "load format"
+    stored = name == "remote"
+    error = one_error(plan(packed, load_format=name, key_value_store=stored))
+    assert error.limit == "load format"
     assert not plan(packed, load_format="dummy").errors
     assert not plan(V3, load_format=name).errors
     fp4 = replace(V3, weight_format="fp8_fp4")
     assert not plan(fp4, load_format=name, moe_runner_backend="humming").errors
+
+
+def test_a_remote_file_store_holds_a_plain_checkpoint() -> None:
+    """The host loads and repacks it as from a disk; only key-value stores hold a dump."""
+    packed = replace(V3, weight_format="awq_marlin_int4")
+    assert not plan(packed, load_format="remote").errors
+    assert plan(packed, load_format="remote", key_value_store=True).errors
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype"), [("--deepep-dispatcher-output-dtype", "fp8"), (BF16_ROWS, "auto")]
+)
+def test_a_variable_that_is_unset_takes_no_dtype_with_it_that_a_flag_names(
+    source: str, dtype: str
+) -> None:
+    """The launch that a fix is tried on is the one that its user then types."""
+    asked = {"dispatch_dtype": "fp8", "dispatch_dtype_source": source, "layers_by_runner": True}
+    _, fixed = applied(V3, LaunchFacts(**asked), Limits(), [(BF16_ROWS, None)])  # type: ignore[arg-type]
+    assert (fixed.dispatch_dtype, fixed.layers_by_runner) == (dtype, False)
 
 
 def test_a_limit_without_a_fix_is_named_once() -> None:

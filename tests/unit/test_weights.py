@@ -236,6 +236,23 @@ def test_an_index_without_its_files_gives_the_total(tmp_path: Path) -> None:
     assert weights.target["experts"] == pytest.approx(planned.target["experts"] * 1.1, rel=1e-3)
 
 
+def test_what_is_quantised_after_loading_is_counted_as_it_is_loaded(tmp_path: Path) -> None:
+    """By the files, or by their total: not by the dimensions, which may be off."""
+    path = write_checkpoint(tmp_path, Shape(num_hidden_layers=2))
+    online = {"weight_format": "fp8_tensor", "dtype": "bfloat16"}
+    weights = weights_of(str(path), small(path), {}, **online)
+    assert weights is not None
+    assert weights.before == known(path, "bfloat16")
+    (path / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 123_456_789}, "weight_map": {"a": "b.safetensors"}}
+    (path / INDEX).write_text(json.dumps(index))
+    weights = weights_of(str(path), small(path), {}, **online)
+    assert weights is not None
+    assert weights.before is not None
+    assert weights.before.source == "safetensors index"
+    assert weights.before.checkpoint_bytes == pytest.approx(123_456_789, rel=1e-4)
+
+
 def test_nothing_is_read_from_a_hub_or_a_broken_file(tmp_path: Path) -> None:
     """Each node would see its own cache; an unfinished download is the loader's to report."""
     assert read_checkpoint("deepseek-ai/DeepSeek-V3", 2) == ((), 0)

@@ -1,0 +1,98 @@
+"""Graphs of a launch: what the user named, and which the host captures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...planning.device_memory import UNSET_PREFILL_GRAPH
+from ...planning.facts import GRAPH_MULTIPLE
+from ...planning.integers import ceil_to
+
+BREAKABLE = "breakable"
+"""The host's own choice for prefills."""
+_UNCAPTURED = ("DeepseekV4",)
+"""Beginnings of the architectures whose prefills it leaves uncaptured."""
+
+
+def _named_graphs(server_args: Any, phase: str) -> dict[str, Any]:
+    """What ``--cuda-graph-config`` says of a phase."""
+    config = server_args.cuda_graph_config
+    config = config.to_dict() if hasattr(config, "to_dict") else config or {}
+    named = config.get(phase) if isinstance(config, dict) else None
+    return named if isinstance(named, dict) else {}
+
+
+def _named_backend(server_args: Any, cfg: Any, phase: str) -> str | None:
+    """The graphs' backend that the user named for a phase."""
+    flag = getattr(cfg, f"cuda_graph_backend_{phase}", None)
+    backend: str | None = _named_graphs(server_args, phase).get("backend") or flag
+    return backend
+
+
+def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int | None:
+    """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
+    prefills as the host rounds it (``apply_deepep_adjustments``)."""
+    named = _named_graphs(server_args, phase)
+    sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
+    if sizes:
+        most = int(max(sizes))
+        return ceil_to(most, GRAPH_MULTIPLE) if phase == "prefill" else most
+    largest = named.get("max_bs")
+    if largest is None:
+        largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
+    breakable = _named_backend(server_args, server_args, phase) in (None, BREAKABLE)
+    if phase == "prefill" and backend == "deepep" and breakable and largest == 0:
+        # Which it takes for unset, of breakable graphs; what is filled gives way to JSON.
+        return UNSET_PREFILL_GRAPH if "max_bs" in named else None
+    return None if largest is None else int(largest)
+
+
+def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
+    """Whether a phase may capture graphs. Before the host decided: unless it was switched off."""
+    if cfg.device == "cpu":
+        return False
+    if getattr(server_args, "_cuda_graph_config_locked", None) is not None:
+        config = cfg.cuda_graph_config
+        return config is not None and getattr(config, phase).backend != "disabled"
+    backend = _named_backend(server_args, cfg, phase)
+    if backend is not None:  # named, it wins over the flag for both phases
+        return bool(backend != "disabled")
+    if getattr(cfg, "disable_cuda_graph", False):
+        return False
+    if phase == "prefill" and (
+        cfg.pp_size > 1 or cfg.enable_two_batch_overlap or getattr(cfg, "dcp_size", 1) > 1
+    ):
+        return False  # the host captures none there by itself
+    return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
+
+
+def prefill_graphs(server_args: Any, cfg: Any, backend: str) -> bool:
+    """Whether prefill graphs are captured: by itself the host does so over DeepEP alone."""
+    named = _named_backend(server_args, cfg, "prefill")
+    return graphs_enabled(server_args, cfg, "prefill") and (named or backend) in ("deepep", named)
+
+
+def captures_prefills(server_args: Any, cfg: Any, capability: tuple[int, int] | None) -> bool:
+    """Whether nothing keeps the host from capturing breakable prefill graphs, its own choice: no
+    backend that was named, and none of ``disable_breakable_cudagraph_if_incompatible``,
+    ``disable_prefill_cuda_graph_for_deepseek_trtllm_mla`` and ``capture_prefill_graph``."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    named = _named_backend(server_args, cfg, "prefill")
+    adapters = getattr(cfg, "enable_lora", False) or getattr(cfg, "lora_paths", None)
+    if named not in (None, BREAKABLE) or adapters:
+        return False
+    if named == BREAKABLE:
+        return True
+    attention = getattr(cfg, "prefill_attention_backend", None) or cfg.attention_backend
+    by_default = "trtllm_mla" if (capability or (0, 0)) >= (10, 0) else ""  # of some models
+    if (attention or by_default) == "trtllm_mla" or (getattr(cfg, "attn_cp_size", 1) or 1) > 1:
+        return False
+    model = model_config_of(server_args)
+    names = getattr(model.hf_config, "architectures", None) or [""]
+    linear = any(
+        getattr(config, name, None)
+        for config in (model.hf_config, model.hf_text_config)
+        for name in ("linear_attn_config", "linear_num_heads")
+    )
+    return not (model.is_multimodal or linear or str(names[0]).startswith(_UNCAPTURED))
