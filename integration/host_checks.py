@@ -9,7 +9,8 @@ from importlib.metadata import version
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from .host_symbols import SYMBOLS, HostSymbol
+from .host_symbol import HostSymbol
+from .host_symbols import SYMBOLS
 
 SUPPORTED_HOST = SpecifierSet(">=0.5.20,<0.6", prereleases=True)
 TESTED_HOSTS = ("0.5.20", "0.5.21", "0.5.22", "0.5.23")

@@ -2,37 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-_SRT = "sglang.srt."
-
-
-@dataclass(frozen=True, slots=True)
-class HostSymbol:
-    """One symbol of the host that we call or hook.
-
-    Attributes:
-        path: dotted path below ``sglang.srt.``.
-        parameters: names that must be among its parameters, in this order.
-        why: what we need it for.
-        delete_when: what upstream change makes the entry unnecessary.
-        runtime: only needed in scheduler processes (importing it is expensive elsewhere).
-        without: what the plugin does where this is missing; empty where it cannot act at all. What
-            bounds a batch never depends on a symbol that may be missing.
-    """
-
-    path: str
-    parameters: tuple[str, ...]
-    why: str
-    delete_when: str
-    runtime: bool = False
-    without: str = ""
-
-    @property
-    def target(self) -> str:
-        """Full dotted path, as ``HookRegistry`` takes it."""
-        return _SRT + self.path
-
+from .host_symbol import HostSymbol
+from .update_symbols import UPDATE_SYMBOLS
 
 ADD_CLI_ARGS = HostSymbol(
     "server_args.ServerArgs.add_cli_args",
@@ -323,50 +294,6 @@ FUSED_FUNCTION = HostSymbol(
     runtime=True,
     without="layers of packed weights are refused while they are built",
 )
-_HALF_WRITTEN = "a weight update that restores no 4-bit experts may leave a half-written model"
-_RESTORES = "the host restores weights before every update of any kind"
-LOAD_WEIGHTS = HostSymbol(
-    "model_loader.loader.DefaultModelLoader.load_weights_only",
-    ("model", "weights", "target_device"),
-    "give the host back 4-bit weights that were repacked, before an update from disk loads",
-    _RESTORES,
-    runtime=True,
-    without=_HALF_WRITTEN,
-)
-TENSOR_UPDATE = HostSymbol(
-    "model_executor.model_runner_components.weight_updater.WeightUpdater"
-    ".update_weights_from_tensor",
-    ("self", "named_tensors", "load_format"),
-    "refuse updates of repacked 4-bit weights outside a session",
-    _RESTORES,
-    runtime=True,
-    without=_HALF_WRITTEN,
-)
-IPC_UPDATE = HostSymbol(
-    "model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_ipc",
-    ("self", "recv_req"),
-    "refuse updates of repacked 4-bit weights outside a session",
-    _RESTORES,
-    runtime=True,
-    without=_HALF_WRITTEN,
-)
-DISTRIBUTED_UPDATE = HostSymbol(
-    "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-    ".update_weights_from_distributed",
-    ("self", "recv_req"),
-    "refuse updates of repacked 4-bit weights outside a session",
-    _RESTORES,
-    runtime=True,
-    without=_HALF_WRITTEN,
-)
-DISTRIBUTED_ANSWER = HostSymbol(
-    "managers.io_struct.UpdateWeightsFromDistributedReqOutput",
-    (),
-    "answer an update that is refused",
-    _RESTORES,
-    runtime=True,
-    without=_HALF_WRITTEN,
-)
 A2A_BACKEND = HostSymbol(
     "layers.moe.utils.get_moe_a2a_backend",
     (),
@@ -433,10 +360,6 @@ SYMBOLS: tuple[HostSymbol, ...] = (
     FABRIC,
     GLOBAL_TOKENS,
     FUSED_FUNCTION,
-    LOAD_WEIGHTS,
-    TENSOR_UPDATE,
-    IPC_UPDATE,
-    DISTRIBUTED_UPDATE,
-    DISTRIBUTED_ANSWER,
+    *UPDATE_SYMBOLS,
     A2A_BACKEND,
 )

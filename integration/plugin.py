@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from ..envs import DISABLE, USE_BATCHED_DP_MOE
 from ..errors import ConfigError, HostMismatchError
-from . import flags, host_checks, host_symbols
+from . import flags, host_checks, host_symbols, update_symbols
+from .host_symbol import HostSymbol
 from .status import STATUS
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Hook(NamedTuple):
     """What we put before, after or around a symbol of the host."""
 
-    symbol: host_symbols.HostSymbol
+    symbol: HostSymbol
     function: Callable[..., Any]
     kind: Literal["BEFORE", "AFTER", "AROUND"]
 
@@ -124,10 +125,10 @@ def runtime_hooks() -> tuple[Hook, ...]:
         Hook(host_symbols.MOE_FORWARD, moe_layer.around_moe_forward, "AROUND"),
         Hook(host_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND"),
         Hook(host_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER"),
-        Hook(host_symbols.LOAD_WEIGHTS, weight_updates.before_load, "BEFORE"),
-        Hook(host_symbols.TENSOR_UPDATE, weight_updates.around_tensor_update, "AROUND"),
-        Hook(host_symbols.IPC_UPDATE, weight_updates.around_ipc_update, "AROUND"),
-        Hook(host_symbols.DISTRIBUTED_UPDATE, weight_updates.around_distributed_update, "AROUND"),
+        Hook(update_symbols.LOAD_WEIGHTS, weight_updates.before_load, "BEFORE"),
+        Hook(update_symbols.TENSOR_UPDATE, weight_updates.around_tensor_update, "AROUND"),
+        Hook(update_symbols.IPC_UPDATE, weight_updates.around_ipc_update, "AROUND"),
+        Hook(update_symbols.DISTRIBUTED_UPDATE, weight_updates.around_distributed_update, "AROUND"),
         Hook(host_symbols.METRICS, metrics.after_init_metrics_collector, "AFTER"),
     )
 
