@@ -199,7 +199,8 @@ def _keeps_as_much(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def _needed_of_slack(launch: Launch, answer: Answer) -> int:
-    """What runs beside weights and KV cache at the least, at the T that the user's values need."""
+    """What runs beside weights and KV cache at the least, at the T that the user's values need: by
+    the plan's own estimate, which excuses no more than the host's rule has for the same values."""
     plan = answer["plan"]
     memory, tokens = plan["memory"], _least_tokens(launch, answer)
     limits = BUILT_IN[plan["capability"]["backend"]].limits
@@ -209,8 +210,11 @@ def _needed_of_slack(launch: Launch, answer: Answer) -> int:
             tokens, plan["hidden_size"], plan["ep_size"], plan["num_experts"]
         )
         buffer = limits.device_bytes(buffer) if limits.device_bytes else buffer
+    # Received rows and the result that combine reads, in bf16, in each allocator pool.
+    rows = 2 * 2 * 2 * plan["num_experts"] * tokens * plan["hidden_size"]
     workspace = memory["workspace_bytes"] * tokens // plan["max_dispatch_tokens_per_rank"]
-    return int(buffer + workspace + memory["activations_bytes"] + memory["graphs_bytes"])
+    planned = memory["activations_bytes"] + memory["graphs_bytes"]
+    return int(buffer + min(workspace, rows) + min(planned, answer["runs"]))
 
 
 def _least_tokens(launch: Launch, answer: Answer) -> int:

@@ -144,6 +144,23 @@ def rows_of(server_args: Any, lengths: list[int]) -> dict[str, int]:
     return rows
 
 
+def runs_of(server_args: Any) -> int:
+    """Bytes that the host's own rule has for activations and graphs, at the values it resolved:
+    ``handle_gpu_memory_settings``, for the chunk of one DP group, without floor and DeepEP."""
+    from sglang.srt.arg_groups.memory_hook import reserve_for_graph_mb
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    view = resolved_view(server_args)
+    if view.disaggregation_mode == "decode":
+        requests = view.max_running_requests or view.cuda_graph_config.decode.max_bs or 1
+        tokens = requests * (view.speculative_num_draft_tokens or 1)
+    else:
+        chunk = view.chunked_prefill_size
+        tokens = chunk if chunk > 0 else view.max_prefill_tokens
+    mib = 512 + max(tokens, 2048) * 1.5 + view.tp_size * view.pp_size * 128
+    return int((mib + reserve_for_graph_mb(server_args)) * 2**20)
+
+
 def layout_of(server_args: Any) -> dict[str, Any]:
     """What the host really builds: layer class, and the layout of extend and decode batches."""
     from sglang.srt.arg_groups.model_override_base import resolved_view

@@ -130,8 +130,10 @@ def _ask_oracles(case: dict[str, Any], server_args: Any, plan: Any, answer: dict
             answer["rows"] = rows_of(server_args, case["requests"])
         if case.get("built"):
             from built_model import built
+            from oracle import runs_of
 
             answer["built"] = built(server_args)
+            answer["runs"] = runs_of(server_args)
         if case.get("layout"):
             from oracle import capability_of, layout_of
 
