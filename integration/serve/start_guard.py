@@ -9,9 +9,9 @@ from typing import Any
 from ...backends.deepep import limits_of
 from ...capability import get_backend
 from ...errors import HostMismatchError, UnsupportedError, explain
+from ...planning.limits import HOST_TOKENS_PER_RANK
 from .. import flags
 from ..attached_plan import plan_of, was_resolved
-from ..resolve.exported_variables import HOST_TOKENS_PER_RANK
 from ..resolve.host_environment import environment_int
 from ..resolve.launch_plan import capability_for, plan_for
 from ..resolve.resolved_rows import check_final
