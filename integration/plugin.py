@@ -145,8 +145,8 @@ def runtime_hooks() -> tuple[Hook, ...]:
         Hook(scheduler_symbols.MOE_CORE, moe_layer.around_run_moe_core, "AROUND"),
         Hook(scheduler_symbols.INTERNAL_STATE, server_info.after_get_internal_state, "AFTER"),
         Hook(scheduler_symbols.LOAD_WEIGHTS, weight_updates.before_load, "BEFORE"),
-        Hook(scheduler_symbols.TENSOR_UPDATE, weight_updates.around_tensor_update, "AROUND"),
-        Hook(scheduler_symbols.IPC_UPDATE, weight_updates.around_ipc_update, "AROUND"),
+        Hook(scheduler_symbols.TENSOR_UPDATE, weight_updates.around_update, "AROUND"),
+        Hook(scheduler_symbols.IPC_UPDATE, weight_updates.around_update, "AROUND"),
         Hook(
             scheduler_symbols.DISTRIBUTED_UPDATE, weight_updates.around_distributed_update, "AROUND"
         ),

@@ -21,18 +21,10 @@ def before_load(model: Any, *_: Any, **_kwargs: Any) -> None:
         restore(layer)
 
 
-def around_tensor_update(
-    original: Callable[..., Any], updater: Any, named_tensors: Any, load_format: Any = None
-) -> Any:
-    """AROUND hook on ``WeightUpdater.update_weights_from_tensor``."""
+def around_update(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook on ``WeightUpdater.update_weights_from_tensor`` and ``_from_ipc``."""
     refusal = _refusal([updater.get_model()])
-    return (False, refusal) if refusal else original(updater, named_tensors, load_format)
-
-
-def around_ipc_update(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
-    """AROUND hook on ``WeightUpdater.update_weights_from_ipc``."""
-    refusal = _refusal([updater.get_model()])
-    return (False, refusal) if refusal else original(updater, recv_req)
+    return (False, refusal) if refusal else original(updater, *args, **kwargs)
 
 
 def around_distributed_update(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:

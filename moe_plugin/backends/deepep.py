@@ -6,7 +6,7 @@ from ..batched_backend import BatchedBackend, CapabilityFacts, Mode
 from ..planning.integers import ceil_to
 from ..planning.limits import Limits
 
-CAPACITY_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+TOKENS_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 HIDDEN_SIZES = frozenset({2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192})
 """Kernel instances in sgl-deep-ep 0.1.2.post1. DeepEP's main branch lacks 3584."""
 
@@ -64,7 +64,7 @@ def device_bytes(rdma_bytes: int) -> int:
 DEEPEP_LIMITS = Limits(
     name="DeepEP low latency",
     max_tokens=1024,
-    tokens_variable=CAPACITY_VARIABLE,
+    tokens_variable=TOKENS_VARIABLE,
     hidden_sizes=HIDDEN_SIZES,
     max_top_k=16,
     min_experts=2,
@@ -100,7 +100,7 @@ DEEPEP_LIMITS = Limits(
 TORCH_LIMITS = Limits(
     name="the torch transport",
     max_tokens=1024,
-    tokens_variable=CAPACITY_VARIABLE,
+    tokens_variable=TOKENS_VARIABLE,
     dtypes=frozenset({"bfloat16", "float32"}),
     sources=(
         ("max_tokens", "assert in the host's DeepEP dispatcher, deepep.py:409"),

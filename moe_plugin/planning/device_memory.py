@@ -137,7 +137,7 @@ def planned_rule(plan: Plan, launch: LaunchFacts, facts: MemoryFacts, drafts: in
         largest = plan.cuda_graph_max_bs_prefill or launch.cuda_graph_max_bs_prefill
         prefill = prefill_sizes(largest or UNSET_PREFILL_GRAPH)
     rule = hosts_rule(launch, facts, chunk, plan.max_running_requests, graph, prefill, drafts)
-    if plan.bounds_prefill or launch.disaggregation_mode == "decode":
+    if not dispatches_normally(plan, launch):
         return rule
     # Mode auto: the buffer of the normal mode, which is touched while prefill graphs are captured.
     return rule._replace(graphs=rule.graphs + (BREAKABLE_GUESS if prefill else 0))
@@ -208,8 +208,9 @@ def least_runtime(
     chunk = 0 if launch.disaggregation_mode == "decode" else chunk or stock_chunk(facts) // groups
     rows = plan.cuda_graph_max_bs_decode * launch.draft_width
     running = ceil_div(plan.max_running_requests, groups)
-    normal = not plan.bounds_prefill and launch.disaggregation_mode != "decode"
-    token = token_bytes(plan, topology(launch, facts), weights, normal=normal)
+    token = token_bytes(
+        plan, topology(launch, facts), weights, normal=dispatches_normally(plan, launch)
+    )
     activations = 512 * MIB + int(max(chunk, rows) * token) + 4 * running * context
     activations += min(MANY_RANKS, launch.tp_size * launch.pp_size * 128 * MIB)
     graphs = 2 * MIB * plan.cuda_graph_max_bs_decode
@@ -222,6 +223,11 @@ def least_runtime(
         sizes = prefill_sizes(plan.cuda_graph_max_bs_prefill)
         graphs += MLA_PREFILL_GRAPHS if facts.mla else 8 * MIB * sizes
     return Runtime(activations, graphs)
+
+
+def dispatches_normally(plan: Plan, launch: LaunchFacts) -> bool:
+    """Whether prefills go through DeepEP's normal mode: ``--deepep-mode auto``."""
+    return not plan.bounds_prefill and launch.disaggregation_mode != "decode"
 
 
 def token_bytes(plan: Plan, divided: Topology, weights: Weights | None, *, normal: bool) -> float:

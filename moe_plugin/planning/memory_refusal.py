@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from .device_memory import UNSET_PREFILL_GRAPH, hosts_graph, rounded_fraction, stock_chunk
+from .device_memory import (
+    UNSET_PREFILL_GRAPH,
+    dispatches_normally,
+    hosts_graph,
+    rounded_fraction,
+    stock_chunk,
+)
 from .expert_choice import host_problem
 from .facts import LaunchFacts, ModelFacts
 from .integers import ceil_div
@@ -46,7 +52,7 @@ def within_memory(build: Build, model: ModelFacts, launch: LaunchFacts, limits: 
 def stock_has_experts(plan: Plan, model: ModelFacts, launch: LaunchFacts) -> bool:
     """Whether the stock host computes what the plugin's experts would; other launches are refused
     for their experts, or left alone."""
-    normal = not plan.bounds_prefill and launch.disaggregation_mode != "decode"
+    normal = dispatches_normally(plan, launch)
     return plan.runner != "moe_plugin" or not host_problem(model, launch, normal=normal)
 
 

@@ -224,8 +224,8 @@ def test_a_forward_within_an_update_is_refused() -> None:
 
 
 UPDATES = {
-    "tensor": weight_updates.around_tensor_update,
-    "ipc": weight_updates.around_ipc_update,
+    "tensor": weight_updates.around_update,
+    "ipc": weight_updates.around_update,
 }
 
 
