@@ -106,12 +106,6 @@ LL_COMBINE = _symbol(
     "what the host's combine takes",
     "never: dispatcher contract",
 )
-MEMORY_SAVER = _symbol(
-    "utils.torch_memory_saver_adapter.TorchMemorySaverAdapter.create",
-    ("enable",),
-    "create the transport outside the region whose memory comes and goes with the weights",
-    "the host creates its buffer before it builds the model",
-)
 SERVER_ARGS = _symbol(
     "runtime_context.get_server_args",
     (),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from ...backends.deepep import NVSHMEM_GRANULE
@@ -118,27 +117,17 @@ def _create(
     group, hidden_size, _, deepep_mode = args
     tokens = plan.max_dispatch_tokens_per_rank
     sizes = _sizes(plan, hidden_size, num_experts)
-    with _outside_memory_saver():
-        # Before the ranks are compared, as DeepEP would compare them by itself: the first
-        # collective makes NCCL's communicator and reserves a share of the kernels' local memory.
-        free_before = _free_bytes()
-        check_ranks_agree(group, sizes)
-        if plan.transport == "torch":
-            from ...runtime.transports.torch_dist import TorchTransport
+    # Before the ranks are compared, as DeepEP would compare them by itself: the first
+    # collective makes NCCL's communicator and reserves a share of the kernels' local memory.
+    free_before = _free_bytes()
+    check_ranks_agree(group, sizes)
+    if plan.transport == "torch":
+        from ...runtime.transports.torch_dist import TorchTransport
 
-            return TorchTransport(group)
-        if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
-            return original(cls, *args, tokens, num_experts)
-        return _create_low_latency(plan, group, hidden_size, num_experts, free_before)
-
-
-def _outside_memory_saver() -> AbstractContextManager[Any]:
-    """With ``--enable-memory-saver`` the model is built in a region whose memory is given back and
-    remapped with its weights; the buffer's counters must outlive that."""
-    from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
-
-    enabled = bool(process.host_config().enable_memory_saver)
-    return TorchMemorySaverAdapter.create(enable=enabled).disable()
+        return TorchTransport(group)
+    if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
+        return original(cls, *args, tokens, num_experts)
+    return _create_low_latency(plan, group, hidden_size, num_experts, free_before)
 
 
 def _free_bytes() -> int:

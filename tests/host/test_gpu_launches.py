@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -20,16 +21,14 @@ from typing import Any
 
 import pytest
 
-from moe_plugin.kernels.formats import INT4_G32
-
-from ..gpu import beside_stock, test_memory_gpu, test_server_int4
+from ..gpu import beside_stock, test_memory_gpu, test_server_formats
 from ..gpu.features import machine
 from ..gpu.launches import MODEL, Launch
 from ..support import gpu_environment
 from ..support.launch_checks import check
 from ..support.resolving import Worker
 from ..support.serving.checkpoint import write_config
-from ..support.serving.int4_checkpoint import quantization
+from ..support.serving.quantised_checkpoint import quantization
 
 sys.path += [
     str(Path(__file__).parents[2] / "benchmarks" / "serving"),
@@ -70,12 +69,14 @@ def _of(module: ModuleType) -> Iterator[tuple[str, Launch]]:
 
 
 def _on_all_gpus() -> Iterator[tuple[str, Launch]]:
-    for gpus, (ours, stock) in product(
-        (2, 4), ((MODEL, MODEL), (test_server_int4.PACKED, test_server_int4.PLAIN))
-    ):
-        yield f"ours on {gpus}, {ours}", beside_stock.our_launch(f"{ours}/{gpus}", gpus)
-        for number, launch in enumerate(beside_stock.stock_launches(f"{stock}/{gpus}", gpus)):
-            yield f"stock {number} on {gpus}, {stock}", launch
+    formats = test_server_formats
+    for gpus in (2, 4):
+        found = [(beside_stock.our_launch(MODEL, gpus), beside_stock.stock_launches(MODEL, gpus))]
+        found += [(formats.ours(name, gpus), formats.stocks(name, gpus)) for name in formats.SERVED]
+        for ours, stocks in found:
+            for number, launch in enumerate((ours, *stocks)):
+                name = f"{launch.model}/{gpus}"
+                yield f"{number} on {gpus}, {launch.model}", replace(launch, model=name)
 
 
 def _benched() -> Iterator[tuple[str, Launch]]:
@@ -99,12 +100,13 @@ ALL = FEATURES | OTHERS
 
 def _write(name: str, folder: Path) -> Path:
     base, _, gpus = name.partition("/")
-    if base not in (test_server_int4.PACKED, test_server_int4.PLAIN):
+    served = test_server_formats.SERVED.get(base.removesuffix(test_server_formats.STANDS_FOR))
+    if served is None:
         return models.write_model(base, folder, "meta")
-    write_config(folder, test_server_int4.shape(int(gpus)), "bfloat16")
-    if base == test_server_int4.PACKED:
+    write_config(folder, served.shape(int(gpus)), "bfloat16")
+    if base in test_server_formats.SERVED:
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = quantization(INT4_G32)
+        config["quantization_config"] = quantization(served.format)
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -13,8 +13,8 @@ from ..support.hosts import program
 from ..support.serving.checkpoint import Shape
 from ..support.serving.compare import check_equal, uncounted_layers
 from ..support.serving.fixture_plugin import write_plugin
-from ..support.serving.int4_checkpoint import write_int4
 from ..support.serving.prompts import NEW_TOKENS, PROMPTS
+from ..support.serving.quantised_checkpoint import write_quantised
 from ..support.serving.server import COMMON_ARGS, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
@@ -26,7 +26,7 @@ ON = (*COMMON_ARGS, "--use-batched-dp-moe", "on")
 def test_int4_experts_equal_the_stock_host_on_what_they_stand_for(
     name: str, model: Path, tmp_path: Path
 ) -> None:
-    packed, plain = write_int4(model, tmp_path, FORMATS[name])
+    packed, plain = write_quantised(model, tmp_path, FORMATS[name])
     with Server(COMMON_ARGS, plain, env=STOCK) as server:
         expected = server.wait_ready().generate_many(PROMPTS, NEW_TOKENS)
     env = write_plugin(

@@ -6,7 +6,7 @@ import pytest
 
 from ...support.random_load import RandomLoad
 from ...support.serving.prompts import long_prompt
-from ...support.serving.server import ServerDied
+from ...support.serving.server import Server, ServerDied
 from .answers import ask, check_greedy, prompts
 from .machine import (
     DEEPSEEK,
@@ -32,6 +32,7 @@ pytestmark = [*on_two_gpus, gpu_only]
 
 # Under `on` the mode would be low latency: the host's default is `auto`, so nobody has typed it.
 AUTO = ("--moe-a2a-backend", "deepep", "--use-batched-dp-moe", "auto")
+REPEATS = 4
 DEEP_GEMM_RUNNER = ("--moe-runner-backend", "deep_gemm")
 """Of normal dispatch: bf16 has no other one, and FP8 has it by itself."""
 DENSE = ("--fp8-gemm-backend", "triton")  # DeepGEMM's kernels for dense layers compile for minutes
@@ -60,10 +61,8 @@ def test_prompts_in_one_piece(shape: str, seen: See) -> None:
             own, answers = ask(low_latency, texts, 24), ask(server, texts, 24)
             text = check_greedy(low_latency, own, answers)
             long = [long_prompt(LONG + i)[i:] for i in range(16)]
-            speed = {
-                name: timed(one, long, 48).figures()
-                for name, one in (("auto", server), ("low latency", low_latency)) * 2
-            }
+            both = {"auto": server, "low latency": low_latency}
+            speed = {name: _best(one, long) for name, one in both.items()}
             found = RandomLoad(server, RANKS, longest=LONG, new_tokens=64, clients=16).run(
                 LOAD_S, 10**6
             )
@@ -73,11 +72,21 @@ def test_prompts_in_one_piece(shape: str, seen: See) -> None:
     assert all(counted), "our experts ran on no rank"
     seen(
         f"{shape}, SGLang's experts in prefill and ours in decode, "
-        f"{chunk or 'no bound of ours for'} tokens per chunk: {text}",
+        f"{chunk or 'no bound of ours for'} tokens per chunk: {text}; tokens/s "
+        f"{speed['auto']['tokens_s'] / speed['low latency']['tokens_s']:.2f} of low latency's",
         rows=rows,
         timed=speed,
         load=found,
     )
+
+
+def _best(server: Server, texts: list[str]) -> dict[str, float]:
+    """Of several times, none with a cached prefix: DeepGEMM compiles what it meets first."""
+    found = []
+    for _ in range(REPEATS):
+        server.post("/flush_cache?timeout=10", {})
+        found.append(timed(server, texts, 48).figures())
+    return max(found, key=lambda figures: figures["tokens_s"])
 
 
 def test_bf16_without_deep_gemm_is_refused(seen: See) -> None:
