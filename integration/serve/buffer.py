@@ -117,14 +117,17 @@ def _create(
     group, hidden_size, _, deepep_mode = args
     tokens = plan.max_dispatch_tokens_per_rank
     sizes = _sizes(plan, hidden_size, num_experts)
-    # Before the ranks are compared, as DeepEP would compare them by itself: the first
-    # collective makes NCCL's communicator and reserves a share of the kernels' local memory.
-    free_before = _free_bytes()
-    check_ranks_agree(group, sizes)
     if plan.transport == "torch":
         from ...runtime.transports.torch_dist import TorchTransport
 
+        check_ranks_agree(group, sizes)
         return TorchTransport(group)
+    # Before the ranks are compared on their devices, as DeepEP would compare them by itself: the
+    # first collective makes NCCL's communicator, which fails without a word about memory, and
+    # reserves a share of the kernels' local memory.
+    free_before = _free_bytes()
+    check_room(_cpu_group(), ceil_to(plan.rdma_buffer_bytes, NVSHMEM_GRANULE), free_before)
+    check_ranks_agree(group, sizes)
     if deepep_mode.enable_normal():  # mode auto: one buffer serves both, the host sizes it
         return original(cls, *args, tokens, num_experts)
     return _create_low_latency(plan, group, hidden_size, num_experts, free_before)
@@ -148,7 +151,6 @@ def _create_low_latency(
 
     from ...runtime.transports.deepep_ll import create_deepep_buffer
 
-    check_room(group, ceil_to(plan.rdma_buffer_bytes, NVSHMEM_GRANULE), free_before)
     created = create_deepep_buffer(
         group,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,

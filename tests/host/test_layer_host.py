@@ -108,6 +108,32 @@ def test_the_buffer_is_created_once_the_kv_cache_is_there() -> None:
     assert torch == ["first creates", "second creates", "third creates", "pools"]
 
 
+ROOM = """
+from types import SimpleNamespace
+from moe_plugin.batched_backend import Capability
+from moe_plugin.integration.serve import buffer
+from moe_plugin.planning.plan import Plan
+
+log = []
+buffer._cpu_group = lambda: "cpu"
+buffer.check_room = lambda group, needed, free: log.append(["room", group])
+buffer.check_ranks_agree = lambda group, sizes: log.append(["same", group])
+buffer._create_low_latency = lambda *args: log.append("created")
+for normal in (False, True):
+    mode = SimpleNamespace(enable_normal=lambda normal=normal: normal)
+    plan = Plan(capability=Capability(True, ""))
+    original = lambda *args: log.append("created by the host")
+    buffer._create(original, None, plan, ("devices", 2048, 2, mode), 8)
+emit(log)
+"""
+
+
+def test_device_memory_is_looked_at_before_the_devices_talk() -> None:
+    """NCCL's communicator takes some, and would fail first: in low latency and in mode auto."""
+    first = [["room", "cpu"], ["same", "devices"]]
+    assert host_result(ROOM) == [*first, "created", *first, "created by the host"]
+
+
 def test_the_buffer_waits_for_the_hosts_pools() -> None:
     """The hook is in, and its place in the host is what it was: pools before graphs."""
     assert "sglang.srt.managers.scheduler.Scheduler.init_memory_pools" in host_result(HOOKED)

@@ -57,6 +57,7 @@ def alone(server: Server) -> list[tuple[Any, Any]]:
     """Tokens and log-probabilities of requests without company, their prefix cached: same bits
     whenever the weights are the same."""
     found = []
+    server.post("/flush_cache?timeout=10", {})  # no prefix that an earlier request has computed
     for text in SHORT_PROMPTS[:4]:
         for _ in range(2):
             answer = server.generate(text, 24, routed_dp_rank=0)
