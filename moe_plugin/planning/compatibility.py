@@ -20,7 +20,7 @@ from .expert_choice import (
     dotted,
 )
 from .facts import LaunchFacts, ModelFacts
-from .host_models import PLAIN_EXPERTS, REFUSED_BY_HOST, UNPROVEN, WRONG_SUMS
+from .host_models import NO_REDUNDANT, PLAIN_EXPERTS, REFUSED_BY_HOST, UNPROVEN, WRONG_SUMS
 from .leaving import LEAVE_TEXT, LOW_LATENCY, leave
 from .load_formats import check_load_format
 from .plan import Rejection
@@ -138,6 +138,18 @@ def _features(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
                 allowed="adapters on other modules: batched experts do not apply them",
                 fix=f"remove --enable-lora and --lora-paths, or {LEAVE_TEXT}",
                 changes=(("--enable-lora", None), ("--lora-paths", None)),
+                kind="unsupported",
+            )
+        )
+    if launch.redundant_experts > 0 and model.architecture in NO_REDUNDANT:
+        errors.append(
+            Rejection(
+                "redundant experts",
+                got=f"--ep-num-redundant-experts {launch.redundant_experts} with "
+                f"{model.architecture}, whose layers in SGLang hold none",
+                allowed="0",
+                fix="--ep-num-redundant-experts 0",
+                changes=(("--ep-num-redundant-experts", "0"),),
                 kind="unsupported",
             )
         )

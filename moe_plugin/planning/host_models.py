@@ -25,6 +25,17 @@ loads ``QuantMixtralForCausalLM`` (``model_loader/utils.py: get_model_architectu
 REFUSED_BY_HOST = frozenset({"GptOssForCausalLM", "Step3VLForConditionalGeneration"})
 """``NotImplementedError`` with DeepEP, in the constructor or in the first forward."""
 
+NO_REDUNDANT = frozenset(
+    {
+        "BailingMM2NativeForConditionalGeneration", "BailingMMNativeForConditionalGeneration",
+        "BailingMoEForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM",
+        "BailingMoeV3ForCausalLM", "Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration",
+        "LLaDA2MoeModelLM",
+    }
+)  # fmt: skip
+"""Their layers hold no redundant experts, which the host places all the same: they raise while they
+are built, or route tokens to experts that are not there."""
+
 FUSED_SHARED = frozenset(
     {
         "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .expert_choice import dispatches_fp8
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts, physical_experts
+from .host_models import NO_REDUNDANT
 from .integers import ceil_to
 from .leaving import LEAVE, LEAVE_TEXT
 from .limits import Limits
@@ -110,15 +111,20 @@ def check_model(
     if not limits.ranks_ok(ranks):
         allowed = f"<= {limits.max_free_ranks}, or a multiple of {limits.rank_multiple}"
         leave("expert-parallel ranks", f"--tp-size {ranks}", allowed, "ranks")
-    if experts % ranks and most:
+    fills = model.architecture not in NO_REDUNDANT
+    if experts % ranks and most and (fills or not launch.redundant_experts):
         more = launch.redundant_experts + -experts % ranks
+        fix, changes = LEAVE_TEXT, LEAVE
+        if fills:
+            fix = f"--ep-num-redundant-experts {more}, or a --tp-size that divides {experts}"
+            changes = (("--ep-num-redundant-experts", str(more)),)
         errors.append(
             Rejection(
                 "experts per rank",
                 got=f"{experts} experts over {ranks} ranks (--tp-size; the host sets ep = tp)",
                 allowed="a whole number",
-                fix=f"--ep-num-redundant-experts {more}, or a --tp-size that divides {experts}",
-                changes=(("--ep-num-redundant-experts", str(more)),),
+                fix=fix,
+                changes=changes,
             )
         )
     if limits.dtypes is not None and model.dtype not in limits.dtypes:

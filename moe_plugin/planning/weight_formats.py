@@ -125,7 +125,11 @@ _ROWS = (
         name="unquantized",
         title="bf16",
         own=OwnExperts(rows="bf16"),
-        host={"deep_gemm": _deep_gemm("bf16", plain=True)},
+        host=dict.fromkeys(
+            # The runners of adapters keep DeepGEMM's layout of the weights, and run it.
+            ("deep_gemm", "lora_triton", "lora_cutedsl", "lora_marlin"),
+            _deep_gemm("bf16", plain=True),
+        ),
     ),
     WeightFormat(
         name="fp8_block",

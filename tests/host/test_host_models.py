@@ -13,6 +13,7 @@ from moe_plugin.planning.host_models import (
     FUSED_SHARED,
     MIXTRAL_FORMATS,
     NO_DISPATCHER,
+    NO_REDUNDANT,
     PLAIN_EXPERTS,
     REFUSED_BY_HOST,
     UNPROVEN,
@@ -24,6 +25,10 @@ ITS_OWN = re.compile(r"get_moe_impl_class\(")
 PLAIN = re.compile(r"(?<!\w)(?:FusedMoE\(|EPMoE)")
 ALL_TO_ALL = re.compile(r"deepep|a2a")
 REFUSES = re.compile(r"raise NotImplementedError\(\s*\"[^\"]*(?:DeepEP|forward_deepep)", re.DOTALL)
+BUILT = re.compile(
+    r"get_moe_impl_class\([^)]*\)\(\s*num_experts=(.*?),\s*\n\s*(?:top_k|num_fused|layer_id|hidden)",
+    re.DOTALL,
+)
 BORDERS = re.compile(r"append_stages\(")
 SUMS = re.compile(r"(?:all_reduce|reduce_moe_output)\(")
 SHARED = re.compile(r"shared_experts? = |shared_mlp = ")
@@ -87,6 +92,30 @@ def test_models_that_the_host_refuses() -> None:
     """They raise where DeepEP is selected."""
     found = _models(lambda source: ALL_TO_ALL.search(source) and REFUSES.search(source))
     assert found == REFUSED_BY_HOST
+
+
+def test_models_whose_layers_hold_no_redundant_experts() -> None:
+    """The host counts them wherever it places experts: a layer of these has none, or raises."""
+
+    def lacks(source: str) -> bool:
+        if not ALL_TO_ALL.search(source) or "get_model_config_for_expert_location" not in source:
+            return False
+        built = BUILT.search(source)
+        counted = built is None or built[1] == "self.num_experts" or "redundant" in built[1]
+        return "ep_num_redundant_experts == 0" in source or not counted
+
+    derived = {  # from DeepSeek's classes, in GLM's file
+        "GlmMoeDsaForCausalLM", "GlmMoeDsaForCausalLMNextN",
+    }  # fmt: skip
+    elsewhere = {
+        "BailingMM2NativeForConditionalGeneration", "BailingMMNativeForConditionalGeneration",
+        "Glm4vMoeForConditionalGeneration",
+    }  # fmt: skip
+    found = _models(lacks) - REFUSED_BY_HOST
+    assert found - derived == NO_REDUNDANT - elsewhere
+    assert all(
+        "Glm4MoeModel(" in _sources()[n] or "bailing_moe" in _sources()[n] for n in elsewhere
+    )
 
 
 def test_plain_experts_are_built_outside_the_all_to_alls_class() -> None:

@@ -274,6 +274,19 @@ def test_redundant_experts_that_leave_no_buffer_are_refused_for_themselves() -> 
     assert ("--moe-a2a-backend", "none") in error.changes
 
 
+def test_layers_that_hold_no_redundant_experts_get_none() -> None:
+    """GLM-4.5: the host would place some, whatever their number; none is a fix for its ranks."""
+    glm = replace(V3, num_experts=160, architecture="Glm4MoeForCausalLM")
+    for redundant in (8, 2):
+        error = one_error(plan(glm, tp_size=8, attn_dp_size=8, redundant_experts=redundant))
+        assert error.limit == "redundant experts"
+        assert error.changes == (("--ep-num-redundant-experts", "0"),)
+    error = one_error(plan(glm, tp_size=24, attn_dp_size=24))
+    assert error.limit == "experts per rank"
+    assert ("--moe-a2a-backend", "none") in error.changes
+    assert plan(glm, tp_size=8, attn_dp_size=8).verdict == "ok"
+
+
 def test_counts_that_arithmetic_cannot_start_from_are_the_users() -> None:
     """Mistyped: said so, and not divided by."""
     assert one_error(plan(tp_size=0)).fix == "--tp-size 1"

@@ -30,7 +30,7 @@ from sglang.srt.runtime_context import get_context, get_flags
 
 RUNNERS = (
     "auto", "deep_gemm", "triton", "triton_kernel", "flashinfer_cutedsl", "cutlass", "marlin",
-    "humming",
+    "humming", "lora_triton", "lora_cutedsl", "lora_marlin",
 )  # fmt: skip
 """Runners without a check of their own in resolution, and the one that NVFP4 needs."""
 
@@ -95,7 +95,9 @@ def _bare_init(layer: Any, **options: Any) -> None:
     layer.quant_method = (
         config.get_quant_method(layer, "model.layers.0.mlp.experts")
         if config is not None
-        else UnquantizedFusedMoEMethod(layer.use_triton_kernels, False, asked.is_deep_gemm())
+        else UnquantizedFusedMoEMethod(
+            layer.use_triton_kernels, False, asked.is_deep_gemm() or asked.is_lora()
+        )
     )
     runner = MoeRunnerConfig(num_experts=8, num_local_experts=8, hidden_size=256, layer=None)
     layer.quant_method.create_moe_runner(layer, runner)
