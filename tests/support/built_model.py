@@ -186,6 +186,7 @@ def _kind(layer: Any, mode: DeepEPMode) -> dict[str, Any]:
         "runner": layer.runner_backend.value if layer.runner_backend is not None else None,
         "experts": layer.num_experts,
         "local": layer.num_local_experts,
+        "inter": layer.intermediate_size_per_partition,
         "takes": {name: _takes(layer, name) for name in formats},
         "rows": get_deepep_output_dtype(layer.dispatcher).value,
         "ours": _ours(layer),
