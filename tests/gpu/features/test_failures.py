@@ -75,7 +75,8 @@ def test_a_rank_that_differs(what: str, message: str, tmp_path: Path, seen: See)
         code, ended = server.process.poll(), time.monotonic()
         _, alive = psutil.wait_procs(family, timeout=5)
         log = server.log()
-    assert message in log, server.tail()
+    print(server.tail())
+    assert message in log, f"nobody was told: {message}"
     seconds = ended - (told or ended)  # it may end before anybody has read what it said
     assert code not in (None, 0)
     assert not alive, alive
