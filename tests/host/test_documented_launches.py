@@ -93,7 +93,7 @@ def test_the_readmes_launch_logs_what_it_says(resolve: Any) -> None:
 def test_launches_of_operations_are_planned(resolve: Any) -> None:
     """On H200s; a prefill instance in normal mode has no plan."""
     commands = _commands("docs/operations.md")
-    assert len(commands) == 4
+    assert len(commands) == 5
     for argv in commands:
         _protected(resolve(argv, "h200"), argv)
 
