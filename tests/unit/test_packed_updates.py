@@ -223,29 +223,24 @@ def test_a_forward_within_an_update_is_refused() -> None:
     assert expert_weights(layer).format == INT4_G32
 
 
-UPDATES = {
-    "tensor": weight_updates.around_update,
-    "ipc": weight_updates.around_update,
-}
-
-
-@pytest.mark.parametrize("kind", UPDATES)
-def test_an_update_that_restores_nothing_is_refused_before_it_writes(kind: str) -> None:
+def test_an_update_that_restores_nothing_is_refused_before_it_writes() -> None:
+    """From tensors, and over IPC."""
+    update = weight_updates.around_update
     layer, _ = repacked_layer("CompressedTensorsFusedMoEMethod", INT4_G32, INTER)
     updater = SimpleNamespace(get_model=lambda: torch.nn.Sequential(layer))
     reached = []
 
     def original(*_: Any) -> tuple[bool, str]:
-        reached.append(kind)
+        reached.append("written")
         return True, "Success"
 
-    done, message = UPDATES[kind](original, updater, [])
+    done, message = update(original, updater, [])
     assert (done, reached) == (False, [])
     assert "Fix: call /begin_weight_update first" in message
     layer.quant_method.restore_weights_before_loading(layer)  # as a session begins
-    assert UPDATES[kind](original, updater, [])[0]
+    assert update(original, updater, [])[0]
     layer.quant_method.process_weights_after_loading(layer)
-    assert not UPDATES[kind](original, updater, [])[0]
+    assert not update(original, updater, [])[0]
 
 
 @pytest.mark.parametrize("sessions", [False, True], ids=["0.5.20", "sessions"])
