@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from statistics import fmean
 
 import pytest
@@ -28,7 +29,14 @@ from .records import See
 from .timed import timed
 
 FEATURE = "speculation"
-pytestmark = [*on_two_gpus, gpu_only]
+pytestmark = [
+    *on_two_gpus,
+    gpu_only,
+    pytest.mark.skipif(
+        find_spec("flash_mla") is None,
+        reason="requires the flash_mla package, which SGLang imports to capture drafts",
+    ),
+]
 
 NEW_TOKENS = 48
 TEXTS = prompts(16, LONG)
