@@ -187,6 +187,8 @@ def launch_facts(
         single_batch_overlap=cfg.enable_single_batch_overlap,
         lora=adapts_experts(cfg),
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
+        fuses_experts=bool(server_args.enforce_shared_experts_fusion),
+        rebalances=bool(cfg.enable_eplb),
         whole_rows=a2a.whole_rows
         or (bool(getattr(cfg, "disable_attn_tp_gather", False)) and dp_groups == 1),
         scattered_graphs=a2a.whole_rows,

@@ -3,7 +3,8 @@ and given back when the host loads again.
 
 The host would repack them for its own kernels. Ours take its place: expert by expert, codes within
 the memory that they have, so that nothing needs room for two. Scales become a parameter of their
-own, so that whatever moves experts between ranks moves them too. While the host may load again,
+own, so that what moves experts between ranks moves them too (models whose list of what moves is
+another are refused with it: ``MOVES_BY_NAME``). While the host may load again,
 from `restore` to `repack`, scales share that memory where the host's take as much, such as those of
 symmetric int4 in bf16; a layer has others twice.
 

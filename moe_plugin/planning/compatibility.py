@@ -19,8 +19,15 @@ from .expert_choice import (
     decodes_on_own,
     dotted,
 )
-from .facts import LaunchFacts, ModelFacts
-from .host_models import NO_REDUNDANT, PLAIN_EXPERTS, REFUSED_BY_HOST, UNPROVEN, WRONG_SUMS
+from .facts import LaunchFacts, ModelFacts, fused_flags
+from .host_models import (
+    MOVES_BY_NAME,
+    NO_REDUNDANT,
+    PLAIN_EXPERTS,
+    REFUSED_BY_HOST,
+    UNPROVEN,
+    WRONG_SUMS,
+)
 from .leaving import LEAVE_TEXT, LOW_LATENCY, leave
 from .load_formats import check_load_format
 from .plan import Rejection
@@ -47,12 +54,13 @@ def choose_runner(
     if errors:
         launch = replace(launch, single_batch_overlap=False)
     runner, unsupported = choose_experts(model, launch, normal=normal)
-    if unsupported and launch.waterfill:
-        without = choose_experts(model, replace(launch, waterfill=False), normal=normal)[1]
-        unsupported = unsupported if without else [_waterfill()]
+    if unsupported and (flags := fused_flags(model, launch)):
+        plain = replace(launch, waterfill=False, fuses_experts=False)
+        without = choose_experts(model, plain, normal=normal)[1]
+        unsupported = unsupported if without else [_fused(flags)]
     errors += unsupported or rows_for_experts(model, launch, backend, runner)
     if runner == "moe_plugin":
-        errors += check_load_format(model, launch)
+        errors += check_load_format(model, launch) + _rebalances(model, launch)
     return runner, errors + _features(model, launch)
 
 
@@ -91,8 +99,8 @@ def _torch_transport(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
                 kind="unsupported",
             )
         )
-    if launch.waterfill:
-        errors.append(_waterfill())
+    if flags := fused_flags(model, launch):
+        errors.append(_fused(flags))
     return errors
 
 
@@ -115,15 +123,35 @@ def _overlap(launch: LaunchFacts) -> list[Rejection]:
     ]
 
 
-def _waterfill() -> Rejection:
+def _fused(flags: tuple[str, ...]) -> Rejection:
+    typed = " and ".join(flags)
     return Rejection(
-        "waterfill",
-        got="--enable-waterfill, which adds a shared expert per rank and a top-k slot",
+        "fused shared experts",
+        got=f"{typed}: a shared expert per rank and a top-k slot more",
         allowed="routed experts only, or experts of the host's that run here",
-        fix="remove --enable-waterfill",
-        changes=(("--enable-waterfill", None),),
+        fix=f"remove {typed}",
+        changes=tuple((flag, None) for flag in flags),
         kind="unsupported",
     )
+
+
+def _rebalances(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
+    """Experts that move between ranks, in an order of the plugin's."""
+    known = FORMATS[model.weight_format].own
+    repacks = known is not None and known.repacks
+    if not (repacks and launch.rebalances and model.architecture in MOVES_BY_NAME):
+        return []
+    return [
+        Rejection(
+            "expert rebalancing",
+            got=f"--enable-eplb with {model.weight_format} weights of {model.architecture}, which "
+            "the plugin repacks",
+            allowed="models whose list of what moves is made of the weights as they are then",
+            fix="remove --enable-eplb",
+            changes=(("--enable-eplb", None),),
+            kind="unsupported",
+        )
+    ]
 
 
 def _features(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:

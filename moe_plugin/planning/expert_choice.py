@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
-from .facts import LaunchFacts, ModelFacts
+from .facts import LaunchFacts, ModelFacts, fused_flags
 from .host_models import PLAIN_EXPERTS
 from .leaving import LOW_LATENCY, leave
 from .plan import Change, Rejection
@@ -54,8 +54,8 @@ def _own_problem(model: ModelFacts, launch: LaunchFacts) -> str:
         return f"the host stores {model.weight_format} weights in DeepGEMM's layout here"
     if model.architecture in PLAIN_EXPERTS:
         return f"{model.architecture} builds its experts outside the all-to-all's class"
-    if launch.single_batch_overlap or launch.waterfill:
-        return "the host's overlap and waterfill come with the host's experts"
+    if launch.single_batch_overlap or fused_flags(model, launch):
+        return "the host's overlap and fused shared experts come with the host's experts"
     return ""
 
 

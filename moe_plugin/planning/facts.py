@@ -34,7 +34,8 @@ class ModelFacts:
             ``fp8_fp4`` are FP4 experts in an FP8 checkpoint.
         hidden_act: activation of the experts; "silu, limited" where it is clamped or scaled in a
             way that the host's DeepGEMM knows, "silu, clamped" where it leaves the clamp out.
-        fuses_shared: under waterfill each rank holds the shared expert as one more routed one.
+        fuses_shared: under waterfill, or where the flag for it is typed, each rank holds the shared
+            expert as one more routed one.
         has_routed_moe: the model has at least one routed MoE layer.
         weights: bytes of its weights by part; None where they are not known.
     """
@@ -111,6 +112,8 @@ class LaunchFacts:
         single_batch_overlap: ``--enable-single-batch-overlap``.
         lora: LoRA adapters of routed experts are served.
         waterfill: ``--enable-waterfill``.
+        fuses_experts: ``--enforce-shared-experts-fusion``.
+        rebalances: ``--enable-eplb``.
         whole_rows: attention-TP ranks may all dispatch all of a group's rows
             (``--disable-attn-tp-gather`` without attention DP), or the host counts them so;
         scattered_graphs: captured batches divide over these ranks all the same (pplx);
@@ -183,6 +186,8 @@ class LaunchFacts:
     single_batch_overlap: bool = False
     lora: bool = False
     waterfill: bool = False
+    fuses_experts: bool = False
+    rebalances: bool = False
     whole_rows: bool = False
     scattered_graphs: bool = False
     whole_graphs: bool = False
@@ -259,5 +264,14 @@ class LaunchFacts:
 
 def physical_experts(model: ModelFacts, launch: LaunchFacts) -> int:
     """Experts of one layer over all ranks, as the communication buffer counts them."""
-    shared = launch.tp_size if launch.waterfill and model.fuses_shared else 0
+    shared = launch.tp_size if fused_flags(model, launch) and model.fuses_shared else 0
     return model.num_experts + launch.redundant_experts + shared
+
+
+def fused_flags(model: ModelFacts, launch: LaunchFacts) -> tuple[str, ...]:
+    """Flags that add a shared expert per rank and a top-k slot."""
+    asked = {
+        "--enable-waterfill": launch.waterfill,
+        "--enforce-shared-experts-fusion": launch.fuses_experts and model.fuses_shared,
+    }
+    return tuple(flag for flag, on in asked.items() if on)

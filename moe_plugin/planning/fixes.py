@@ -43,6 +43,8 @@ _SWITCHES = {
     "--enable-single-batch-overlap": "single_batch_overlap",
     "--enable-lora": "lora",
     "--enable-waterfill": "waterfill",
+    "--enforce-shared-experts-fusion": "fuses_experts",
+    "--enable-eplb": "rebalances",
 }
 _GRAPHS_OFF = {
     "--disable-decode-cuda-graph": "decode_graphs",

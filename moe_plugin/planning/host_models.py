@@ -36,6 +36,18 @@ NO_REDUNDANT = frozenset(
 """Their layers hold no redundant experts, which the host places all the same: they raise while they
 are built, or route tokens to experts that are not there."""
 
+MOVES_BY_NAME = frozenset(
+    {
+        "BailingMM2NativeForConditionalGeneration", "BailingMMNativeForConditionalGeneration",
+        "BailingMoEForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM",
+        "Dots3NoteForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM",
+        "LLaDA2MoeModelLM", "LagunaForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM",
+        "SarvamMLAForCausalLM", "SarvamMoEForCausalLM",
+    }
+)  # fmt: skip
+"""Their list of the weights that a rebalance moves holds every parameter of a layer, also what is
+spent once 4-bit weights are repacked, or is made before they are (``get_moe_weights``)."""
+
 FUSED_SHARED = frozenset(
     {
         "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM",

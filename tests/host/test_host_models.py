@@ -12,6 +12,7 @@ from pathlib import Path
 from moe_plugin.planning.host_models import (
     FUSED_SHARED,
     MIXTRAL_FORMATS,
+    MOVES_BY_NAME,
     NO_DISPATCHER,
     NO_REDUNDANT,
     PLAIN_EXPERTS,
@@ -116,6 +117,23 @@ def test_models_whose_layers_hold_no_redundant_experts() -> None:
     assert all(
         "Glm4MoeModel(" in _sources()[n] or "bailing_moe" in _sources()[n] for n in elsewhere
     )
+
+
+def test_models_whose_rebalances_move_every_parameter() -> None:
+    """No filter by the number of experts, or a list that is made while weights load."""
+
+    def moves(source: str) -> bool:
+        listed = source.partition("def get_moe_weights(")[2].partition("\n    def ")[0]
+        early = "routed_experts_weights_of_layer = {" in source and "LazyValue" not in source
+        return bool(listed) and ("filter_moe_weight_param" not in listed or early)
+
+    # By their experts' file; the rest take these experts from another one.
+    elsewhere = {
+        "BailingMM2NativeForConditionalGeneration", "BailingMMNativeForConditionalGeneration",
+        "Dots3NoteForCausalLM",
+    }  # fmt: skip
+    assert _models(moves) == MOVES_BY_NAME - elsewhere
+    assert all(re.search(r"bailing_moe|dots3_common", _sources()[name]) for name in elsewhere)
 
 
 def test_plain_experts_are_built_outside_the_all_to_alls_class() -> None:

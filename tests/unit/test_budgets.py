@@ -287,6 +287,17 @@ def test_layers_that_hold_no_redundant_experts_get_none() -> None:
     assert plan(glm, tp_size=8, attn_dp_size=8).verdict == "ok"
 
 
+def test_repacked_experts_of_models_that_move_every_parameter_stay_where_they_are() -> None:
+    """A rebalance would assert in MiMo-V2, and leave the scales behind in Bailing."""
+    int4 = replace(V3, weight_format="compressed-tensors_int4", architecture="MiMoV2ForCausalLM")
+    error = one_error(plan(int4, tp_size=8, attn_dp_size=8, rebalances=True))
+    assert error.limit == "expert rebalancing"
+    assert error.changes == (("--enable-eplb", None),)
+    assert plan(int4, tp_size=8, attn_dp_size=8).verdict == "ok"
+    for model in (replace(int4, weight_format="unquantized"), replace(int4, architecture="")):
+        assert plan(model, tp_size=8, attn_dp_size=8, rebalances=True).verdict == "ok"
+
+
 def test_counts_that_arithmetic_cannot_start_from_are_the_users() -> None:
     """Mistyped: said so, and not divided by."""
     assert one_error(plan(tp_size=0)).fix == "--tp-size 1"

@@ -338,11 +338,12 @@ def test_a_backend_that_the_host_selects_late_has_no_guess_of_the_hosts() -> Non
     assert not late.memory.less_than_stock
 
 
-def test_waterfill_adds_an_expert_per_rank_to_the_buffer() -> None:
+@pytest.mark.parametrize("flag", ["waterfill", "fuses_experts"])
+def test_fused_shared_experts_add_one_per_rank_to_the_buffer(flag: str) -> None:
     """272 experts on 16 ranks; models without fused shared experts have theirs alone."""
-    waterfill = {"waterfill": True, "deepep_mode": "auto", "max_tokens": 128}
-    fused = plan(replace(V3_FP8, fuses_shared=True), 16, H200, **waterfill)
-    apart = plan(V3_FP8, 16, H200, **waterfill)
+    fused_flag = {flag: True, "deepep_mode": "auto", "max_tokens": 128}
+    fused = plan(replace(V3_FP8, fuses_shared=True), 16, H200, **fused_flag)
+    apart = plan(V3_FP8, 16, H200, **fused_flag)
     assert (fused.num_experts, apart.num_experts) == (272, 256)
     size = DEEPEP_LIMITS.buffer_bytes
     assert size is not None

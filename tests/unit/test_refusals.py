@@ -76,7 +76,7 @@ LL = "--deepep-mode low_latency"
         (
             V3,
             {"waterfill": True, "has_deep_gemm": False},
-            "waterfill",
+            "fused shared experts",
             "a shared expert per rank",
             "remove --enable-waterfill",
         ),
