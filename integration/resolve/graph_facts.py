@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import ConfigError, explain
 from ...planning.device_memory import UNSET_PREFILL_GRAPH
 from ...planning.facts import GRAPH_MULTIPLE
 from ...planning.integers import ceil_to
@@ -35,7 +36,7 @@ def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int |
     named = _named_graphs(server_args, phase)
     sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
     if sizes:
-        most = int(max(sizes))
+        most = _largest(sizes, phase)
         return ceil_to(most, GRAPH_MULTIPLE) if phase == "prefill" else most
     largest = named.get("max_bs")
     if largest is None:
@@ -45,6 +46,20 @@ def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int |
         # Which it takes for unset, of breakable graphs; what is filled gives way to JSON.
         return UNSET_PREFILL_GRAPH if "max_bs" in named else None
     return None if largest is None else int(largest)
+
+
+def _largest(sizes: Any, phase: str) -> int:
+    try:
+        return max(map(int, sizes))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            explain(
+                f"batches to capture for {phase}",
+                got=f"{sizes}",
+                allowed="a list of whole numbers",
+                fix=f"--cuda-graph-config or --cuda-graph-bs-{phase}",
+            )
+        ) from None
 
 
 def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from ...planning.facts import ModelFacts
-from ...planning.host_models import FUSED_SHARED, MIXTRAL_FORMATS, NO_DISPATCHER
+from ...planning.host_models import FUSED_SHARED, MIXTRAL_FORMATS, NO_DISPATCHER, WRAPS
 from .host_environment import environment_bool
 from .int4_facts import INT4, is_int4
 from .weight_facts import weights_of
@@ -57,10 +58,12 @@ def model_facts(server_args: Any) -> ModelFacts:
     model = model_config_of(server_args)
     text = model.hf_text_config
     name = architecture(model)
+    inner = _wrapped(model, name)
     dtype = str(model.dtype).removeprefix("torch.")
     kind = weight_format(server_args, model)
     return ModelFacts(
         architecture=name,
+        wraps=inner,
         hidden_size=_first(text, _HIDDEN),
         num_experts=routed_experts(text),
         top_k=_first(text, _TOP_K),
@@ -68,8 +71,9 @@ def model_facts(server_args: Any) -> ModelFacts:
         context_length=int(getattr(model, "context_len", 0) or 0),
         dtype=dtype,
         weight_format=kind,
-        hidden_act=activation(text, name),
-        fuses_shared=name in FUSED_SHARED and bool(getattr(text, "n_shared_experts", 0)),
+        hidden_act=activation(text, {name, inner}),
+        fuses_shared=bool({name, inner} & FUSED_SHARED)
+        and bool(getattr(text, "n_shared_experts", 0)),
         has_routed_moe=has_routed_moe(model),
         weights=weights_of(
             str(getattr(model, "model_path", "")),
@@ -100,7 +104,14 @@ def architecture(model: Any) -> str:
     return name
 
 
-def activation(text: Any, architecture: str) -> str:
+def _wrapped(model: Any, name: str) -> str:
+    """Class of the language model inside a model, where it is known and another one."""
+    text = model.hf_text_config
+    named = [] if text is model.hf_config else getattr(text, "architectures", None) or []
+    return WRAPS.get(name, str(named[0]) if named else "")
+
+
+def activation(text: Any, architectures: Collection[str]) -> str:
     """Name of the experts' activation, marked where the host clamps or scales it."""
     name = str(getattr(text, "mlp_hidden_act", None) or getattr(text, "hidden_act", None) or "silu")
     limits = [getattr(text, attribute, None) for attribute in _ACTIVATION_LIMITS]
@@ -108,7 +119,7 @@ def activation(text: Any, architecture: str) -> str:
     limited = any(any(value) if isinstance(value, (list, tuple)) else value for value in limits)
     if not limited:
         return name
-    return f"{name}, {'clamped' if architecture in _CLAMP_ALONE else 'limited'}"
+    return f"{name}, {'clamped' if _CLAMP_ALONE & set(architectures) else 'limited'}"
 
 
 def quantization_config(model: Any) -> dict[str, Any]:

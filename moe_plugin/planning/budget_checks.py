@@ -28,12 +28,24 @@ def check_counts(launch: LaunchFacts) -> list[Rejection]:
     errors = []
     for flag, value, least in (
         ("--tp-size", launch.tp_size, 1),
+        ("--pp-size", launch.pp_size, 1),
         ("--ep-num-redundant-experts", launch.redundant_experts, 0),
     ):
         if value < least:
             change = (flag, str(least))
             fix, got = " ".join(change), f"{flag} {value}"
             errors.append(Rejection("launch", got, f">= {least}", fix, (change,), "config"))
+    if launch.moe_dp_size > 1:  # ``runtime_context.py``: tp = moe_ep x moe_dp x moe_tp
+        errors.append(
+            Rejection(
+                "expert parallelism",
+                got=f"--moe-dp-size {launch.moe_dp_size} with an all-to-all over all of --tp-size",
+                allowed="1",
+                fix="--moe-dp-size 1",
+                changes=(("--moe-dp-size", "1"),),
+                kind="config",
+            )
+        )
     return errors
 
 

@@ -139,7 +139,7 @@ def _rebalances(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
     """Experts that move between ranks, in an order of the plugin's."""
     known = FORMATS[model.weight_format].own
     repacks = known is not None and known.repacks
-    if not (repacks and launch.rebalances and model.architecture in MOVES_BY_NAME):
+    if not (repacks and launch.rebalances and model.classes & MOVES_BY_NAME):
         return []
     return [
         Rejection(
@@ -169,7 +169,7 @@ def _features(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
                 kind="unsupported",
             )
         )
-    if launch.redundant_experts > 0 and model.architecture in NO_REDUNDANT:
+    if launch.redundant_experts > 0 and model.classes & NO_REDUNDANT:
         errors.append(
             Rejection(
                 "redundant experts",
@@ -189,12 +189,12 @@ def _model(model: ModelFacts, launch: LaunchFacts) -> list[Rejection]:
         model.architecture,
         "a model with a DeepEP forward (deepseek_v2, qwen3_moe, ...)",
     )
-    if name in REFUSED_BY_HOST and launch.a2a_backend == "deepep":
+    if model.classes & REFUSED_BY_HOST and launch.a2a_backend == "deepep":
         return [leave("model", f"{name}, which SGLang refuses with DeepEP", allowed)]
-    if name in WRONG_SUMS and launch.tp_size > 1:
+    if model.classes & WRONG_SUMS and launch.tp_size > 1:
         got = f"{name}, whose MoE block in SGLang does not work on scattered tokens"
         return [leave("model", got, allowed)]
-    if name in UNPROVEN or (name in WRONG_SUMS & PLAIN_EXPERTS):
+    if model.classes & (UNPROVEN | (WRONG_SUMS & PLAIN_EXPERTS)):
         got = f"{name}, whose dispatched rows T does not bound"
         return [leave("model", got, allowed, host_runs=True)]
     return []

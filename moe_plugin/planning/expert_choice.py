@@ -52,7 +52,7 @@ def _own_problem(model: ModelFacts, launch: LaunchFacts) -> str:
         return f"they do not compute {model.hidden_act}"
     if own.below is not None and capability is not None and capability >= own.below:
         return f"the host stores {model.weight_format} weights in DeepGEMM's layout here"
-    if model.architecture in PLAIN_EXPERTS:
+    if model.classes & PLAIN_EXPERTS:
         return f"{model.architecture} builds its experts outside the all-to-all's class"
     if launch.single_batch_overlap or fused_flags(model, launch):
         return "the host's overlap and fused shared experts come with the host's experts"
@@ -201,7 +201,7 @@ def _ways_out(
     model: ModelFacts, launch: LaunchFacts
 ) -> Iterator[tuple[tuple[Change, ...], LaunchFacts]]:
     """Changes that may find experts, the smallest first, and the launch after each."""
-    if model.architecture in PLAIN_EXPERTS:
+    if model.classes & PLAIN_EXPERTS:
         return  # whatever the runner, nobody has tried it with an all-to-all
     known = FORMATS[model.weight_format]
     if launch.deepep_mode == "auto":

@@ -27,6 +27,7 @@ class ModelFacts:
         hidden_size: width of a dispatched row, elements.
         num_experts: routed experts of one layer, without redundant copies.
         top_k: experts per token.
+        wraps: class of the language model inside it, where that is another one of the host's.
         moe_intermediate_size: inner width of one expert, elements.
         context_length: longest sequence, tokens.
         dtype: activation dtype by torch name.
@@ -41,6 +42,7 @@ class ModelFacts:
     """
 
     architecture: str = ""
+    wraps: str = ""
     hidden_size: int
     num_experts: int
     top_k: int
@@ -52,6 +54,11 @@ class ModelFacts:
     fuses_shared: bool = False
     has_routed_moe: bool = True
     weights: Weights | None = None
+
+    @property
+    def classes(self) -> frozenset[str]:
+        """What the host's lists of models may know it by."""
+        return frozenset({self.architecture, self.wraps} - {""})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +121,7 @@ class LaunchFacts:
         waterfill: ``--enable-waterfill``.
         fuses_experts: ``--enforce-shared-experts-fusion``.
         rebalances: ``--enable-eplb``.
+        moe_dp_size: ``--moe-dp-size``.
         whole_rows: attention-TP ranks may all dispatch all of a group's rows
             (``--disable-attn-tp-gather`` without attention DP), or the host counts them so;
         scattered_graphs: captured batches divide over these ranks all the same (pplx);
@@ -188,6 +196,7 @@ class LaunchFacts:
     waterfill: bool = False
     fuses_experts: bool = False
     rebalances: bool = False
+    moe_dp_size: int = 1
     whole_rows: bool = False
     scattered_graphs: bool = False
     whole_graphs: bool = False

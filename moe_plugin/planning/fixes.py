@@ -31,6 +31,7 @@ _INTEGERS = {
     "--tp-size": "tp_size",
     "--attn-dp-size": "attn_dp_size",
     "--pp-size": "pp_size",
+    "--moe-dp-size": "moe_dp_size",
 }
 _TEXTS = {
     "--deepep-mode": "deepep_mode",
@@ -164,6 +165,9 @@ def applied(
             values["host_tokens_per_rank"] = None if value is None else int(value)
         elif name == "--speculative-moe-a2a-backend":
             values |= {"draft_a2a_backend": value, "draft_shape": None}
+        elif name == "--mem-fraction-static" and launch.memory is not None:
+            fraction = None if value is None else float(value)
+            launch = replace(launch, memory=replace(launch.memory, fraction=fraction))
         elif name == FLASHINFER_TILE and value:
             values["chunk_alignment"] = int(value)
         elif name == "--weight-cache-mode":

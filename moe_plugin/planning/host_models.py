@@ -8,6 +8,13 @@ are split over tensor parallelism, or stay away from a dispatch when it has no t
 
 from __future__ import annotations
 
+WRAPS = {
+    "BailingMoeV3VLForConditionalGeneration": "BailingMoeV3ForCausalLM",
+    "Cohere2VisionForConditionalGeneration": "Cohere2MoeForCausalLM",
+    "Step3p7ForConditionalGeneration": "Step3p5ForCausalLM",
+}
+"""Models around a language model of another class, whatever their configuration says of it."""
+
 NO_DISPATCHER = frozenset(
     {
         "AfmoeForCausalLM", "DbrxForCausalLM", "DeepseekForCausalLM", "QuantMixtralForCausalLM",
@@ -51,8 +58,9 @@ spent once 4-bit weights are repacked, or is made before they are (``get_moe_wei
 FUSED_SHARED = frozenset(
     {
         "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM",
-        "DeepseekV4ForCausalLM", "GlmMoeDsaForCausalLM", "KimiK25ForConditionalGeneration",
-        "KimiVLForConditionalGeneration", "MistralLarge3ForCausalLM",
+        "DeepseekV4ForCausalLM", "DotsVLMForCausalLM", "GlmMoeDsaForCausalLM",
+        "KimiK25ForConditionalGeneration", "KimiVLForConditionalGeneration",
+        "MistralLarge3ForCausalLM",
     }
 )  # fmt: skip
 """With ``--enable-waterfill`` they keep their shared expert as one more routed expert of each rank
@@ -61,7 +69,8 @@ FUSED_SHARED = frozenset(
 PLAIN_EXPERTS = frozenset(
     {
         "Cohere2MoeForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSWAForCausalLM",
-        "GraniteMoeSharedForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM",
+        "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM", "Grok1ForCausalLM",
+        "Grok1ModelForCausalLM",
         "HYV3ForCausalLM", "HunYuanMoEV1ForCausalLM", "InklingForConditionalGeneration",
         "InklingForConditionalGenerationMTP", "Lfm2MoeForCausalLM", "Llama4ForCausalLM",
         "Llama4ForConditionalGeneration", "MixtralForCausalLM", "OlmoeForCausalLM",

@@ -53,6 +53,7 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
             replace(plan, memory=held)
             for changed, plan in _candidates(first, build, start, free, smallest)
             if fits(held := memory_of(plan, model, changed, lean=lean), typed)
+            and not (plan.errors and not first.errors)
             and not (like_stock and typed is None and held.less_than_stock)
         )
         found = next(fitting, None)

@@ -134,7 +134,7 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
         "device memory",
         got,
         _allowed(memory, launch),
-        fix or "more ranks, or a device with more memory",
+        fix or f"more than {launch.tp_size * MORE_RANKS[-1]} ranks, or a device with more memory",
         changes,
     )
 
@@ -158,10 +158,14 @@ def _typed(changes: tuple[Change, ...]) -> str:
 def _working(
     plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits, works: Works
 ) -> Iterator[tuple[Change, ...]]:
-    """One change of each kind that helps: the least of its kind."""
-    for kind in (_fractions, _tokens, _chunks, _graphs, _ranks):
+    """One change of each kind that helps: the least of its kind; or two where none does."""
+    helps = False
+    for kind in (_fractions, _tokens, _chunks, _graphs, _ranks, _ranks_of_our_own_fraction):
+        if helps and kind is _ranks_of_our_own_fraction:
+            return
         for changes, changed in kind(plan, memory, launch, limits):
             if works(changed):
+                helps = True
                 yield changes
                 break
 
@@ -227,3 +231,14 @@ def _ranks(plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits) -> O
         else:
             groups = 1
         yield changes, replace(launch, tp_size=ranks, attn_dp_size=groups)
+
+
+def _ranks_of_our_own_fraction(
+    plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits
+) -> Options:
+    """Where no number of them helps a fraction that was typed."""
+    if launch.memory is None or launch.memory.fraction is None:
+        return
+    for changes, changed in _ranks(plan, memory, launch, limits):
+        facts = replace(launch.memory, fraction=None)
+        yield (*changes, ("--mem-fraction-static", None)), replace(changed, memory=facts)

@@ -111,7 +111,7 @@ def check_model(
     if not limits.ranks_ok(ranks):
         allowed = f"<= {limits.max_free_ranks}, or a multiple of {limits.rank_multiple}"
         leave("expert-parallel ranks", f"--tp-size {ranks}", allowed, "ranks")
-    fills = model.architecture not in NO_REDUNDANT
+    fills = not model.classes & NO_REDUNDANT
     if experts % ranks and most and (fills or not launch.redundant_experts):
         more = launch.redundant_experts + -experts % ranks
         fix, changes = LEAVE_TEXT, LEAVE

@@ -18,6 +18,7 @@ from moe_plugin.planning.host_models import (
     PLAIN_EXPERTS,
     REFUSED_BY_HOST,
     UNPROVEN,
+    WRAPS,
     WRONG_SUMS,
 )  # fmt: skip
 
@@ -119,6 +120,12 @@ def test_models_whose_layers_hold_no_redundant_experts() -> None:
     )
 
 
+def test_wrappers_wrap_what_is_said() -> None:
+    """By what they import."""
+    for outer, inner in WRAPS.items():
+        assert re.search(rf"import\s+\(?[^)]*\b{inner}\b", _sources()[outer]), outer
+
+
 def test_models_whose_rebalances_move_every_parameter() -> None:
     """No filter by the number of experts, or a list that is made while weights load."""
 
@@ -147,7 +154,8 @@ def test_plain_experts_are_built_outside_the_all_to_alls_class() -> None:
     elsewhere = {n for n in PLAIN_EXPERTS if not PLAIN.search(_sources()[n])}
     assert {n for n in plain if not OTHERS.match(n)} == PLAIN_EXPERTS - elsewhere
     assert elsewhere == {
-        "InklingForConditionalGeneration", "InklingForConditionalGenerationMTP",
+        "GraniteMoeHybridForCausalLM", "InklingForConditionalGeneration",
+        "InklingForConditionalGenerationMTP",
         "Llama4ForConditionalGeneration",
     }  # fmt: skip
 

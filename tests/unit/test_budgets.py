@@ -274,6 +274,17 @@ def test_redundant_experts_that_leave_no_buffer_are_refused_for_themselves() -> 
     assert ("--moe-a2a-backend", "none") in error.changes
 
 
+def test_lists_of_models_know_what_a_model_wraps() -> None:
+    """A vision model around BailingMoeV3, or around a language model with plain experts."""
+    wrapped = replace(V3, architecture="BailingMoeV3VLForConditionalGeneration")
+    assert plan(wrapped, tp_size=8, redundant_experts=8).verdict == "ok"
+    wrapped = replace(wrapped, wraps="BailingMoeV3ForCausalLM")
+    assert one_error(plan(wrapped, tp_size=8, redundant_experts=8)).limit == "redundant experts"
+    plain = replace(V3, architecture="Cohere2VisionForConditionalGeneration")
+    assert plan(plain, tp_size=8).verdict == "ok"
+    assert plan(replace(plain, wraps="Cohere2MoeForCausalLM"), tp_size=8).verdict == "refused"
+
+
 def test_layers_that_hold_no_redundant_experts_get_none() -> None:
     """GLM-4.5: the host would place some, whatever their number; none is a fix for its ranks."""
     glm = replace(V3, num_experts=160, architecture="Glm4MoeForCausalLM")
@@ -301,7 +312,9 @@ def test_repacked_experts_of_models_that_move_every_parameter_stay_where_they_ar
 def test_counts_that_arithmetic_cannot_start_from_are_the_users() -> None:
     """Mistyped: said so, and not divided by."""
     assert one_error(plan(tp_size=0)).fix == "--tp-size 1"
+    assert one_error(plan(pp_size=0)).fix == "--pp-size 1"
     assert one_error(plan(redundant_experts=-8)).fix == "--ep-num-redundant-experts 0"
+    assert one_error(plan(tp_size=8, moe_dp_size=2)).fix == "--moe-dp-size 1"
 
 
 def test_a_decode_instance_prints_no_limit_for_its_prefills() -> None:

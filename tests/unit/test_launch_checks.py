@@ -23,8 +23,10 @@ def answer(**memory: int) -> dict[str, Any]:
         "token_multiple": 8,
         "num_experts": 128,
         "hidden_size": 4096,
+        "attn_tp_size": 1,
     }
-    return {"plan": plan, "runs": 4 * GIB, "rows": {}}
+    built = {"layers": [{"inter": 1024}]}
+    return {"plan": plan, "built": built, "runs": 4 * GIB, "rows": {}}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def answer(**memory: int) -> dict[str, Any]:
         ({"activations_bytes": GIB, "graphs_bytes": GIB}, 3 * GIB),
         ({"activations_bytes": 20 * GIB, "graphs_bytes": GIB}, 5 * GIB),
         ({"workspace_bytes": GIB // 4}, GIB + GIB // 4),
-        ({"workspace_bytes": 20 * GIB}, GIB + 8 * 128 * 128 * 4096),
+        ({"workspace_bytes": 20 * GIB}, GIB + 4 * 128 * 128 * (2 * 4096 + 3 * 1024)),
     ],
 )
 def test_an_estimate_that_is_too_high_excuses_no_smaller_kv_cache(
