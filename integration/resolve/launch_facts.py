@@ -189,6 +189,7 @@ def launch_facts(
         waterfill=bool(getattr(cfg, "enable_waterfill", False)),
         fuses_experts=bool(server_args.enforce_shared_experts_fusion),
         rebalances=bool(cfg.enable_eplb),
+        symmetric_memory=bool(getattr(cfg, "enable_symm_mem", False)),
         moe_dp_size=int(getattr(cfg, "moe_dp_size", 1) or 1),
         whole_rows=a2a.whole_rows
         or (bool(getattr(cfg, "disable_attn_tp_gather", False)) and dp_groups == 1),

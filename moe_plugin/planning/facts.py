@@ -122,6 +122,7 @@ class LaunchFacts:
         fuses_experts: ``--enforce-shared-experts-fusion``.
         rebalances: ``--enable-eplb``.
         moe_dp_size: ``--moe-dp-size``.
+        symmetric_memory: ``--enable-symm-mem``.
         whole_rows: attention-TP ranks may all dispatch all of a group's rows
             (``--disable-attn-tp-gather`` without attention DP), or the host counts them so;
         scattered_graphs: captured batches divide over these ranks all the same (pplx);
@@ -197,6 +198,7 @@ class LaunchFacts:
     fuses_experts: bool = False
     rebalances: bool = False
     moe_dp_size: int = 1
+    symmetric_memory: bool = False
     whole_rows: bool = False
     scattered_graphs: bool = False
     whole_graphs: bool = False

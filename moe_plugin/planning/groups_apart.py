@@ -51,5 +51,7 @@ def _may_fill(model: ModelFacts, launch: LaunchFacts) -> bool:
         return False
     if launch.disaggregation_mode == "decode":
         return False  # nothing prefills there, and the host shares the LM head in a way of its own
+    if launch.symmetric_memory:
+        return False  # ranks allocate from it together, and would for other numbers of rows
     # A draft model of its own may be of any architecture.
     return model.architecture in ABLE and not launch.separate_draft

@@ -299,6 +299,8 @@ def test_nothing_is_filled_into_a_resolved_launch() -> None:
     late = {"default_tokens": early.max_dispatch_tokens_per_rank, "resolved": True}
     assert not early.groups_apart
     assert not plan(V3_FP8, 16, 76 * 1024 * MIB, **late).groups_apart
+    assert plan(V3_FP8, 16, H200).groups_apart
+    assert not plan(V3_FP8, 16, H200, symmetric_memory=True).groups_apart
     typed = {"moe_dense_tp_size": 1, "dp_lm_head": True}
     assert plan(V3_FP8, 16, H200, **late, **typed).groups_apart
 
