@@ -7,7 +7,7 @@ from typing import Any
 
 from ...planning.memory import DTYPE_BYTES
 from ...planning.memory_record import MIB, MemoryFacts
-from .draft_facts import draft_config
+from .draft_facts import draft_config, own_draft
 from .model_facts import quantization_config
 from .safetensors_files import read_checkpoint
 from .weight_facts import weights_of
@@ -98,9 +98,9 @@ def _draft(server_args: Any, cfg: Any, dtype: str) -> tuple[bool, int]:
     algorithm = str(cfg.speculative_algorithm or "").upper()
     if algorithm in ("", "NONE", "NGRAM"):
         return False, 0
-    path = cfg.speculative_draft_model_path
-    if not path or path == cfg.model_path:
+    if own_draft(cfg):
         return True, 0
+    path = cfg.speculative_draft_model_path
     found = read_checkpoint(path, DTYPE_BYTES.get(dtype, 2))
     if found.tensors:
         return False, sum(size for _, size in found.tensors)
