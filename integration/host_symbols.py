@@ -117,6 +117,13 @@ DRAFT_CONFIG = HostSymbol(
     "the host checks its own DeepEP v1 budget",
     without="launches with a separate draft model are left alone",
 )
+DRAFT_MODEL = HostSymbol(
+    "configs.model_config.ModelConfig.from_server_args",
+    ("server_args", "model_path", "model_revision", "is_draft_model"),
+    "know which layers of another checkpoint are loaded as the draft, and their quantization",
+    "the host counts weights before it loads them",
+    without="a draft from another checkpoint is counted whole on every rank",
+)
 ADAPTIVE_STEPS = HostSymbol(
     "speculative.adaptive_spec_params.resolve_candidate_steps_from_config",
     ("cfg_path",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from ...planning.plan import Rejection, refusal
@@ -127,11 +128,21 @@ def _dspark_width(server_args: Any, cfg: Any) -> int:
     return int(gamma) + 1
 
 
+def own_draft(cfg: Any) -> bool:
+    """Whether the draft is made of the target's own checkpoint, however its path is spelled."""
+    target, draft = str(cfg.model_path), cfg.speculative_draft_model_path
+    if not draft or draft == target:
+        return True
+    # A name on a hub is no path, and its two spellings are two models.
+    local = os.path.exists(draft) and os.path.exists(target)
+    return local and os.path.realpath(draft) == os.path.realpath(target)
+
+
 def draft_has_routed_moe(server_args: Any, cfg: Any) -> bool:
     """Whether the draft model has routed MoE layers; a separate draft is read from its config."""
     if not cfg.speculative_algorithm or cfg.speculative_algorithm.upper() == "NGRAM":
         return False
-    if cfg.speculative_draft_model_path in (None, "", cfg.model_path):
+    if own_draft(cfg):
         from sglang.srt.arg_groups.overrides import model_config_of
 
         # Multi-token-prediction layers of the target checkpoint repeat its MoE.
@@ -146,8 +157,7 @@ def draft_has_routed_moe(server_args: Any, cfg: Any) -> bool:
 def draft_shape(server_args: Any, cfg: Any, backend: str) -> tuple[int, int] | None:
     """(hidden size, routed experts) of a separate draft on the same all-to-all; None without."""
     own = getattr(cfg, "speculative_moe_a2a_backend", None) or backend
-    path = cfg.speculative_draft_model_path
-    if not cfg.speculative_algorithm or not path or path == cfg.model_path or own != backend:
+    if not cfg.speculative_algorithm or own_draft(cfg) or own != backend:
         return None
     try:
         config = draft_config(server_args, cfg)

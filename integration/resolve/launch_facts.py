@@ -13,7 +13,7 @@ from ...planning.expert_choice import BF16_ROWS
 from ...planning.facts import LaunchFacts
 from ...planning.limits import Limits
 from ..flags import requested
-from .draft_facts import draft_has_routed_moe, draft_shape, draft_width
+from .draft_facts import draft_has_routed_moe, draft_shape, draft_width, own_draft
 from .graph_facts import captures_prefills, explicit_graph_max, graphs_enabled, prefill_graphs
 from .host_environment import environment_bool, environment_int
 from .host_runners import batched_runners, is_foreign
@@ -79,11 +79,6 @@ def prefill_attention(cfg: Any) -> str | None:
     """The attention backend of prefills."""
     backend: str | None = getattr(cfg, "prefill_attention_backend", None) or cfg.attention_backend
     return backend
-
-
-def _separate_draft(cfg: Any) -> bool:
-    path = cfg.speculative_draft_model_path
-    return bool(cfg.speculative_algorithm) and path not in (None, cfg.model_path)
 
 
 def chunk_alignment(cfg: Any) -> int:
@@ -201,7 +196,7 @@ def launch_facts(
         moe_dense_tp_size=cfg.moe_dense_tp_size,
         dp_lm_head=bool(cfg.enable_dp_lm_head),
         tp_lm_head_all_to_all=bool(server_args.enable_tp_lm_head_all_to_all),
-        separate_draft=_separate_draft(cfg),
+        separate_draft=bool(cfg.speculative_algorithm) and not own_draft(cfg),
         draft_shape=draft_shape(server_args, cfg, a2a.name),
         load_format=str(cfg.load_format),
         key_value_store=str(cfg.model_path).startswith(KEY_VALUE_STORES),

@@ -7,7 +7,9 @@ from typing import Any
 
 from ...planning.memory import DTYPE_BYTES
 from ...planning.memory_record import MIB, MemoryFacts
-from .draft_facts import draft_config
+from ...planning.weight_bytes import Weights
+from .draft_facts import draft_config, own_draft
+from .draft_weights import draft_weights
 from .model_facts import quantization_config
 from .safetensors_files import read_checkpoint
 from .weight_facts import weights_of
@@ -30,7 +32,7 @@ def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
     if total is None:
         return None
     element = kv_element(server_args, cfg, dtype)
-    own, other = _draft(server_args, cfg, dtype)
+    own, other, unknown = _draft(server_args, cfg, dtype)
     return MemoryFacts(
         device_bytes=int(total * MIB),
         fraction=server_args.mem_fraction_static,
@@ -40,7 +42,8 @@ def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
         whole_dense=getattr(cfg, "moe_dense_tp_size", None) == 1,
         whole_head=bool(getattr(cfg, "enable_dp_lm_head", False)),
         draft_loaded=own,
-        other_draft_bytes=other,
+        other_draft=other,
+        other_draft_bytes=unknown,
         kv_token_cap=getattr(server_args, "max_total_tokens", None),
         groups_flag="--dp-size" if getattr(server_args, "enable_dp_attention", False) else "",
     )
@@ -93,23 +96,30 @@ def _offloads(cfg: Any) -> bool:
     )
 
 
-def _draft(server_args: Any, cfg: Any, dtype: str) -> tuple[bool, int]:
-    """(the checkpoint's own draft layers are loaded, bytes of a draft from another checkpoint)."""
+def _draft(server_args: Any, cfg: Any, dtype: str) -> tuple[bool, Weights | None, int]:
+    """(the checkpoint's own draft layers are loaded, weights of a draft from another checkpoint,
+    its bytes where it is not known how ranks divide them)."""
     algorithm = str(cfg.speculative_algorithm or "").upper()
     if algorithm in ("", "NONE", "NGRAM"):
-        return False, 0
+        return False, None, 0
+    if own_draft(cfg):
+        return True, None, 0
+    divided = draft_weights(server_args, cfg, dtype)
+    return False, divided, 0 if divided else _whole_draft(server_args, cfg, dtype)
+
+
+def _whole_draft(server_args: Any, cfg: Any, dtype: str) -> int:
+    """Bytes of a draft of which each rank may hold all; 0 where not known."""
     path = cfg.speculative_draft_model_path
-    if not path or path == cfg.model_path:
-        return True, 0
     found = read_checkpoint(path, DTYPE_BYTES.get(dtype, 2))
     if found.tensors:
-        return False, sum(size for _, size in found.tensors)
+        return sum(size for _, size in found.tensors)
     if found.total:
-        return False, found.total
+        return found.total
     try:
         config = draft_config(server_args, cfg)
         text = getattr(config, "text_config", config)
         weights = weights_of(path, text, {}, weight_format="unquantized", dtype=dtype)
     except Exception:  # not readable here: the host will say so with its own message
-        return False, 0
-    return False, weights.checkpoint_bytes if weights else 0
+        return 0
+    return weights.checkpoint_bytes if weights else 0

@@ -137,6 +137,11 @@ def weight_format(server_args: Any, model: Any) -> str:
     name, checked = resolved_view(server_args).quantization, getattr(model, "quantization", None)
     if name is None or name == server_args.quantization:
         name = checked or name  # a checkpoint may overrule what is typed
+    return refined_format(name, model)
+
+
+def refined_format(name: str | None, model: Any) -> str:
+    """:func:`weight_format` of a model whose quantization the host calls ``name``."""
     config = quantization_config(model)
     name = name or config.get("quant_method")
     if name == "humming" and not config and not os.environ.get(_ONLINE_HUMMING):

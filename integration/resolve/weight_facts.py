@@ -18,6 +18,7 @@ _NOT_MODELLED = (
     "mamba_num_heads", "mamba_n_heads", "block_configs", "lightning_attn_config",
 )  # fmt: skip
 """Attributes of models whose layers these dimensions do not describe."""
+BY_INDEX = "safetensors index"
 _SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude")
 _EXPERTS_ONLY = frozenset({"mxfp4", "modelopt_fp4", "nvfp4", "petit_nvfp4"})
 """Formats of experts alone, unless the checkpoint lists what it leaves out; then it says so."""
@@ -48,23 +49,29 @@ def weights_of(path: str, text: Any, quantization: dict[str, Any], **launch: Any
     shape = shape_of(text, quantization, **launch)
     if shape is None:
         return None
-    online = not quantization and launch["weight_format"] != "unquantized"
+    weights = weights_of_shape(path, shape, quantization, weight_format=launch["weight_format"])
+    if not quantization and launch["weight_format"] in _AFTER_LOADING:
+        plain = {**launch, "weight_format": "unquantized"}
+        return replace(weights, before=weights_of(path, text, {}, **plain))
+    return weights
+
+
+def weights_of_shape(
+    path: str, shape: ModelShape, quantization: dict[str, Any], *, weight_format: str
+) -> Weights:
+    """Weights of a model of known dimensions: by its files as far as they are here."""
+    online = not quantization and weight_format != "unquantized"
     found = read_checkpoint(path, shape.dtype_bytes)
     if found.tensors and not online:
         tensors = found.tensors
-        if launch["weight_format"].endswith(INT4):
+        if weight_format.endswith(INT4):
             zeros = 4 if has_zero_points(quantization) else 0
             tensors = tuple(
                 (name, size * (zeros if _is_zero(name) else 1)) for name, size in tensors
             )
         return from_tensors(tensors, shape)
     weights = from_shape(shape)
-    if online and launch["weight_format"] in _AFTER_LOADING:
-        plain = {**launch, "weight_format": "unquantized"}
-        return replace(weights, before=weights_of(path, text, {}, **plain))
-    return (
-        scaled(weights, found.total, "safetensors index") if found.total and not online else weights
-    )
+    return scaled(weights, found.total, BY_INDEX) if found.total and not online else weights
 
 
 def shape_of(
@@ -74,8 +81,10 @@ def shape_of(
     weight_format: str,
     dtype: str,
     vision: Any = None,
+    dense: bool = False,
 ) -> ModelShape | None:
-    """Dimensions of a text configuration; None where it has not what we know how to read."""
+    """Dimensions of a text configuration; None where it has not what we know how to read, or no
+    routed experts, unless the model is said to be ``dense``."""
 
     def number(*names: str, default: int = 0) -> int:
         for name in names:
@@ -92,7 +101,7 @@ def shape_of(
     widths = bytes_per_weight(weight_format, quantization, dtype_bytes)
     per_layer = [getattr(text, name, None) for name in ("num_attention_heads", "intermediate_size")]
     if (
-        not all((layers, hidden, heads, vocabulary, experts, intermediate))
+        not all((layers, hidden, heads, vocabulary, experts or dense, intermediate))
         or widths is None
         or any(isinstance(value, (list, tuple)) for value in per_layer)
         or any(getattr(text, name, None) for name in _NOT_MODELLED)
@@ -122,7 +131,7 @@ def shape_of(
         index_dim=number("index_head_dim"),
         linear_layers=linear_layers,
         linear_width=linear_width,
-        dense_layers=dense_layers(text, layers),
+        dense_layers=dense_layers(text, layers) if experts else layers,
         dense_intermediate=number("intermediate_size", "ffn_hidden_size"),
         experts=experts,
         expert_hidden=number("routed_expert_hidden_size", default=hidden),

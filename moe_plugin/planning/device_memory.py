@@ -66,6 +66,16 @@ def stock_topology(launch: LaunchFacts, facts: MemoryFacts) -> Topology:
     )
 
 
+def draft_bytes(facts: MemoryFacts, divided: Topology) -> int:
+    """A draft from another checkpoint on the rank that holds most; it spans no stages."""
+    if facts.other_draft is None:
+        return facts.other_draft_bytes
+    # Dense models do not read the flag that holds dense layers whole.
+    whole_dense = divided.whole_dense and facts.other_draft.shape.experts > 0
+    divided = replace(divided, stages=1, draft=True, whole_dense=whole_dense)
+    return facts.other_draft.per_rank(divided)
+
+
 @cache
 def prefill_sizes(largest: int) -> int:
     """Prefill graphs that the host captures up to ``largest`` tokens: multiples of 8 with DeepEP

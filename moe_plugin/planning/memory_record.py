@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .weight_bytes import Weights
+
 MIB, GIB = 1 << 20, 1 << 30
 CONTEXT_BYTES = 2 * GIB
 """Lost before the host measures: CUDA context, NCCL. Alone on an H200 1.3 GiB, beside other
@@ -26,7 +28,9 @@ class MemoryFacts:
         whole_dense: ``--moe-dense-tp-size 1``.
         whole_head: ``--enable-dp-lm-head``.
         draft_loaded: multi-token-prediction layers of the checkpoint are loaded as the draft.
-        other_draft_bytes: weights of a draft from another checkpoint.
+        other_draft: weights of a draft from another checkpoint, as far as the host loads and keeps
+            them; None without, or where it is not known how ranks divide them.
+        other_draft_bytes: such a draft's bytes, all of which a rank may hold.
         kv_token_cap: ``--max-total-tokens``: most tokens of one DP group's KV cache; None without.
         groups_flag: the flag that the user typed attention-DP groups with, if not the present one.
     """
@@ -39,6 +43,7 @@ class MemoryFacts:
     whole_dense: bool = False
     whole_head: bool = False
     draft_loaded: bool = False
+    other_draft: Weights | None = None
     other_draft_bytes: int = 0
     kv_token_cap: int | None = None
     groups_flag: str = ""

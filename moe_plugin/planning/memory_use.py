@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from .device_memory import (
     above_floor,
+    draft_bytes,
     least_runtime,
     planned_rule,
     pools,
@@ -38,10 +39,10 @@ def memory_of(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool 
     leanest = rounded_fraction(sum(least) + ours, facts)
     weights = token = stock_weights = loading = 0
     if model.weights is not None:
-        weights = model.weights.per_rank(topology(launch, facts)) + facts.other_draft_bytes
-        loading = model.weights.loading_per_rank(topology(launch, facts))
-        stock_weights = model.weights.per_rank(stock_topology(launch, facts))
-        stock_weights += facts.other_draft_bytes
+        divided, alone = topology(launch, facts), stock_topology(launch, facts)
+        weights = model.weights.per_rank(divided) + draft_bytes(facts, divided)
+        loading = model.weights.loading_per_rank(divided)
+        stock_weights = model.weights.per_rank(alone) + draft_bytes(facts, alone)
         token = kv_token_bytes(model, launch, facts)
     theirs = facts.fraction if facts.fraction is not None else round(stock, 3)
     stock_kv = int(facts.usable_bytes * theirs) - stock_weights

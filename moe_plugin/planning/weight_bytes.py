@@ -165,8 +165,9 @@ def from_shape(shape: ModelShape) -> Weights:
     target["whole"] += shape.tower_parameters * shape.dtype_bytes
     target["embedding"] = embedding
     target["head"] = 0 if shape.tied else embedding
+    mlp = moe if shape.experts else {"dense": dense}
     draft = {
-        name: shape.draft_layers * (per_layer.get(name, 0) + moe.get(name, 0)) for name in PARTS
+        name: shape.draft_layers * (per_layer.get(name, 0) + mlp.get(name, 0)) for name in PARTS
     }
     draft["whole"] += shape.draft_layers * 2 * shape.hidden**2 * shape.dtype_bytes  # eh_proj
     return Weights(
@@ -174,7 +175,8 @@ def from_shape(shape: ModelShape) -> Weights:
         shape=shape,
         target={name: int(size) for name, size in target.items()},
         draft={name: int(size) for name, size in draft.items()} if shape.draft_layers else {},
-        unloaded=2 * embedding if shape.draft_layers else 0,
+        # A checkpoint of draft layers alone has embedding and head once.
+        unloaded=2 * embedding if shape.draft_layers and shape.layers else 0,
     )
 
 

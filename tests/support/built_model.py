@@ -7,7 +7,8 @@ when a case asks for it: it loads model code.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,16 +23,20 @@ from sglang.srt.arg_groups.model_override_base import resolved_view  # noqa: E40
 from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend  # noqa: E402
 from sglang.srt.configs.hybrid_arch import mambaish_config  # noqa: E402
 from sglang.srt.configs.load_config import LoadConfig  # noqa: E402
-from sglang.srt.layers import deep_gemm_wrapper  # noqa: E402
+from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
+from sglang.srt.layers import deep_gemm_wrapper, dual_gemm, logits_processor  # noqa: E402
 from sglang.srt.layers.deep_gemm_wrapper import configurer  # noqa: E402
 from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE  # noqa: E402
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe  # noqa: E402
 from sglang.srt.layers.moe.moe_runner.base import PermuteMethodPool  # noqa: E402
 from sglang.srt.layers.moe.utils import (  # noqa: E402
     DeepEPMode,
+    draft_model_build_scope,
     get_deepep_output_dtype,
     get_moe_a2a_backend,
     initialize_moe_config,
+    speculative_moe_a2a_backend_context,
+    speculative_moe_backend_context,
 )
 from sglang.srt.layers.rotary_embedding import rope_variant  # noqa: E402
 from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype  # noqa: E402
@@ -85,26 +90,22 @@ def _group(size: int) -> Any:
     )
 
 
-def built(server_args: Any) -> dict[str, Any]:
-    """Weights of rank 0 in bytes, kinds of MoE layers, or why the host builds none."""
-    publish(server_args, role="scheduler")
-    try:
-        initialize_moe_config()
-    except ValueError as error:  # what it refuses before it builds anything
-        return {"error": f"{type(error).__name__}: {error}", "weights": 0, "layers": []}
-    view, parallel = resolved_view(server_args), get_parallel()
-    config = model_config_of(server_args)
+@contextmanager
+def _as_rank_zero(view: Any, dtype: torch.dtype) -> Iterator[None]:
+    """The process as the host's loader finds it on rank 0, on the meta device."""
+    parallel, before = get_parallel(), torch.get_default_dtype()
     names: dict[str, Any] = dict.fromkeys(_RANKS, 0)
     names["pp_group"] = _group(view.pp_size)
     names |= {
         f"{name}_group": _group(getattr(parallel, f"{name}_size"))
         for name in ("tp", "attn_tp", "moe_ep", "moe_tp")
     }
-    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         for owner, name, value in (
             (fused_moe, "create_moe_dispatcher", _dispatcher),
             (deep_gemm_wrapper, "ENABLE_JIT_DEEPGEMM", configurer._compute_enable_deep_gemm()),
+            (logits_processor, "triton_symm_mem_ag", mock.MagicMock()),  # asks process groups
+            (dual_gemm, "is_cuda", lambda: False),  # a kernel of dense layers, compiled on a GPU
             # It names the device itself.
             (rope_variant.DeepseekScalingRotaryEmbedding, "_compute_cos_sin_cache", _no_cache),
         ):
@@ -113,11 +114,48 @@ def built(server_args: Any) -> dict[str, Any]:
         stack.enter_context(mock.patch.object(flags, "enabled", attn_dp_enabled_of(view)))
         stack.enter_context(parallel.override(**names))
         stack.enter_context(torch.device("meta"))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(config.dtype)
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(dtype)
+        yield
+
+
+def _loaded(config: Any) -> Any:
+    quantization = loader._get_quantization_config(config, LoadConfig())
+    return loader._initialize_model(config, LoadConfig(), quantization)
+
+
+def built_draft(server_args: Any) -> dict[str, int]:
+    """Weights of rank 0's draft in bytes, and of them embedding and head."""
+    publish(server_args, role="scheduler")
+    initialize_moe_config()
+    view = resolved_view(server_args)
+    config = ModelConfig.from_server_args(
+        server_args, model_path=view.speculative_draft_model_path, is_draft_model=True
+    )
+    with (
+        _as_rank_zero(view, config.dtype),
+        speculative_moe_backend_context(),
+        speculative_moe_a2a_backend_context(),
+        draft_model_build_scope(),
+    ):
+        model = _loaded(config)
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    ends = sum(size for name, size in sizes.items() if "embed" in name or "lm_head" in name)
+    return {"weights": sum(sizes.values()), "ends": ends}
+
+
+def built(server_args: Any) -> dict[str, Any]:
+    """Weights of rank 0 in bytes, kinds of MoE layers, or why the host builds none."""
+    publish(server_args, role="scheduler")
+    try:
+        initialize_moe_config()
+    except ValueError as error:  # what it refuses before it builds anything
+        return {"error": f"{type(error).__name__}: {error}", "weights": 0, "layers": []}
+    view = resolved_view(server_args)
+    config = model_config_of(server_args)
+    with _as_rank_zero(view, config.dtype):
         try:
-            quantization = loader._get_quantization_config(config, LoadConfig())
-            model = loader._initialize_model(config, LoadConfig(), quantization)
+            model = _loaded(config)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}", "weights": 0, "layers": []}
         weights = sum(

@@ -134,6 +134,10 @@ def _ask_oracles(case: dict[str, Any], server_args: Any, plan: Any, answer: dict
 
             answer["built"] = built(server_args)
             answer["runs"] = runs_of(server_args)
+        if case.get("built_draft"):
+            from built_model import built_draft
+
+            answer["draft"] = built_draft(server_args)
         if case.get("layout"):
             from oracle import capability_of, layout_of
 
