@@ -85,6 +85,26 @@ DEVICE_MEMORY = HostSymbol(
     "swap the host's flat DeepEP reserve for the planned bytes",
     "the host reserves from a start-up plan",
 )
+VISION_FACTOR = HostSymbol(
+    "arg_groups.memory_hook.adjust_mem_fraction_for_vlm",
+    ("mem_fraction_static", "model_config", "post_capture_kv_sizing", "gpu_mem"),
+    "know early what the host keeps for the towers of a multimodal model",
+    "the host reserves from a start-up plan",
+    without="what the host keeps for towers is seen, and refused where it leaves nothing, once "
+    "memory is sized",
+)
+HYBRID = HostSymbol(
+    "configs.hybrid_arch.mambaish_config",
+    ("model_config",),
+    "know whether a request has states of linear attention, and how large they are",
+    "the host reserves from a start-up plan",
+)
+PARALLEL = HostSymbol(
+    "runtime_context.get_parallel",
+    (),
+    "know how such states are divided over ranks",
+    "the host reserves from a start-up plan",
+)
 VIEW = HostSymbol(
     "arg_groups.model_override_base.resolved_view",
     ("server_args",),

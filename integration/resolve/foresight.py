@@ -46,8 +46,7 @@ def foresee(server_args: Any, cfg: Any) -> Any:
     parallel_context = getattr(cfg, "enable_prefill_cp", False)
     if not (waterfill or parallel_context or cfg.moe_a2a_backend in backend_names()):
         return cfg  # its model config may not even be readable here
-    with _quietly():
-        fields |= _of_model(server_args)
+    fields |= of_model(server_args)
     for symbol in (RUNNER_OVERRIDES, BACKEND_OVERRIDES):
         with _quietly():
             if check_symbol(symbol) is None:
@@ -60,7 +59,15 @@ def foresee(server_args: Any, cfg: Any) -> Any:
     return view
 
 
-def _of_model(server_args: Any) -> dict[str, Any]:
+def of_model(server_args: Any) -> dict[str, Any]:
+    """What the model's own rules will declare; nothing where they cannot be asked."""
+    found: dict[str, Any] = {}
+    with _quietly():
+        found |= _declared(server_args)
+    return found
+
+
+def _declared(server_args: Any) -> dict[str, Any]:
     if check_symbol(MODEL_OVERRIDES) is not None:
         return {}
     from sglang.srt.arg_groups.overrides import (

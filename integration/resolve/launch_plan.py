@@ -10,6 +10,7 @@ from ...backends.deepep import limits_of
 from ...batched_backend import Capability, CapabilityFacts
 from ...capability import backend_names, get_backend, use_batched_dp_moe
 from ...planning.facts import LaunchFacts, ModelFacts
+from ...planning.memory_use import states_room
 from ...planning.plan import Plan
 from ...planning.planner import make_plan
 from .exported_variables import user_tokens_per_rank
@@ -69,13 +70,19 @@ def plan_for(
     limits = limits_of(get_backend(capability.backend), transport_of(cfg, capability.backend))
     model, launch = facts
     launch = replace(launch, host_tokens_per_rank=user_tokens_per_rank(limits))
+    memory = memory_facts(server_args, cfg, model.dtype, late=late)
     if planned is None:
-        launch = replace(launch, memory=memory_facts(server_args, cfg, model.dtype))
+        launch = replace(launch, memory=memory)
     else:
+        # The host may have given up its radix cache since.
+        states = states_room(planned.memory, replace(launch, memory=memory))
+        if states is not None:
+            states = min(states, planned.max_running_requests // launch.attn_dp_size or states)
         launch = replace(
             launch,
             default_tokens=planned.max_dispatch_tokens_per_rank,
             decode_graph_cap=planned.cuda_graph_max_bs_decode or None,
+            running_cap=states,
         )
     plan = make_plan(model, launch, limits, capability)
     return check_host(plan, cfg)

@@ -10,16 +10,22 @@ from ...planning.memory_record import MIB, MemoryFacts
 from ...planning.weight_bytes import Weights
 from .draft_facts import draft_config, own_draft
 from .draft_weights import draft_weights
+from .media_facts import MANY_REQUESTS, media_bytes, tower_factor
 from .model_facts import quantization_config
 from .safetensors_files import read_checkpoint
+from .state_facts import state_of_a_request, tokens_are_alike
 from .weight_facts import weights_of
 
 _KV_ELEMENT = {"fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "bf16": 2.0, "bfloat16": 2.0, "mxfp8": 1 + 1 / 32}
 _KV_ELEMENT |= {"fp4_mx_block16": 0.5 + 1 / 16, "nvfp4": 0.5 + 1 / 16}
 
 
-def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
+def memory_facts(
+    server_args: Any, cfg: Any, dtype: str, *, late: bool = False
+) -> MemoryFacts | None:
     """Facts of the device's memory; None where it is not known, or weights leave the device.
+
+    ``late``: everything is resolved.
 
     The total, never what is free: every rank of every node has to come to the same plan.
     """
@@ -33,6 +39,9 @@ def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
         return None
     element = kv_element(server_args, cfg, dtype)
     own, other, unknown = _draft(server_args, cfg, dtype)
+    typed = server_args.max_running_requests
+    filled = MANY_REQUESTS if typed is None else typed
+    state, share = state_of_a_request(server_args, cfg)
     return MemoryFacts(
         device_bytes=int(total * MIB),
         fraction=server_args.mem_fraction_static,
@@ -45,6 +54,12 @@ def memory_facts(server_args: Any, cfg: Any, dtype: str) -> MemoryFacts | None:
         other_draft=other,
         other_draft_bytes=unknown,
         kv_token_cap=getattr(server_args, "max_total_tokens", None),
+        tower_factor=tower_factor(server_args, cfg, total),
+        media_bytes=media_bytes(server_args, cfg, filled, late=late),
+        stock_media_bytes=media_bytes(server_args, cfg, typed, late=late),
+        tokens_alike=tokens_are_alike(server_args, cfg),
+        state_bytes=state,
+        state_share=share,
         groups_flag="--dp-size" if getattr(server_args, "enable_dp_attention", False) else "",
     )
 

@@ -33,14 +33,14 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
         fraction = math.floor((chosen - eager / memory.usable_bytes) * 1000) / 1000
         ours, taken = eager, memory.buffer_bytes + memory.workspace_bytes - eager
     else:
-        # What the host takes for what the plan does not know of, such as a vision tower's images;
-        # less than nothing where it leaves out what the plan counted, such as prefill graphs that
-        # do not go with the model.
+        # What the host takes for what the plan does not know of; less than nothing where it leaves
+        # out what the plan counted, such as prefill graphs that do not go with the model.
         beside = memory.host_fraction - chosen
         beside = beside if abs(beside) > ROUNDING else 0.0
         fraction = math.floor((memory.mem_fraction_static - beside + 1e-9) * 1000) / 1000
         ours, taken = memory.buffer_bytes + memory.workspace_bytes, 0
-    left = int(memory.usable_bytes * fraction) - memory.weights_bytes - taken
+    taken += memory.weights_bytes + memory.media_bytes
+    left = int(memory.usable_bytes * fraction) - taken
     memory = replace(memory, mem_fraction_static=fraction).with_room(left)
     declare_resolution(server_args, "moe_plugin", mem_fraction_static=fraction)
     return replace(plan, reserved_bytes=ours, memory=memory)

@@ -7,6 +7,8 @@ from typing import Any
 
 from ...batched_backend import Capability
 from ...capability import get_backend
+from ...planning.leaving import leave
+from ...planning.memory import gib
 from ...planning.memory_use import recounted
 from ...planning.plan import Change, Plan, Rejection, refusal
 from ..flags import requested
@@ -48,7 +50,10 @@ def verify(server_args: Any, planned: Plan | None) -> Plan | None:
     errors = (*plan.errors, *check_final(plan, server_args, cfg))
     if errors:
         raise refusal(errors, plan)
-    return _with_final_cache(carried(plan, planned), server_args, cfg)
+    plan = _with_final_cache(carried(plan, planned), server_args, cfg)
+    if no_cache := without_cache(plan):
+        raise refusal([no_cache], plan)
+    return plan
 
 
 def _with_final_cache(plan: Plan, server_args: Any, cfg: Any) -> Plan:
@@ -57,9 +62,23 @@ def _with_final_cache(plan: Plan, server_args: Any, cfg: Any) -> Plan:
     if plan.memory is None:
         return plan
     model = model_facts(server_args)
-    facts = memory_facts(server_args, cfg, model.dtype)
+    facts = memory_facts(server_args, cfg, model.dtype, late=True)
     launch = launch_facts(server_args, cfg, late=True)
     return replace(plan, memory=recounted(plan.memory, model, launch, facts))
+
+
+def without_cache(plan: Plan) -> Rejection | None:
+    """What the host keeps is known for certain once memory is sized, and may be more."""
+    memory = plan.memory
+    if memory is None or not memory.weights_source or memory.kv_cache_bytes > 0:
+        return None
+    kept = gib(int(memory.usable_bytes * (1 - memory.mem_fraction_static)))
+    return leave(
+        "device memory",
+        f"{gib(memory.weights_bytes)} of weights, and {kept} kept back for what runs beside them: "
+        f"{gib(-memory.kv_cache_bytes)} more than there is, before any KV cache",
+        f"{gib(memory.usable_bytes)} of a device of {gib(memory.device_bytes)}",
+    )
 
 
 def _within(plan: Plan) -> Plan:

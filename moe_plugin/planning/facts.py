@@ -142,6 +142,8 @@ class LaunchFacts:
         follows_cap: T is made as large as a typed cap on running requests asks for, where that may
             also be lowered.
         decode_graph_cap: most requests that a decode graph is filled with; None for as many as fit.
+        running_cap: running requests of a DP group that states of linear attention leave room for,
+            where each takes memory; None elsewhere.
         load_format: ``--load-format``, as resolved.
         key_value_store: the model path is one of a key-value store: parameters of another server.
         weight_cache: a daemon holds the weights for several servers (``--weight-cache-mode``).
@@ -214,6 +216,7 @@ class LaunchFacts:
     default_tokens: int | None = None
     follows_cap: bool = True
     decode_graph_cap: int | None = None
+    running_cap: int | None = None
     load_format: str = "auto"
     key_value_store: bool = False
     weight_cache: bool = False

@@ -13,7 +13,7 @@ from .facts import LaunchFacts, ModelFacts
 from .limits import DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP, HOST_TOKENS_PER_RANK
 from .memory import gib
 from .memory_record import Memory
-from .memory_use import facts_of, fits, memory_of
+from .memory_use import facts_of, fits, memory_of, states_room
 from .plan import Plan
 
 GRAPH_CAPS = (512, 256, 128, 64, 32)
@@ -41,6 +41,14 @@ Build = Callable[[LaunchFacts], Plan]
 def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, bool]:
     """The plan that memory allows, and whether it fits: with graphs or T smaller than they would
     be by themselves, or with T larger where that costs little. What the user typed stays."""
+    plan, fitting = _settled(build, model, launch)
+    most = states_room(plan.memory, launch)
+    if most is None or plan.max_running_requests <= most * launch.attn_dp_size:
+        return plan, fitting
+    return _settled(build, model, replace(launch, running_cap=most))
+
+
+def _settled(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, bool]:
     if launch.memory is None:
         return build(launch), True
     decided = launch.default_tokens is not None  # asked before

@@ -32,6 +32,15 @@ class MemoryFacts:
             them; None without, or where it is not known how ranks divide them.
         other_draft_bytes: such a draft's bytes, all of which a rank may hold.
         kv_token_cap: ``--max-total-tokens``: most tokens of one DP group's KV cache; None without.
+        tower_factor: what the host multiplies the fraction that it chooses by, for the towers of a
+            multimodal model.
+        media_bytes: what it takes out of the KV cache for embeddings and inputs of such towers.
+        stock_media_bytes: the same without the plugin, which fills no running requests.
+        tokens_alike: every token of the KV cache takes the same bytes: no states of linear
+            attention in it, no sliding windows.
+        state_bytes: states of linear attention of one request on one rank, where the host allocates
+            them for all running requests, whatever memory there is; 0 elsewhere.
+        state_share: share of the KV cache that they get where nobody says how many.
         groups_flag: the flag that the user typed attention-DP groups with, if not the present one.
     """
 
@@ -46,6 +55,12 @@ class MemoryFacts:
     other_draft: Weights | None = None
     other_draft_bytes: int = 0
     kv_token_cap: int | None = None
+    tower_factor: float = 1.0
+    media_bytes: int = 0
+    stock_media_bytes: int = 0
+    tokens_alike: bool = True
+    state_bytes: int = 0
+    state_share: float = 0.0
     groups_flag: str = ""
 
     @property
@@ -69,12 +84,16 @@ class Memory:
         workspace_bytes: the experts' working memory, in every allocator pool that runs them.
         graphs_bytes: what the host keeps for captured graphs.
         activations_bytes: and for everything else that runs.
+        towers_bytes: what the host keeps for the towers of a multimodal model to run in, where it
+            chooses the fraction.
+        media_bytes: what it takes out of the KV cache for their embeddings and inputs.
         mem_fraction_static: share of usable memory for weights and KV cache.
         kv_token_cap: most tokens of it that the user allows (``--max-total-tokens``).
         kv_room_bytes: what is left for the KV cache; 0 or less where nothing is.
         kv_cache_bytes: what it takes of that: all, or what ``--max-total-tokens`` allows.
-        kv_cache_tokens: the same in tokens of one DP group; 0 where not known.
-        kv_token_bytes: one such token; 0 where not known.
+        kv_cache_tokens: the same in tokens of one DP group; None where not known, as with states of
+            linear attention and sliding windows, whose share is the host's to say.
+        kv_token_bytes: one such token; None where not known.
         stock_fraction: the fraction that the host alone would choose for the user's flags.
         stock_kv_bytes: what would then be left for the KV cache, or at the fraction that the user
             typed; it counts as much as the weights are known.
@@ -90,15 +109,17 @@ class Memory:
     graphs_bytes: int
     activations_bytes: int
     mem_fraction_static: float
-    kv_token_bytes: int
+    kv_token_bytes: int | None
     stock_fraction: float
     stock_kv_bytes: int
     host_fraction: float
     loading_bytes: int = 0
+    towers_bytes: int = 0
+    media_bytes: int = 0
     kv_token_cap: int | None = None
     kv_room_bytes: int = 0
     kv_cache_bytes: int = 0
-    kv_cache_tokens: int = 0
+    kv_cache_tokens: int | None = None
 
     @property
     def stock_cache_bytes(self) -> int:
@@ -124,5 +145,5 @@ class Memory:
     def with_room(self, left: int) -> Memory:
         """The same with ``left`` bytes for the KV cache, of which it takes what it may."""
         cache, token = self._capped(left), self.kv_token_bytes
-        tokens = max(0, cache) // token if token else 0
+        tokens = max(0, cache) // token if token else None
         return replace(self, kv_room_bytes=left, kv_cache_bytes=cache, kv_cache_tokens=tokens)

@@ -18,6 +18,7 @@ from .device_memory import (
     with_guess,
 )
 from .facts import LaunchFacts, ModelFacts
+from .integers import floor_to
 from .memory_record import Memory, MemoryFacts
 from .plan import Plan
 
@@ -25,6 +26,8 @@ LEAST_FRACTION = 0.05
 """Below this there is no room for weights and KV cache, whatever they are."""
 USEFUL_SHARE = 32
 """A KV cache of less than one 32nd of the device serves hardly more than one long request."""
+UNKNOWN_WEIGHTS = 4
+"""Beside weights of unknown size one part of so many is taken to be left, where that decides."""
 
 
 def memory_of(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool = False) -> Memory:
@@ -33,31 +36,34 @@ def memory_of(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool 
     rule = planned_rule(plan, launch, facts, launch.draft_width)
     least = least_runtime(plan, launch, facts, model.weights, model.context_length)
     workspace = pools(plan, launch) * plan.workspace_bytes
-    ours = plan.rdma_device_bytes + workspace
+    prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
+    hosts = planned_rule(plan, launch, facts, launch.typed_draft_tokens)
+    host = round(1 - with_guess(launch, facts, hosts, prefill) / facts.device_bytes, 3)
+    towers = 0
+    if facts.fraction is None:
+        towers = math.ceil(facts.usable_bytes * host * (1 - facts.tower_factor))
+    ours = plan.rdma_device_bytes + workspace + towers
     by_rule = above_floor(sum(rule), facts) + ours
-    stock = 1 - stock_kept(launch, facts) / facts.device_bytes
+    stock = round(1 - stock_kept(launch, facts) / facts.device_bytes, 3) * facts.tower_factor
     leanest = rounded_fraction(sum(least) + ours, facts)
-    weights = token = stock_weights = loading = 0
+    weights = stock_weights = loading = 0
     if model.weights is not None:
         divided, alone = topology(launch, facts), stock_topology(launch, facts)
         weights = model.weights.per_rank(divided) + draft_bytes(facts, divided)
         loading = model.weights.loading_per_rank(divided)
         stock_weights = model.weights.per_rank(alone) + draft_bytes(facts, alone)
-        token = kv_token_bytes(model, launch, facts)
-    theirs = facts.fraction if facts.fraction is not None else round(stock, 3)
-    stock_kv = int(facts.usable_bytes * theirs) - stock_weights
+    theirs = facts.fraction if facts.fraction is not None else stock
+    stock_kv = int(facts.usable_bytes * theirs) - stock_weights - facts.stock_media_bytes
     used, fraction = least, leanest
     if facts.fraction is not None:
         fraction = facts.fraction
     elif not lean:
         # Never less for the KV cache than the stock host leaves, as far as what runs allows it.
-        alike = math.ceil((stock_kv + weights) / facts.usable_bytes * 1000 - 1e-6) / 1000
+        static = stock_kv + weights + facts.media_bytes
+        alike = math.ceil(static / facts.usable_bytes * 1000 - 1e-6) / 1000
         fraction = max(rounded_fraction(by_rule, facts), min(alike, leanest))
         used = rule if fraction == rounded_fraction(by_rule, facts) else least
-    left = int(facts.usable_bytes * fraction) - weights
-    prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
-    hosts = planned_rule(plan, launch, facts, launch.typed_draft_tokens)
-    host = with_guess(launch, facts, hosts, prefill)
+    left = int(facts.usable_bytes * fraction) - weights - facts.media_bytes
     memory = Memory(
         device_bytes=facts.device_bytes,
         usable_bytes=facts.usable_bytes,
@@ -68,20 +74,22 @@ def memory_of(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool 
         graphs_bytes=used.graphs,
         activations_bytes=used.activations,
         mem_fraction_static=fraction,
-        kv_token_bytes=token,
-        stock_fraction=round(stock, 3),
+        kv_token_bytes=kv_token_bytes(model, launch, facts),
+        stock_fraction=stock,
         stock_kv_bytes=stock_kv,
-        host_fraction=round(1 - host / facts.device_bytes, 3),
+        host_fraction=host * facts.tower_factor,
         loading_bytes=loading,
+        towers_bytes=towers,
+        media_bytes=facts.media_bytes,
         kv_token_cap=facts.kv_token_cap,
     )
     return memory.with_room(left)
 
 
-def kv_token_bytes(model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts) -> int:
-    """KV cache of one token on one rank; 0 where it is not known."""
-    if model.weights is None:
-        return 0
+def kv_token_bytes(model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts) -> int | None:
+    """KV cache of one token on one rank; None where it is not known."""
+    if model.weights is None or not facts.tokens_alike:
+        return None
     divided = topology(launch, facts)
     return model.weights.kv_token_bytes(divided, facts.kv_element, facts.mla_row)
 
@@ -89,18 +97,38 @@ def kv_token_bytes(model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts) -
 def recounted(
     memory: Memory, model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts | None
 ) -> Memory:
-    """``memory`` in tokens of the KV cache as the host has it in the end: its dtype is decided
-    after its bytes."""
+    """``memory`` in tokens of the KV cache as the host has it in the end: its dtype, and how inputs
+    of towers come to the device, are decided after its bytes."""
     if facts is None:
         return memory
     token = kv_token_bytes(model, launch, facts)
-    return replace(memory, kv_token_bytes=token).with_room(memory.kv_room_bytes)
+    room = memory.kv_room_bytes + memory.media_bytes - facts.media_bytes
+    return replace(memory, kv_token_bytes=token, media_bytes=facts.media_bytes).with_room(room)
+
+
+def states_room(memory: Memory | None, launch: LaunchFacts) -> int | None:
+    """Running requests of a DP group whose states of linear attention take what the host would give
+    them by itself; None where their number does not decide about states, or is typed.
+
+    One more state is the pool's own, and with speculation each has one more for every draft token.
+    Weights that are not known are taken for most of what there is.
+    """
+    facts = launch.memory
+    if memory is None or facts is None or launch.max_running_requests is not None:
+        return None
+    if not facts.state_bytes:
+        return None
+    room = memory.kv_room_bytes // (1 if memory.weights_source else UNKNOWN_WEIGHTS)
+    drafts = launch.draft_width if launch.draft_width > 1 else 0
+    states = int(max(0, room) * facts.state_share) // (facts.state_bytes * (1 + drafts)) - 1
+    fitting = (m for m in (launch.graph_multiple, launch.capture_multiple) if m <= states)
+    return max(1, floor_to(states, next(fitting, 1)))
 
 
 def needed(memory: Memory) -> int:
     """Bytes of a plan that come out of the reserve, beside the KV cache."""
     parts = (memory.buffer_bytes, memory.workspace_bytes, memory.graphs_bytes)
-    return sum(parts) + memory.activations_bytes
+    return sum(parts) + memory.activations_bytes + memory.towers_bytes + memory.media_bytes
 
 
 def kept_back(memory: Memory) -> int:

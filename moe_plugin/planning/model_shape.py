@@ -42,7 +42,6 @@ class ModelShape:
         dense_bytes: of dense MLPs and shared experts.
         dtype_bytes: of what is not quantised.
         tower_parameters: parameters of a vision or audio tower.
-        kv_known: a token's KV cache is what these dimensions say.
     """
 
     layers: int
@@ -74,7 +73,6 @@ class ModelShape:
     dense_bytes: float = 2.0
     dtype_bytes: int = 2
     tower_parameters: int = 0
-    kv_known: bool = True
 
     @property
     def moe_layers(self) -> int:

@@ -26,11 +26,13 @@ def _memory(memory: Memory) -> list[str]:
         left = f"KV cache {gib(max(0, memory.kv_cache_bytes))}{tokens}"
     else:
         weights, left = "weights not known", f"with KV cache {gib(max(0, memory.kv_cache_bytes))}"
+    towers = memory.towers_bytes + memory.media_bytes
+    media = f", for images, video and audio {gib(towers)}" if towers else ""
     return [
         f"device {gib(memory.device_bytes)}, of which {gib(memory.usable_bytes)} before weights; "
         f"{weights}, {left} at --mem-fraction-static {memory.mem_fraction_static:g}; kept back for "
         f"buffer {gib(memory.buffer_bytes)}, workspace {gib(memory.workspace_bytes)}, graphs "
-        f"{gib(memory.graphs_bytes)} and activations {gib(memory.activations_bytes)}",
+        f"{gib(memory.graphs_bytes)} and activations {gib(memory.activations_bytes)}{media}",
     ]
 
 

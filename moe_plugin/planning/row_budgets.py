@@ -237,9 +237,11 @@ def _running(launch: LaunchFacts, tokens_per_rank: int, chunk: int) -> RowBudget
     dp_groups, width = launch.attn_dp_size, launch.draft_width
     room, bound = decode_room(launch, tokens_per_rank), "T x attention TP // draft width x DP"
     mixed = launch.mixed_chunk and launch.disaggregation_mode == "null" and chunk > 0
-    value = launch.max_running_requests
+    value, why = launch.max_running_requests, ""
     if value is None:
         fill = min(decode_requests(launch, tokens_per_rank), HOST_REQUESTS)
+        if launch.running_cap is not None and launch.running_cap < fill:
+            fill, why = launch.running_cap, ", as many as the KV cache has states for"
         # Half of each chunk stays free for prefill: at running >= chunk it would be none.
         value = (min(fill, max(1, chunk // 2)) if mixed else fill) * dp_groups
     graph = launch.cuda_graph_max_bs_decode
@@ -257,7 +259,7 @@ def _running(launch: LaunchFacts, tokens_per_rank: int, chunk: int) -> RowBudget
         value=value,
         typed=launch.max_running_requests is not None,
         rows=rows,
-        arithmetic=f"{value}{_per(launch)}{_drafts(launch)}{_over(launch, rows)}",
+        arithmetic=f"{value}{_per(launch)}{_drafts(launch)}{_over(launch, rows)}{why}",
         most=room * dp_groups,
         step=dp_groups,
         bound=bound,

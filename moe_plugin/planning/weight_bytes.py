@@ -105,7 +105,7 @@ class Weights:
         return self.before.per_rank(target) + self.per_rank(target) // layers
 
     def kv_token_bytes(self, topology: Topology, element: float, row: int = 0) -> int:
-        """KV cache of one token on one rank, ``element`` bytes per value; 0 where not known.
+        """KV cache of one token on one rank, ``element`` bytes per value.
 
         Args:
             topology: how the ranks divide the model.
@@ -113,8 +113,6 @@ class Weights:
             row: bytes of one layer's MLA row where it is not of such values alone.
         """
         shape = self.shape
-        if not shape.kv_known:
-            return 0
         layers = ceil_div(shape.attention_layers, topology.stages)
         layers += shape.draft_layers if topology.draft else 0
         if shape.kv_lora:
