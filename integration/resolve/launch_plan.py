@@ -18,6 +18,7 @@ from .installation import check_host
 from .launch_facts import launch_facts, transport_of
 from .memory_facts import memory_facts
 from .model_facts import model_facts
+from .state_facts import state_of_a_request
 
 
 def capability_for(server_args: Any, cfg: Any, backend: str, mode: str) -> Capability:
@@ -70,12 +71,14 @@ def plan_for(
     limits = limits_of(get_backend(capability.backend), transport_of(cfg, capability.backend))
     model, launch = facts
     launch = replace(launch, host_tokens_per_rank=user_tokens_per_rank(limits))
-    memory = memory_facts(server_args, cfg, model.dtype, late=late)
     if planned is None:
+        memory = memory_facts(server_args, cfg, model.dtype, late=late)
         launch = replace(launch, memory=memory)
     else:
-        # The host may have given up its radix cache since.
-        states = states_room(planned.memory, replace(launch, memory=memory))
+        states = None
+        if planned.memory is not None:  # the host may have given up its radix cache since
+            state = state_of_a_request(server_args, cfg)
+            states = states_room(planned.memory, launch, *state)
         if states is not None:
             states = min(states, planned.max_running_requests // launch.attn_dp_size or states)
         launch = replace(

@@ -42,21 +42,25 @@ def tower_factor(server_args: Any, cfg: Any, total_mib: float) -> float:
     return float(adjust_mem_fraction_for_vlm(1.0, model, False, total_mib))
 
 
-def media_bytes(server_args: Any, cfg: Any, running: int | None, *, late: bool) -> int:
+def media_bytes(server_args: Any, cfg: Any, *, late: bool) -> tuple[int, int]:
     """What the host takes out of the KV cache for embeddings and for the inputs of towers
-    (``kv_cache_configurator.py: mm_runtime_reservation_gb``): with so many
-    ``running`` requests, unless everything is resolved (``late``)."""
+    (``kv_cache_configurator.py: mm_runtime_reservation_gb``): with the running requests that a plan
+    fills, and without. They count unless everything is resolved (``late``)."""
     from sglang.srt.arg_groups.overrides import model_config_of
 
     if not model_config_of(server_args).is_multimodal:
-        return 0
+        return 0, 0
     transport = getattr(cfg, "mm_feature_transport", None)
     if not late:  # asked first, because it also sets the variable below
         transport = of_model(server_args).get("mm_feature_transport", transport)
     size = environment_int("SGLANG_VLM_CACHE_SIZE_MB")
     size = EMBEDDINGS_MIB if size is None else size
-    if transport in DEVICE_TRANSPORTS:
-        pool = environment_int("SGLANG_MM_FEATURE_CACHE_MB")
-        many = not late and running is not None and running >= MANY_REQUESTS
-        size += (POOL_OF_MANY_MIB if many else POOL_MIB) if pool is None else pool
-    return size * MIB
+    if transport not in DEVICE_TRANSPORTS:
+        return size * MIB, size * MIB
+    pool, typed = environment_int("SGLANG_MM_FEATURE_CACHE_MB"), server_args.max_running_requests
+
+    def whole(running: int) -> int:
+        many = not late and running >= MANY_REQUESTS
+        return (size + ((POOL_OF_MANY_MIB if many else POOL_MIB) if pool is None else pool)) * MIB
+
+    return whole(MANY_REQUESTS if typed is None else typed), whole(typed or 0)

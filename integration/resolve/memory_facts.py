@@ -10,7 +10,7 @@ from ...planning.memory_record import MIB, MemoryFacts
 from ...planning.weight_bytes import Weights
 from .draft_facts import draft_config, own_draft
 from .draft_weights import draft_weights
-from .media_facts import MANY_REQUESTS, media_bytes, tower_factor
+from .media_facts import media_bytes, tower_factor
 from .model_facts import quantization_config
 from .safetensors_files import read_checkpoint
 from .state_facts import state_of_a_request, tokens_are_alike
@@ -39,8 +39,7 @@ def memory_facts(
         return None
     element = kv_element(server_args, cfg, dtype)
     own, other, unknown = _draft(server_args, cfg, dtype)
-    typed = server_args.max_running_requests
-    filled = MANY_REQUESTS if typed is None else typed
+    media, stock_media = media_bytes(server_args, cfg, late=late)
     state, share = state_of_a_request(server_args, cfg)
     return MemoryFacts(
         device_bytes=int(total * MIB),
@@ -55,8 +54,8 @@ def memory_facts(
         other_draft_bytes=unknown,
         kv_token_cap=getattr(server_args, "max_total_tokens", None),
         tower_factor=tower_factor(server_args, cfg, total),
-        media_bytes=media_bytes(server_args, cfg, filled, late=late),
-        stock_media_bytes=media_bytes(server_args, cfg, typed, late=late),
+        media_bytes=media,
+        stock_media_bytes=stock_media,
         tokens_alike=tokens_are_alike(server_args, cfg),
         state_bytes=state,
         state_share=share,

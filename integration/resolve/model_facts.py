@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from typing import Any
 
 from ...planning.facts import ModelFacts
@@ -59,6 +58,7 @@ def model_facts(server_args: Any) -> ModelFacts:
     text = model.hf_text_config
     name = architecture(model)
     inner = _wrapped(model, name)
+    classes = frozenset({name, inner})
     dtype = str(model.dtype).removeprefix("torch.")
     kind = weight_format(server_args, model)
     return ModelFacts(
@@ -71,9 +71,8 @@ def model_facts(server_args: Any) -> ModelFacts:
         context_length=int(getattr(model, "context_len", 0) or 0),
         dtype=dtype,
         weight_format=kind,
-        hidden_act=activation(text, {name, inner}),
-        fuses_shared=bool({name, inner} & FUSED_SHARED)
-        and bool(getattr(text, "n_shared_experts", 0)),
+        hidden_act=activation(text, classes),
+        fuses_shared=bool(classes & FUSED_SHARED) and bool(getattr(text, "n_shared_experts", 0)),
         has_routed_moe=has_routed_moe(model),
         weights=weights_of(
             str(getattr(model, "model_path", "")),
@@ -111,7 +110,7 @@ def _wrapped(model: Any, name: str) -> str:
     return WRAPS.get(name, str(named[0]) if named else "")
 
 
-def activation(text: Any, architectures: Collection[str]) -> str:
+def activation(text: Any, classes: frozenset[str]) -> str:
     """Name of the experts' activation, marked where the host clamps or scales it."""
     name = str(getattr(text, "mlp_hidden_act", None) or getattr(text, "hidden_act", None) or "silu")
     limits = [getattr(text, attribute, None) for attribute in _ACTIVATION_LIMITS]
@@ -119,7 +118,7 @@ def activation(text: Any, architectures: Collection[str]) -> str:
     limited = any(any(value) if isinstance(value, (list, tuple)) else value for value in limits)
     if not limited:
         return name
-    return f"{name}, {'clamped' if _CLAMP_ALONE & set(architectures) else 'limited'}"
+    return f"{name}, {'clamped' if _CLAMP_ALONE & classes else 'limited'}"
 
 
 def quantization_config(model: Any) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def settle(build: Build, model: ModelFacts, launch: LaunchFacts) -> tuple[Plan, 
     """The plan that memory allows, and whether it fits: with graphs or T smaller than they would
     be by themselves, or with T larger where that costs little. What the user typed stays."""
     plan, fitting = _settled(build, model, launch)
-    most = states_room(plan.memory, launch)
+    if (facts := launch.memory) is None:
+        return plan, fitting
+    most = states_room(plan.memory, launch, facts.state_bytes, facts.state_share)
     if most is None or plan.max_running_requests <= most * launch.attn_dp_size:
         return plan, fitting
     return _settled(build, model, replace(launch, running_cap=most))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 from .device_memory import (
     UNSET_PREFILL_GRAPH,
@@ -113,7 +114,7 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
     """What is too much, and the changes that make it fit, each planned before it is named."""
     memory = plan.memory
     assert memory is not None
-    knobs = list(_working(plan, memory, launch, limits, works))
+    knobs = _working(plan, memory, launch, limits, works)
     changes = knobs[0] if knobs else ()
     fix = ", or ".join(_typed(knob) for knob in knobs)
     weights = f"{gib(memory.weights_bytes)} of weights, " if memory.weights_source else ""
@@ -160,17 +161,17 @@ def _typed(changes: tuple[Change, ...]) -> str:
 
 def _working(
     plan: Plan, memory: Memory, launch: LaunchFacts, limits: Limits, works: Works
-) -> Iterator[tuple[Change, ...]]:
-    """One change of each kind that helps: the least of its kind; or two where none does."""
-    helps = False
-    for kind in (_fractions, _tokens, _chunks, _graphs, _ranks, _ranks_of_our_own_fraction):
-        if helps and kind is _ranks_of_our_own_fraction:
-            return
-        for changes, changed in kind(plan, memory, launch, limits):
-            if works(changed):
-                helps = True
-                yield changes
-                break
+) -> list[tuple[Change, ...]]:
+    """One change of each kind that helps: the least of its kind; or two at once where none does."""
+
+    def least(kind: Callable[[Plan, Memory, LaunchFacts, Limits], Options]) -> Options:
+        options = kind(plan, memory, launch, limits)
+        return islice((option for option in options if works(option[1])), 1)
+
+    for kinds in ((_fractions, _tokens, _chunks, _graphs, _ranks), (_ranks_of_our_own_fraction,)):
+        if found := [changes for kind in kinds for changes, _ in least(kind)]:
+            return found
+    return []
 
 
 Options = Iterator[tuple[tuple[Change, ...], LaunchFacts]]

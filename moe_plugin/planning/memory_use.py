@@ -106,21 +106,20 @@ def recounted(
     return replace(memory, kv_token_bytes=token, media_bytes=facts.media_bytes).with_room(room)
 
 
-def states_room(memory: Memory | None, launch: LaunchFacts) -> int | None:
+def states_room(
+    memory: Memory | None, launch: LaunchFacts, state_bytes: int, state_share: float
+) -> int | None:
     """Running requests of a DP group whose states of linear attention take what the host would give
     them by itself; None where their number does not decide about states, or is typed.
 
     One more state is the pool's own, and with speculation each has one more for every draft token.
     Weights that are not known are taken for most of what there is.
     """
-    facts = launch.memory
-    if memory is None or facts is None or launch.max_running_requests is not None:
-        return None
-    if not facts.state_bytes:
+    if memory is None or not state_bytes or launch.max_running_requests is not None:
         return None
     room = memory.kv_room_bytes // (1 if memory.weights_source else UNKNOWN_WEIGHTS)
     drafts = launch.draft_width if launch.draft_width > 1 else 0
-    states = int(max(0, room) * facts.state_share) // (facts.state_bytes * (1 + drafts)) - 1
+    states = int(max(0, room) * state_share) // (state_bytes * (1 + drafts)) - 1
     fitting = (m for m in (launch.graph_multiple, launch.capture_multiple) if m <= states)
     return max(1, floor_to(states, next(fitting, 1)))
 

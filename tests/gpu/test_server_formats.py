@@ -19,8 +19,8 @@ import torch
 from moe_plugin.kernels.formats import FP8_CHANNEL, INT4_G32, Format
 
 from ..support.random_load import RandomLoad
+from ..support.server_checks import answers_alone
 from ..support.serving.checkpoint import QWEN3_30B_LAYERS, Shape, write_checkpoint
-from ..support.serving.prompts import SHORT_PROMPTS
 from ..support.serving.quantised_checkpoint import write_quantised
 from ..support.serving.server import Server
 from .beside_stock import (
@@ -154,14 +154,8 @@ def test_within_plan(served: Server) -> None:
 
 def test_a_weight_update_that_sends_nothing_changes_nothing(served: Server) -> None:
     """Experts are unpacked and repacked where captured graphs read them."""
-
-    def alone() -> list[object]:
-        """Requests without company, their prefix cached: same bits for the same weights."""
-        answers = [served.generate(text, 24, routed_dp_rank=0) for text in 2 * SHORT_PROMPTS[:4]]
-        return [(answer["tokens"], answer["logprobs"]) for answer in answers[4:]]
-
-    before = alone()
+    before = answers_alone(served)
     for path in ("/begin_weight_update", "/end_weight_update"):
         done = served.post(path, {})
         assert done["success"], (path, done)
-    assert alone() == before
+    assert answers_alone(served) == before

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from moe_plugin.backends.deepep import NVSHMEM_GRANULE
 
@@ -22,6 +23,18 @@ def check_mixed_prompts(
     prompts = [long_prompt(rng.choice(lengths)) for _ in range(requests)]
     answers = server.generate_many(prompts, new_tokens, concurrency=requests)
     assert [len(answer["tokens"]) for answer in answers] == [new_tokens] * requests
+
+
+def answers_alone(server: Server) -> list[tuple[Any, Any]]:
+    """Tokens and log-probabilities of requests without company, their prefix cached: same bits
+    whenever the weights are the same."""
+    found = []
+    server.post("/flush_cache?timeout=10", {})  # no prefix that an earlier request has computed
+    for text in SHORT_PROMPTS[:4]:
+        for _ in range(2):
+            answer = server.generate(text, 24, routed_dp_rank=0)
+        found.append((answer["tokens"], answer["logprobs"]))
+    return found
 
 
 def check_idle_ranks(server: Server, new_tokens: int) -> None:

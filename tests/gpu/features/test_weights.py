@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ...support.serving.prompts import SHORT_PROMPTS
+from ...support.server_checks import answers_alone
 from ...support.serving.server import Server
 from .answers import ask, check_greedy, prompts
 from .machine import (
@@ -53,18 +53,6 @@ def servers() -> Iterator[tuple[Server, Server]]:
         yield server, other
 
 
-def alone(server: Server) -> list[tuple[Any, Any]]:
-    """Tokens and log-probabilities of requests without company, their prefix cached: same bits
-    whenever the weights are the same."""
-    found = []
-    server.post("/flush_cache?timeout=10", {})  # no prefix that an earlier request has computed
-    for text in SHORT_PROMPTS[:4]:
-        for _ in range(2):
-            answer = server.generate(text, 24, routed_dp_rank=0)
-        found.append((answer["tokens"], answer["logprobs"]))
-    return found
-
-
 def load(server: Server, model: str) -> None:
     """Other weights of the same shape, from disk."""
     done = server.post("/update_weights_from_disk", {"model_path": str(checkpoint(model))})
@@ -81,13 +69,13 @@ def test_updates_from_disk(servers: tuple[Server, Server], seen: See) -> None:
     server, other = servers
     texts = prompts(12, LONG)
     with turn():
-        first = alone(server)
+        first = answers_alone(server)
         load(server, QWEN3_OTHER)
         changed = ask(server, texts, 24)
         text = check_greedy(other, ask(other, texts, 24), changed)
-        assert alone(server) != first
+        assert answers_alone(server) != first
         load(server, QWEN3)
-        again = alone(server)
+        again = answers_alone(server)
         rows = largest_rows(server)
     assert again == first, "the first weights, loaded again, answer otherwise"
     seen(f"from disk, there and back: same bits; with the other weights {text}", rows=rows)
@@ -98,11 +86,11 @@ def test_updates_from_tensors(servers: tuple[Server, Server], seen: See) -> None
     server, _ = servers
     tensors = _experts_out(checkpoint(QWEN3))
     with turn():
-        first, sums = alone(server), checksums(server)
+        first, sums = answers_alone(server), checksums(server)
         _send(server, [(name, torch.zeros_like(tensor)) for name, tensor in tensors])
-        silent = alone(server)
+        silent = answers_alone(server)
         _send(server, tensors)
-        again, same = alone(server), checksums(server)
+        again, same = answers_alone(server), checksums(server)
     assert silent != first, "the experts' weights do not matter"
     assert again == first
     assert same == sums
@@ -117,7 +105,7 @@ def test_memory_saver(servers: tuple[Server, Server], seen: See) -> None:
     """Weights, KV cache and graphs leave the device and come back; DeepEP's buffer stays."""
     server, _ = servers
     with turn():
-        first = alone(server)
+        first = answers_alone(server)
         server.post("/flush_cache?timeout=10", {})
         before = _used_gib(server)
         server.post("/release_memory_occupation", {})
@@ -125,7 +113,7 @@ def test_memory_saver(servers: tuple[Server, Server], seen: See) -> None:
         server.post("/resume_memory_occupation", {})
         resumed = _used_gib(server)
         load(server, QWEN3)
-        again = alone(server)
+        again = answers_alone(server)
     assert again == first
     assert released < before - 1
     seen(
