@@ -28,6 +28,6 @@ tests) python3 -P -m pytest -m gpu tests/gpu -s -q --timeout 400 "$@" ;;
 features) python3 -P -m pytest -m "gpu and not slow" -s -q "$@" ;;
 kernels) cd benchmarks/kernels && python3 bench.py "$@" --out "$out" ;;
 transport) python3 -P benchmarks/transport/bench.py --out "$out" "$@" ;;
-start | up | rounds | client | checks | soak | drift | down | pair | stock) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;
-*) echo "unknown stage $stage: tests, features, kernels, transport, start, up, rounds, client, checks, soak, drift, down, pair or stock" >&2 && exit 1 ;;
+start | up | rounds | client | checks | soak | trace | drift | down | pair | stock) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;
+*) echo "unknown stage $stage: tests, features, kernels, transport, start, up, rounds, client, checks, soak, trace, drift, down, pair or stock" >&2 && exit 1 ;;
 esac

@@ -6,6 +6,7 @@
     client  the host's own bench_serving, with random ids, against the servers that are up
     checks  idle ranks, unequal load and the plan of ours that is up; or a rank killed, by --kill
     soak    random load on ours that is up: nothing may hang or be lost
+    trace   what the GPUs do in a second of each point's load, by kinds of kernels
     drift   whether the answers of those that are up get worse under load
     down    stop them by their process ids; what was compiled since they were ready
     pair    up, rounds and down in one
@@ -48,6 +49,7 @@ from starting import stage_down, stage_up
 from stock import stage_stock
 from streams import STREAM_INTERVAL
 from tables import table
+from traces import stage_trace
 from variants import attention_backend
 
 
@@ -68,6 +70,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "client": stage_client,
     "checks": stage_checks,
     "soak": stage_soak,
+    "trace": stage_trace,
     "drift": stage_drift,
     "down": stage_down,
     "pair": stage_pair,

@@ -15,7 +15,17 @@ METRICS = {
     "itl_ms": False, "itl_p95_ms": False, "itl_p99_ms": False,
 }  # fmt: skip
 """Of a round, and whether more is better."""
-LISTS = ("commands", "startup", "rounds", "served", "compiled", "failed", "client", "skipped")
+LISTS = (
+    "commands",
+    "startup",
+    "rounds",
+    "served",
+    "compiled",
+    "failed",
+    "client",
+    "skipped",
+    "traces",
+)
 BEST = {"best": STOCK_DP, "tp": STOCK_TP}
 """Rivals that are the best of several at each point, and for each metric."""
 

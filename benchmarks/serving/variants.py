@@ -21,8 +21,10 @@ OURS = ("c", "d")  # the first letters
 EXTRAS = {
     "mixed": ("--enable-mixed-chunk",),
     "delay": ("--enable-prefill-delayer",),
+    "auto": ("--deepep-mode", "auto"),
 }
-"""The host's own ways to let decoding requests wait less for prefills, tried as ``c+mixed``."""
+"""The host's own ways to let prompts and decoding requests wait less for each other, tried as
+``c+auto``."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""Stage `trace`: what the GPUs do in a second of load, by kinds of kernels.
+
+The host's own profiler writes a trace of each rank while a point's load runs; its kernels are
+sorted by name. What a rank's kernels do not cover is time in which its GPU waits for the CPU.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from common import Bench
+from load import PROCESSES, Clients
+from loads import Point
+from servers import Detached, load_state
+from streams import Job
+
+SECONDS = 1.0
+LONGEST_WRITE_S = 60.0
+NAMES_KEPT = 14
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+
+KINDS: Mapping[str, re.Pattern[str]] = {
+    kind: re.compile(pattern, re.IGNORECASE)
+    for kind, pattern in {
+        "all-to-all": "deep_ep|internode_ll|intranode",
+        "collectives": "nccl|cross_device_reduce|all_?reduce|all_?gather|reduce_?scatter|one_?shot",
+        "attention": "flash|fmha|_fwd_kernel|_fwd_grouped|decode_att|extend_att|mla",
+        "experts": r"experts_kernel|masked_gemm|fused_moe|grouped|mega_?moe|GemmType\)[12]",
+        "dense products": "gemm|nvjet|cublas|cutlass|gemv",
+    }.items()
+}
+"""The first that is found in a kernel's name; everything else is `other`."""
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is for, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(kernel)), "other")
+
+
+def stage_trace(bench: Bench) -> None:
+    """Every point for every variant that is asked for, a trace of each rank."""
+    up = {server.record.variant: server for server in load_state(bench.options.work)}
+    rows = bench.report.setdefault("traces", [])
+    bench.report["failed"] = []
+    with Clients() as clients, ThreadPoolExecutor(1) as pool:
+        for point in bench.points:
+            for name in bench.options.variants:
+                if (server := up.get(name)) is None:
+                    continue
+                folder = bench.options.work / f"trace-{bench.stamp}-{name}-{len(rows)}"
+                running = pool.submit(clients.round, _job(bench, server, point))
+                time.sleep(point.load.lead_s)
+                try:
+                    ranks = _traced(server, folder)
+                except OSError as error:
+                    bench.report["failed"].append(f"{name} at {point.name}: {error}")
+                    ranks = []
+                measured = running.result()
+                server.idle()
+                shutil.rmtree(folder, ignore_errors=True)
+                lost = {"lost": measured["lost"]}
+                rows.append({"variant": name, "point": point.name, **lost, "ranks": ranks})
+                bench.save()
+                print(name, point.name, json.dumps([rank["ms"] for rank in ranks]), flush=True)
+
+
+def _job(bench: Bench, server: Detached, point: Point) -> Job:
+    return Job(
+        server.url,
+        tuple(range(point.requests if point.rate is None else PROCESSES)),
+        f"trace/{bench.stamp}/{point.name}",
+        point.load,
+        rate=point.rate,
+        lead_s=point.load.lead_s,
+        seconds=SECONDS + 1.0,  # the profiler takes a moment to begin
+        stream_interval=bench.options.stream_interval,
+    )
+
+
+def _traced(server: Detached, folder: Path) -> list[dict[str, Any]]:
+    """A second's kernels of each rank, in the order of the files' names."""
+    server.post("/start_profile", {"output_dir": str(folder), "activities": ["GPU"]})
+    time.sleep(SECONDS)
+    server.post("/stop_profile", {})
+    return [summarised(_events(path)) for path in _written(folder)]
+
+
+def _written(folder: Path) -> list[Path]:
+    """The traces, once their sizes stand still: who asked is answered before all are written."""
+    sizes: list[int] = []
+    until = time.monotonic() + LONGEST_WRITE_S
+    while time.monotonic() < until:
+        files = sorted(folder.glob("*.json.gz"))
+        now = [path.stat().st_size for path in files]
+        if now and now == sizes:
+            return files
+        sizes = now
+        time.sleep(1.0)
+    raise OSError(f"no trace was written to {folder} within {LONGEST_WRITE_S:.0f} s")
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt") as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return events
+
+
+def summarised(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Milliseconds of each kind of kernel, of what the GPU was busy with, and of the whole.
+
+    Kernels of several streams overlap, so that the kinds' sum may be more than what was busy.
+    """
+    work = sorted((e["ts"], e["dur"], e["name"]) for e in events if e.get("cat") in GPU_WORK)
+    kinds: Counter[str] = Counter()
+    names: Counter[str] = Counter()
+    busy = end = 0.0
+    for start, duration, name in work:
+        kinds[kind_of(name)] += duration
+        names[name] += duration
+        busy += max(0.0, start + duration - max(end, start))
+        end = max(end, start + duration)
+    whole = end - work[0][0] if work else 0.0
+    return {
+        "ms": {
+            "whole": _ms(whole),
+            "busy": _ms(busy),
+            **{kind: _ms(duration) for kind, duration in kinds.most_common()},
+        },
+        "longest": {name[:160]: _ms(duration) for name, duration in names.most_common(NAMES_KEPT)},
+    }
+
+
+def _ms(microseconds: float) -> float:
+    return round(microseconds / 1e3, 2)
