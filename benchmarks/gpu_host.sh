@@ -2,7 +2,7 @@
 # On a GPU host without a network: `gpu_host.sh STACK_DIR STAGE...`, from the checkout's root.
 # STACK_DIR is an unpacked site tree with SGLang's pinned packages; the plugin's wheel is in dist/.
 # Stages: tests; features, with files of tests/gpu/features; kernels and transport, each
-# benchmarks/STAGE/bench.py; and those of benchmarks/serving/bench.py; each with its options.
+# benchmarks/STAGE/bench.py; counters (Nsight Compute); and those of benchmarks/serving/bench.py; each with its options.
 # Results: ${OUT:-/tmp/out}.
 set -uo pipefail
 stack=$(cd "$1" && pwd)
@@ -27,7 +27,8 @@ case $stage in
 tests) python3 -P -m pytest -m gpu tests/gpu -s -q --timeout 400 "$@" ;;
 features) python3 -P -m pytest -m "gpu and not slow" -s -q "$@" ;;
 kernels) cd benchmarks/kernels && python3 bench.py "$@" --out "$out" ;;
+counters) cd benchmarks/kernels && python3 counters.py "$@" --out "$out" ;;
 transport) python3 -P benchmarks/transport/bench.py --out "$out" "$@" ;;
 start | up | rounds | client | checks | soak | trace | drift | down | pair | stock) python3 -P benchmarks/serving/bench.py "$stage" --out "$out" "$@" ;;
-*) echo "unknown stage $stage: tests, features, kernels, transport, start, up, rounds, client, checks, soak, trace, drift, down, pair or stock" >&2 && exit 1 ;;
+*) echo "unknown stage $stage: tests, features, kernels, counters, transport, start, up, rounds, client, checks, soak, trace, drift, down, pair or stock" >&2 && exit 1 ;;
 esac
