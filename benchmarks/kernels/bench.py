@@ -3,7 +3,7 @@
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
 costs the host where no graph is replayed), wide (a launch captured for few rows that gets many),
-packed (4-bit weights beside our FP8 and bf16 and the host's Marlin MoE; models of
+packed (4-bit weights beside our FP8 and bf16 and the host's Marlin MoE and humming; models of
 `cases.PACKED_MODELS`), compile (seconds to compile and load all kernels of a plan, from an empty
 cache and from a filled one). `check` comes first: `all.sh` and `make bench-kernels` time nothing
 after a red one.

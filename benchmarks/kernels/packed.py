@@ -2,8 +2,9 @@
 
 A cell has microseconds of the whole layer on the same rows: each packed format; our FP8 and bf16;
 the least that dequantising to bf16 and our bf16 kernel can take, its two passes counted at this
-run's ceiling; and at the end the host's Marlin MoE, on tokens that give every expert as many rows.
-A few launches of every format are checked first, and cells are tuned as long as `seconds` last.
+run's ceiling; and at the end the host's two rivals: Marlin MoE, on tokens that give every expert as
+many rows, and humming, on the layout that ours have. A few launches of every format are checked
+first, and cells are tuned as long as `seconds` last.
 """
 
 import json
@@ -18,7 +19,9 @@ import torch
 from cases import PACKED_MODELS, layer_bytes
 from ceilings import copy_bytes_per_second, read_bytes_per_second
 from fused_moe import publish_host_config, routed_tokens
+from humming_rival import HummingLayers, check_humming, create_humming, import_host, time_humming
 from kernel_cases import check, make_layer
+from time_limit import time_limit
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.formats import BF16, FP8_CHANNEL, Format
@@ -38,6 +41,7 @@ OTHERS = (FP8_CHANNEL, BF16)
 CAPACITY = 2048
 CHECKED = (64, 1152, 176, (5, 0, 64, 17, 1))
 CHECKED_ROWS = (1, 32, 64, 128)
+RIVAL_SECONDS = 100  # below what the watchdog allows: both compile when first called
 TUNED_EXPERTS = 32  # what the shipped table has of these sizes
 
 
@@ -86,14 +90,15 @@ def run_packed(
                 print(line(cell), flush=True)
             (out / "kernels-packed.json").write_text(json.dumps(result, indent=1))
         buffers.clear()
-    for index in models:
-        for cell in (c for c in result["cells"] if c["model"] == PACKED_MODELS[index].name):
-            watchdog(f"marlin {cell['model']} {cell['rows']}")
-            cell |= time_marlin(index, cell["rows"], cell["group"])
-            print(f"{cell['model']} {cell['format']} m={cell['rows']}: marlin "
-                  f"{cell.get('marlin_us') or cell.get('marlin_error')} us, ours "
-                  f"{cell['us']:.1f}", flush=True)  # fmt: skip
-            (out / "kernels-packed.json").write_text(json.dumps(result, indent=1))
+    # Marlin first: after a kernel that faults nothing else runs in this process.
+    for cells in (marlin_cells, humming_cells):
+        for index in models:
+            name = PACKED_MODELS[index].name
+            for fmt in formats:
+                mine = [c for c in result["cells"] if (c["model"], c["format"]) == (name, fmt.name)]
+                for cell in cells(index, fmt, mine, watchdog):
+                    print(rivals_line(cell), flush=True)
+                    (out / "kernels-packed.json").write_text(json.dumps(result, indent=1))
 
 
 def _compile(
@@ -183,7 +188,65 @@ def line(cell: dict[str, Any]) -> str:
     )
 
 
-def time_marlin(index: int, rows: int, group: int) -> dict[str, Any]:
+def marlin_cells(
+    index: int, fmt: Format, cells: Sequence[dict[str, Any]], watchdog: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Complete the cells of one model and format, yielding each."""
+    for cell in cells:
+        watchdog(f"marlin {cell['model']} {fmt.name} {cell['rows']}")
+        cell |= time_marlin(index, cell["rows"], fmt)
+        yield cell
+
+
+def humming_cells(
+    index: int, fmt: Format, cells: Sequence[dict[str, Any]], watchdog: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Complete the cells of one model and format, yielding each."""
+    humming: HummingLayers | str
+    where = f"humming {PACKED_MODELS[index].name} {fmt.name}"
+    watchdog(f"imports for {where}")
+    try:
+        import_host()
+        watchdog(where)
+        with time_limit(RIVAL_SECONDS):
+            rows = [cell["rows"] for cell in cells]
+            top_k = PACKED_MODELS[index].top_k
+            humming = create_humming(shape_of(index, fmt), top_k, rows, RIVAL_SECONDS / 2)
+    except Exception as error:  # another program's limits do not end this one
+        humming = told(error)
+    for cell in cells:
+        watchdog(f"{where} {cell['rows']}")
+        try:
+            if isinstance(humming, str):
+                cell["humming_error"] = humming
+            else:
+                with time_limit(RIVAL_SECONDS):
+                    cell["humming_checked"] = check_humming(humming, cell["rows"])
+                    cell |= time_humming(humming, cell["rows"])
+        except Exception as error:
+            cell["humming_error"] = told(error)
+        yield cell
+
+
+def told(error: Exception) -> str:
+    """What a cell says instead of microseconds."""
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+def rivals_line(cell: dict[str, Any]) -> str:
+    """For reading along."""
+    parts = [f"{cell['model']} {cell['format']} m={cell['rows']}: ours {cell['us']:.1f} us"]
+    for key in ("marlin_us", "humming_us", "humming_live_us"):
+        if key in cell:
+            name = key.removesuffix("_us")
+            parts.append(f"{name} {cell[key]:.1f} x{cell[key] / cell['us']:.2f}")
+    parts += [
+        cell[key] for key in ("marlin_error", "humming_checked", "humming_error") if cell.get(key)
+    ]
+    return "  ".join(parts)
+
+
+def time_marlin(index: int, rows: int, fmt: Format) -> dict[str, Any]:
     """The host's Marlin MoE, sums over top-k included, on random weights in its layout."""
     model = PACKED_MODELS[index]
     routed = routed_tokens(model.experts, rows, model.top_k, model.hidden)
@@ -199,7 +262,10 @@ def time_marlin(index: int, rows: int, group: int) -> dict[str, Any]:
             return torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
 
         def scales(depth: int, width: int) -> torch.Tensor:
-            size = (experts, depth // group, width)
+            size = (experts, depth // fmt.group_size, width)
+            if fmt.code == "e2m1":  # the dtype tells it that the codes are MXFP4's
+                exponents = torch.full(size, 121, dtype=torch.uint8, device="cuda")
+                return exponents.view(torch.float8_e8m0fnu)
             return torch.full(size, 0.02, dtype=torch.bfloat16, device="cuda")
 
         x, weights, ids = routed
@@ -212,6 +278,7 @@ def time_marlin(index: int, rows: int, group: int) -> dict[str, Any]:
         def call() -> Any:
             return fused_marlin_moe(x, *given, gating, weights, ids, num_bits=4)
 
-        return {"marlin_us": 1e6 * graph_seconds([call] * 4)}
+        with time_limit(RIVAL_SECONDS):
+            return {"marlin_us": 1e6 * graph_seconds([call] * 4)}
     except Exception as error:  # another program's limits do not end this one
-        return {"marlin_error": f"{type(error).__name__}: {error}"[:200]}
+        return {"marlin_error": told(error)}

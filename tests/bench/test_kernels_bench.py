@@ -1,20 +1,31 @@
 """The kernel benchmark without a GPU: what is counted, and when a bar is missed."""
 
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "kernels"
 sys.path.append(str(FOLDER))
 
+import humming_rival  # noqa: E402
+import packed  # noqa: E402
 from cases import MORE_TOKENS, TOKENS, layer_bytes, layer_flops, reachable_rows  # noqa: E402
 from fused_moe import tokens_of  # noqa: E402
+from time_limit import time_limit  # noqa: E402
 from verdict import ceilings_sound, verdict  # noqa: E402
 
-from moe_plugin.kernels.formats import BF16  # noqa: E402
+from moe_plugin.kernels.formats import BF16, INT4_G32, INT4_G128, MXFP4, Format  # noqa: E402
 from moe_plugin.kernels.launch import Shape  # noqa: E402
+from moe_plugin.kernels.packing import (  # noqa: E402
+    dequantise_packed_torch,
+    pack_codes,
+    pack_scales,
+)
 
 CEILINGS = {"copy_TBps": 2.8, "read_TBps": 3.0}
 
@@ -85,3 +96,87 @@ def test_tokens_of_the_unbatched_baseline() -> None:
     assert tokens_of(experts=32, rows=8, top_k=8) == 32
     assert tokens_of(experts=1, rows=7, top_k=2) == 7  # one local expert: each token visits it once
     assert tokens_of(experts=3, rows=1, top_k=2) is None
+
+
+def test_what_others_take_is_limited() -> None:
+    with pytest.raises(TimeoutError, match="more than"), time_limit(0.05):
+        time.sleep(10)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)  # the clock stopped with the block
+
+
+HUMMING_SHAPE = Shape(4, 64, 512, 256, INT4_G32)
+HUMMING_FORMATS = (INT4_G32, INT4_G128, MXFP4)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What humming asks of the GPU."""
+    pytest.importorskip("humming.layer")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("fmt", HUMMING_FORMATS, ids=lambda fmt: fmt.name)
+def test_hummings_own_checks_take_the_tensors(fmt: Format) -> None:
+    from humming.transform import check_and_pad_tensors
+
+    shape = replace(HUMMING_SHAPE, format=fmt)
+    layer = humming_rival.describe_layer(shape)
+    for name, (n, k) in humming_rival.matrices(shape).items():
+        tensors = humming_rival.random_tensors(shape, n, k, "cpu")
+        padded = check_and_pad_tensors(layer.humming_metas[name], tensors)
+        assert {key: each.shape for key, each in padded.items()} == {
+            key: each.shape for key, each in tensors.items()
+        }, "the host would pad what ours do not read"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("fmt", HUMMING_FORMATS, ids=lambda fmt: fmt.name)
+def test_its_codes_are_ours(fmt: Format) -> None:
+    """The same codes and scales, in both orders, are the same weights."""
+    tensors = humming_rival.random_tensors(replace(HUMMING_SHAPE, format=fmt), 32, 256, "cpu")
+    one = {key: value[0] for key, value in tensors.items()}
+    words = one["weight"].numpy().view("uint8")  # two codes in a byte, the first lowest
+    codes = torch.tensor([[c for byte in row for c in (byte & 15, byte >> 4)] for row in words])
+    scale = one["weight_scale"]
+    scale = scale.view(torch.uint8) if fmt is MXFP4 else scale
+    ours = dequantise_packed_torch(pack_codes(codes, fmt), pack_scales(scale, 256, fmt), 256, fmt)
+    assert torch.equal(humming_rival.dequantise_humming(one, fmt), ours)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_launches_are_those_of_the_hosts_table() -> None:
+    pytest.importorskip("sglang.srt.layers.moe.moe_runner.humming")
+    from humming.config import GemmType
+    from humming.layer import HummingMethod
+
+    core = humming_rival.make_core(HUMMING_SHAPE, 2)
+    whole = HummingMethod.get_default_tuning_configs(
+        core.layer, gemm_type=GemmType("grouped_masked"), sublayer_name="w2"
+    )
+    assert len(whole) > 2
+    blocks = []
+    for rows in (1, 64):  # a narrowed table is widened again
+        [(above, up_to, entry)] = humming_rival.launch_configs(core, rows)["w2_tuning_config"]
+        assert (above, up_to) == (0, 1 << 30)
+        assert entry in [config for low, high, config in whole if low < rows * 4 <= high]
+        blocks.append(entry["block_shape"][0])
+    assert blocks[0] < blocks[1]
+    assert len(humming_rival.kernel_configs(core, (1, 64, 64))) == 4
+
+
+def test_a_cell_says_why_it_has_no_humming(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'humming'")
+
+    monkeypatch.setattr(packed, "import_host", missing)
+    cells = [{"model": "m", "format": "int4_g32", "rows": 8, "us": 2.0, "marlin_us": 3.0}]
+    [found] = packed.humming_cells(0, INT4_G32, cells, lambda _: None)
+    assert found is cells[0]
+    assert "No module named 'humming'" in found["humming_error"]
+    line = packed.rivals_line(found)
+    assert "marlin 3.0 x1.50" in line
+    assert "No module named 'humming'" in line
