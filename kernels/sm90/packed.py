@@ -21,12 +21,26 @@ from .. import packing
 from . import dequantise
 
 STRIP = gl.constexpr(packing.STRIP)
-TAKES = gl.constexpr(dequantise.TAKES)
 
 
 @gluon.constexpr_function
-def _assembly(how):
-    return dequantise.ASSEMBLY[how]
+def _weights(how):
+    return dequantise.WEIGHTS[how]
+
+
+@gluon.constexpr_function
+def _weights_take(how):
+    return dequantise.WEIGHTS_TAKE[how]
+
+
+@gluon.constexpr_function
+def _scales(how):
+    return dequantise.SCALES[how]
+
+
+@gluon.constexpr_function
+def _scales_take(how):
+    return dequantise.SCALES_TAKE[how]
 
 
 @gluon.constexpr_function
@@ -63,6 +77,15 @@ def _spread(values, LIKE: gl.constexpr):
 
 
 @gluon.jit
+def _both(pairs, LIKE: gl.constexpr):
+    """Words of two bf16 as one word of each, twice, to every word of weights that they are of."""
+    g, h = gl.inline_asm_elementwise(
+        _scales("bf16"), _scales_take("bf16"), [pairs], dtype=(gl.int32,) * 2, is_pure=True, pack=1
+    )
+    return _spread(g, LIKE), _spread(h, LIKE)
+
+
+@gluon.jit
 def _load(codes, scales, job):
     """One tile as it is stored, from shared memory."""
     # EACH: neighbouring words with the scales of two channels for 64 inputs, and zero points.
@@ -88,20 +111,24 @@ def _dequantise(q, s, job, MMA: gl.constexpr):
     q = q.reshape(STRIPS, A, BLOCKS // A, 8, 4, C, 4 // C)
     if job.DEQUANTISE == "zero":
         s, z = s.reshape(STRIPS, A, 8, C, 2).split()
-        z = _spread(z, q.type.layout)
+        s0, s1 = _both(s, q.type.layout)
+        z0, z1 = _both(z, q.type.layout)
+        operands = [q, s0, s1, z0, z1]
     elif job.DEQUANTISE == "e2m1":
-        s = s.reshape(STRIPS, A, 8)
-        s = gl.join(s, s >> 16)
-        z = s
+        s = gl.inline_asm_elementwise(
+            _scales("e2m1"), _scales_take("e2m1"), [s.reshape(STRIPS, A, 8)],
+            dtype=(gl.int32,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
+        s0 = _spread(gl.join(s[0], s[2]), q.type.layout)
+        s1 = _spread(gl.join(s[1], s[3]), q.type.layout)
+        operands = [q, s0, s1]
     else:
-        s = s.reshape(STRIPS, A, 8, C)
-        z = s
-    s = _spread(s, q.type.layout)
-    if job.DEQUANTISE != "zero":
-        z = s
+        s0, s1 = _both(s.reshape(STRIPS, A, 8, C), q.type.layout)
+        operands = [q, s0, s1]
     v = gl.inline_asm_elementwise(
-        _assembly(job.DEQUANTISE), TAKES, [q, s, z], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
-    )
+        _weights(job.DEQUANTISE), _weights_take(job.DEQUANTISE), operands,
+        dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1,
+    )  # fmt: skip
     near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
     far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
     # strip, a, b, g, t, c, d, p, h, j: channels strip, h, g, and inputs a, b, c, d, j, t, p
