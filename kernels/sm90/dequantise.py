@@ -51,6 +51,7 @@ _RESULT = """
     mov.b32 {$4, $5}, c2;
     mov.b32 {$6, $7}, c3;
 """
+_WORDS = "mov.b32 $0, c0; mov.b32 $1, c1; mov.b32 $2, c2; mov.b32 $3, c3;"
 _MIDDLE = "mov.b32 z0, 0x43084308; mov.b32 z1, 0x43084308;"
 _ZERO = "mov.b32 z0, $11; mov.b32 z1, $12;"
 
@@ -58,9 +59,16 @@ WEIGHTS = {
     "middle": "{" + _REGISTERS + _MIDDLE + _INTEGERS + _LESS_ZERO + _SCALE + _RESULT + "}",
     "zero": "{" + _REGISTERS + _ZERO + _INTEGERS + _LESS_ZERO + _SCALE + _RESULT + "}",
     "e2m1": "{" + _REGISTERS + _E2M1 + _SCALE + _RESULT + "}",
+    "codes": "{"
+    + _REGISTERS
+    + _INTEGERS.replace("$8", "$4")
+    + _WORDS
+    + "}",  # 128 + code, without scales
 }
+_CODES_TAKE = "=r,=r,=r,=r,r"
 _WEIGHTS_TAKE = "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r"
 WEIGHTS_TAKE = {
+    "codes": _CODES_TAKE,
     "middle": _WEIGHTS_TAKE,
     "zero": _WEIGHTS_TAKE + ",r,r",
     "e2m1": _WEIGHTS_TAKE,

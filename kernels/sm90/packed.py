@@ -2,8 +2,8 @@
 
 A lane's 16 bytes of a strip (`packing`) become the 32 values that four instructions want of it: of
 each two weights one mask and one shift, a subtraction that is exact, and the multiplication by
-their scale, which rounds to bf16 as dequantising does. Scaling sums of a group in float32 instead
-would cost as many operations at 64 rows and four times as many in groups of 32.
+their scale, which rounds to bf16 as dequantising does. `packed_sums` scales sums of a group in
+float32 instead, which pays in groups of 128 with few rows.
 """
 
 # mypy: ignore-errors
@@ -86,7 +86,7 @@ def _both(pairs, LIKE: gl.constexpr):
 
 
 @gluon.jit
-def _load(codes, scales, job):
+def load_packed(codes, scales, job):
     """One tile as it is stored, from shared memory."""
     # EACH: neighbouring words with the scales of two channels for 64 inputs, and zero points.
     EACH: gl.constexpr = (
@@ -97,6 +97,44 @@ def _load(codes, scales, job):
     q = codes.load(_code_layout(codes.shape, gl.num_warps()))
     s = scales.load(_scale_layout(scales.shape, gl.num_warps(), EACH))
     return q, s
+
+
+@gluon.jit
+def _operand(v, STRIPS: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr):
+    """The eight bf16 of every word [strips, a, b, g, t, c, d] as [16 x strips, inputs]."""
+    near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
+    far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
+    # strip, a, b, g, t, c, d, p, h, j: channels strip, h, g, and inputs a, b, c, d, j, t, p
+    tile = gl.join(near, far).permute((0, 8, 3, 1, 2, 5, 6, 9, 4, 7))
+    tile = tile.reshape(STRIP * STRIPS, 64 * BLOCKS)
+    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def unpack(q):
+    """Every word as four words of two bf16, 128 + code, in the order of `dequantise`."""
+    q = q.reshape(q.shape[0], 1, q.shape[1] // 128, 8, 4, 1, 4)
+    return gl.inline_asm_elementwise(
+        _weights("codes"), _weights_take("codes"), [q], dtype=(gl.int32,) * 4, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _halves(pair):
+    """Two bf16 of one register."""
+    low = pair.to(gl.int16).to(gl.bfloat16, bitcast=True)
+    high = (pair >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
+    return low, high
+
+
+@gluon.jit
+def operand_of(c, MMA: gl.constexpr):
+    """What `unpack` gave of one tile as a first operand."""
+    a, b = _halves(c[0])
+    d, e = _halves(c[1])
+    f, g = _halves(c[2])
+    h, i = _halves(c[3])
+    return _operand((a, b, d, e, f, g, h, i), c[0].shape[0], c[0].shape[2], MMA)
 
 
 @gluon.jit
@@ -129,12 +167,7 @@ def _dequantise(q, s, job, MMA: gl.constexpr):
         _weights(job.DEQUANTISE), _weights_take(job.DEQUANTISE), operands,
         dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1,
     )  # fmt: skip
-    near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
-    far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
-    # strip, a, b, g, t, c, d, p, h, j: channels strip, h, g, and inputs a, b, c, d, j, t, p
-    tile = gl.join(near, far).permute((0, 8, 3, 1, 2, 5, 6, 9, 4, 7))
-    tile = tile.reshape(STRIP * STRIPS, 64 * BLOCKS)
-    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+    return _operand(v, STRIPS, BLOCKS, MMA)
 
 
 @gluon.jit
@@ -146,8 +179,8 @@ def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.conste
     for k in range(job.steps_k):
         mbarrier.wait(ring.full.index(stage), phase)
         x = ring.rows(stage, SHAPE[1]).permute((1, 0))
-        q0, s0 = _load(ring.w0.index(stage), ring.v0.index(stage), job)
-        q1, s1 = _load(ring.w1.index(stage), ring.v1.index(stage), job)
+        q0, s0 = load_packed(ring.w0.index(stage), ring.v0.index(stage), job)
+        q1, s1 = load_packed(ring.w1.index(stage), ring.v1.index(stage), job)
         w = _dequantise(q0, s0, job, MMA)
         acc0 = warpgroup_mma(w, x, acc0, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
