@@ -172,24 +172,29 @@ def _dequantise(q, s, job, MMA: gl.constexpr):
 
 @gluon.jit
 def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
-    """Both tiles' products. One tile is dequantised while the tensor cores work on the other. A
-    wait stands before each: its registers are those of the product before last."""
+    """Both tiles' products. One tile is dequantised while the tensor cores work on the other, and a
+    step's first tile is fetched from shared memory before its turn. A wait stands before each
+    product: its registers are those of the product before last."""
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
+    mbarrier.wait(ring.full.index(stage), phase)
+    q0, s0 = load_packed(ring.w0.index(stage), ring.v0.index(stage), job)
     for k in range(job.steps_k):
-        mbarrier.wait(ring.full.index(stage), phase)
         x = ring.rows(stage, SHAPE[1]).permute((1, 0))
-        q0, s0 = load_packed(ring.w0.index(stage), ring.v0.index(stage), job)
-        q1, s1 = load_packed(ring.w1.index(stage), ring.v1.index(stage), job)
         w = _dequantise(q0, s0, job, MMA)
         acc0 = warpgroup_mma(w, x, acc0, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
         # The products of the step before are done with its rows.
         mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
+        now = stage
+        stage, phase = ring.advance(stage, phase)
+        # Behind the last step nothing is waited for, and what is read not used.
+        mbarrier.wait(ring.full.index(stage), phase, pred=k + 1 < job.steps_k)
+        q1, s1 = load_packed(ring.w1.index(now), ring.v1.index(now), job)
+        q0, s0 = load_packed(ring.w0.index(stage), ring.v0.index(stage), job)
         w = _dequantise(q1, s1, job, MMA)
         acc1 = warpgroup_mma(w, x, acc1, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
-        stage, phase = ring.advance(stage, phase)
     acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
     mbarrier.arrive(ring.empty.index(ring.before(stage)))
     return acc0, acc1, stage, phase
