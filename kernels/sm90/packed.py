@@ -21,26 +21,16 @@ from .. import packing
 from . import dequantise
 
 STRIP = gl.constexpr(packing.STRIP)
+# Triton's cache knows a kernel by its source and its constants, but not by those of another module.
+WEIGHTS = gl.constexpr(dequantise.WEIGHTS)
+WEIGHTS_TAKE = gl.constexpr(dequantise.WEIGHTS_TAKE)
+SCALES = gl.constexpr(dequantise.SCALES)
+SCALES_TAKE = gl.constexpr(dequantise.SCALES_TAKE)
 
 
 @gluon.constexpr_function
-def _weights(how):
-    return dequantise.WEIGHTS[how]
-
-
-@gluon.constexpr_function
-def _weights_take(how):
-    return dequantise.WEIGHTS_TAKE[how]
-
-
-@gluon.constexpr_function
-def _scales(how):
-    return dequantise.SCALES[how]
-
-
-@gluon.constexpr_function
-def _scales_take(how):
-    return dequantise.SCALES_TAKE[how]
+def _text(texts, how):
+    return texts[how]
 
 
 @gluon.constexpr_function
@@ -80,8 +70,9 @@ def _spread(values, LIKE: gl.constexpr):
 def _both(pairs, LIKE: gl.constexpr):
     """Words of two bf16 as one word of each, twice, to every word of weights that they are of."""
     g, h = gl.inline_asm_elementwise(
-        _scales("bf16"), _scales_take("bf16"), [pairs], dtype=(gl.int32,) * 2, is_pure=True, pack=1
-    )
+        _text(SCALES, "bf16"), _text(SCALES_TAKE, "bf16"), [pairs], dtype=(gl.int32,) * 2,
+        is_pure=True, pack=1,
+    )  # fmt: skip
     return _spread(g, LIKE), _spread(h, LIKE)
 
 
@@ -115,8 +106,9 @@ def unpack(q):
     """Every word as four words of two bf16, 128 + code, in the order of `dequantise`."""
     q = q.reshape(q.shape[0], 1, q.shape[1] // 128, 8, 4, 1, 4)
     return gl.inline_asm_elementwise(
-        _weights("codes"), _weights_take("codes"), [q], dtype=(gl.int32,) * 4, is_pure=True, pack=1
-    )
+        _text(WEIGHTS, "codes"), _text(WEIGHTS_TAKE, "codes"), [q], dtype=(gl.int32,) * 4,
+        is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -154,7 +146,7 @@ def _dequantise(q, s, job, MMA: gl.constexpr):
         operands = [q, s0, s1, z0, z1]
     elif job.DEQUANTISE == "e2m1":
         s = gl.inline_asm_elementwise(
-            _scales("e2m1"), _scales_take("e2m1"), [s.reshape(STRIPS, A, 8)],
+            _text(SCALES, "e2m1"), _text(SCALES_TAKE, "e2m1"), [s.reshape(STRIPS, A, 8)],
             dtype=(gl.int32,) * 4, is_pure=True, pack=1,
         )  # fmt: skip
         s0 = _spread(gl.join(s[0], s[2]), q.type.layout)
@@ -164,7 +156,7 @@ def _dequantise(q, s, job, MMA: gl.constexpr):
         s0, s1 = _both(s.reshape(STRIPS, A, 8, C), q.type.layout)
         operands = [q, s0, s1]
     v = gl.inline_asm_elementwise(
-        _weights(job.DEQUANTISE), _weights_take(job.DEQUANTISE), operands,
+        _text(WEIGHTS, job.DEQUANTISE), _text(WEIGHTS_TAKE, job.DEQUANTISE), operands,
         dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1,
     )  # fmt: skip
     return _operand(v, STRIPS, BLOCKS, MMA)

@@ -9,6 +9,7 @@ import torch
 from moe_plugin.kernels.formats import FORMATS, Format
 from moe_plugin.kernels.packing import dequantise_packed_torch, pack_codes, pack_scales
 from moe_plugin.kernels.sm90.dequantise import SCALES, WEIGHTS
+from moe_plugin.kernels.sm90.gemm_kernel import experts_kernel
 from tests.support.kernel_cases import quantise_codes
 
 PACKED = {name: fmt for name, fmt in FORMATS.items() if fmt.packed}
@@ -147,3 +148,11 @@ def test_codes_are_128_above(name: str) -> None:
     found_sums = (factors[0] * (sums - zero * x.unflatten(0, (-1, 128)).sum(1))).sum(1)
     wanted = dequantise_packed_torch(words, scales, DEPTH, fmt).double() @ x
     assert torch.allclose(found_sums, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_other_text_is_another_kernel_to_tritons_cache() -> None:
+    """Else a kernel compiled before an upgrade would read weights that are packed otherwise."""
+    assert experts_kernel.cache_key
+    constants = [getattr(v, "value", None) for v, _ in experts_kernel.used_global_vals.values()]
+    assert WEIGHTS in constants
+    assert SCALES in constants
