@@ -96,7 +96,9 @@ def packed_candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[
     if expected_m <= 64:
         tiles += [(128, exact, 64, 8, 1), (64, exact, 64, 4, 2), (64, exact, 64, 4, 1)]
     if expected_m <= 32:
-        tiles += [(64, exact, 32, 4, 2), (128, exact, 32, 8, 1)]
+        tiles += [(64, exact, 32, 4, 2), (64, exact, 32, 4, 1), (128, exact, 32, 8, 1)]
+    if exact == 32:  # two heights of twice the channels per warp would be serialised
+        tiles.append((128, 32, 32, 4, 1))
     if expected_m >= 32:
         tiles += [(64, min(exact, 64), 128, 4, 1), (128, 64, 64, 8, 1), (64, 64, 64, 4, 2)]
     if expected_m >= 64:
