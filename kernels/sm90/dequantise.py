@@ -28,16 +28,16 @@ _LESS_ZERO = """
 # small, and 0.5 a subnormal. The scale's exponent makes up for it.
 _E2M1 = """
     and.b32 c0, $8, 0x81c081c0;
+    shl.b32 t, $8, 5;
+    and.b32 c1, t, 0x80008000;
     shl.b32 t, $8, 3;
-    and.b32 c1, t, 0x81c081c0;
+    lop3.b32 c1, t, 0x01c001c0, c1, 0xea;
     shl.b32 t, $8, 6;
     and.b32 c2, t, 0x81c081c0;
-    shl.b32 t, $8, 1;
+    shl.b32 t, $8, 4;
     and.b32 c3, t, 0x80008000;
-    shr.u32 t, $8, 4;
-    lop3.b32 c3, t, 0x00c000c0, c3, 0xea;
-    shr.u32 t, $8, 5;
-    lop3.b32 c3, t, 0x01000100, c3, 0xea;
+    shr.u32 t, $8, 6;
+    lop3.b32 c3, t, 0x01c001c0, c3, 0xea;
 """
 _SCALE = """
     mul.bf16x2 c0, c0, $9;
