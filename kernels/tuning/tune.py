@@ -107,7 +107,8 @@ def packed_candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[
         hopper_tiles(n, m, busy, PACKED_STEP, fmt, warps, per_sm, burst=burst, scale_sums=sums)
         for n, m, busy, warps, per_sm in tiles
         for burst in (BURSTS if expected_m <= 64 else BURSTS[:1])
-        for sums in ((False, True) if sums_scaled(fmt, busy) else (False,))
+        # With 32 channels a warp, sums beside their scales leave too few registers.
+        for sums in ((False, True) if sums_scaled(fmt, busy) and n == 16 * warps else (False,))
     ]
     return list(dict.fromkeys(found)), list(dict.fromkeys(found))
 
