@@ -20,6 +20,7 @@ ROW_TILES = (8, 16, 32, 64, 128)
 FEW_ROWS_BF16 = 64
 FEW_ROWS_FP8 = 32
 SOME_ROWS = 128  # up to here memory binds: tiles of 64 rows in fp8, shallow ones in bf16
+FEW_ROWS_SUMS = 32  # up to here sums in float32 have fewer elements to scale than weights
 PACKED_STEP = 128  # channels of a step of packed weights: whole groups of any size
 # Time of a tile of 64 channels and 128 rows relative to one of 128 channels, first GEMM.
 HALF_TILE_COST = 0.55
@@ -69,7 +70,8 @@ class Tiles:
     makes weights the wide operand; weights are fetched `burst` steps of `block_k` channels at a
     time (one, where the depth does not divide into bursts). The `warps` that multiply form one or
     two `warp_groups`; two, with 64 rows each, only for tiles of 128 rows as the wide operand. A
-    multiprocessor has room for `per_sm` programs.
+    multiprocessor has room for `per_sm` programs. `scale_sums` applies the scales of packed
+    integers to sums of a group, which is a step, instead of to weights.
     """
 
     block_n: int
@@ -82,6 +84,7 @@ class Tiles:
     swap_ab: bool = True
     burst: int = 1
     warp_groups: int = 1
+    scale_sums: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,7 @@ def hopper_tiles(
     swap_ab: bool = True,
     burst: int = 1,
     warp_groups: int = 1,
+    scale_sums: bool = False,
 ) -> Tiles:
     """Tiles with the deepest ring that fits, in whole bursts.
 
@@ -137,8 +141,9 @@ def hopper_tiles(
     burst = burst if stages >= 2 * burst else 1
     stages = stages // burst * burst
     return Tiles(
-        block_n, block_m, block_m_busy, block_k, stages, warps, per_sm, swap_ab, burst, warp_groups
-    )
+        block_n, block_m, block_m_busy, block_k, stages, warps, per_sm, swap_ab, burst, warp_groups,
+        scale_sums,
+    )  # fmt: skip
 
 
 def row_tile(expected_m: int) -> int:
@@ -163,11 +168,24 @@ def weights_wide(shape: Shape, expected_m: int) -> Launch:
     return Launch(True, gate_up, gate_up)
 
 
+def sums_scaled(fmt: Format, tallest: int) -> bool:
+    """Whether scales can be applied to sums, and tiles of at most `tallest` rows leave the
+    registers for it."""
+    return (
+        fmt.packed and fmt.code == "integer" and fmt.group_size == PACKED_STEP
+        and tallest <= FEW_ROWS_SUMS
+    )  # fmt: skip
+
+
 def weights_packed(shape: Shape, expected_m: int) -> Launch:
     """Weights that are dequantised in registers are the wide operand for any rows. That keeps the
     multiplying warps busy about as long as 32 rows do the tensor cores: eight warps, or two
     programs, keep pace with the stream. The most rows leave registers for four warps only."""
     rows, fmt = row_tile(expected_m), shape.format
+    if sums_scaled(fmt, rows):
+        narrow = hopper_tiles(64, rows, 32, PACKED_STEP, fmt, per_sm=2, burst=2, scale_sums=True)
+        wide = hopper_tiles(128, rows, 32, PACKED_STEP, fmt, 8, burst=2, scale_sums=True)
+        return Launch(True, narrow if rows == 8 else wide, narrow)
     if rows == 8:
         gate_up = hopper_tiles(64, rows, 32, PACKED_STEP, fmt, per_sm=2, burst=2)
         return Launch(True, gate_up, hopper_tiles(64, rows, 64, PACKED_STEP, fmt))

@@ -36,8 +36,9 @@ LARGEST_EXPONENT = 128
 """Of MXFP4's scales, 2**(exponent - 127): kernels multiply by 2**126 and the scale at once."""
 PLACES: dict[Code, tuple[tuple[int, ...], ...]] = {
     "integer": ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)),
-    # Sign, exponent and mantissa as far apart as in bf16; the last pair has what bits are left.
-    "e2m1": ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14)),
+    # Exponent and mantissa together, as in bf16. Signs lie where all but one of the shifts go to
+    # the left, which another pipe than that of the masks can do.
+    "e2m1": ((6, 7, 8, 15), (3, 4, 5, 10), (0, 1, 2, 9), (12, 13, 14, 11)),
 }
 """Where in a half word the bits of each pair's codes lie, the lowest first."""
 

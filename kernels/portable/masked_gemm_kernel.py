@@ -55,14 +55,13 @@ def _bf16_half(word, high):
 @triton.jit
 def _load_e2m1(s, q, pair, ks, g, h, UPCAST: tl.constexpr):
     """The same of MXFP4: its bits lie where bf16 wants them."""
-    last = ((q << 1) & 0x8000) | ((q >> 4) & 0xC0) | ((q >> 5) & 0x100)
-    bits = tl.where(pair == 3, last, (q << (3 * pair)) & 0x81C0)
-    magnitude = (bits & 0x1C0) >> 6
+    magnitude = (q >> tl.where(pair == 3, 12, 6 - 3 * pair)) & 7
+    sign = tl.where(pair == 0, 15, tl.where(pair == 1, 10, tl.where(pair == 2, 9, 11)))
     value = tl.where(magnitude < 2, 0.5 * magnitude, 0.0)
     value = tl.where((magnitude >= 2) & (magnitude < 4), 0.5 * magnitude, value)
     value = tl.where((magnitude >= 4) & (magnitude < 6), 1.0 * magnitude - 2, value)
     value = tl.where(magnitude >= 6, 2.0 * magnitude - 8, value)
-    value = tl.where((bits & 0x8000) != 0, -value, value)
+    value = tl.where(((q >> sign) & 1) != 0, -value, value)
     words = tl.load(s + (ks // 64 * 8)[None, :] + g)
     exponent = (words >> ((ks // 32 % 2 * 16)[None, :] + 8 * h)) & 255
     # A float32 whose exponent it is: 2**(exponent - 127).

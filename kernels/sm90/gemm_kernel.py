@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .. import formats
 from .epilogue import Variant, write_activation, write_products
 from .packed import multiply_packed
+from .packed_sums import multiply_packed_sums
 from .ring import Job, Ring, Schedule, gdc_launch, gdc_wait, produce
 
 SCALE_BLOCK = gl.constexpr(formats.SCALE_BLOCK)
@@ -186,6 +187,8 @@ def _finish_tile(
         acc0, acc1, stage, phase = _multiply_fp8(
             ring, job, variant, stage, phase, w_scale, expert, col, WARP_GROUP, MMA, SHAPE
         )
+    elif ring.PACKED and job.SCALE_SUMS:
+        acc0, acc1, stage, phase = multiply_packed_sums(ring, job, stage, phase, MMA, SHAPE)
     elif ring.PACKED:
         acc0, acc1, stage, phase = multiply_packed(ring, job, stage, phase, MMA, SHAPE)
     else:
@@ -245,6 +248,7 @@ def experts_kernel(
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, CLAMPED: gl.constexpr,
     UP_COLUMN: gl.constexpr, STRIP: gl.constexpr, W_COLUMNS: gl.constexpr,
     S_COLUMNS: gl.constexpr, GROUP: gl.constexpr, DEQUANTISE: gl.constexpr,
+    SCALE_SUMS: gl.constexpr,
 ):  # fmt: skip
     """One launch over all live tiles; see the module docstring."""
     ring = Ring.create(w_desc, busy_desc, s_desc, STAGES, WARP_GROUPS, FP8, GROUP > 0)
@@ -259,7 +263,7 @@ def experts_kernel(
     job = Job(
         experts, capacity, tiles_n, w_rows, second, steps_k, scale_rows, scale_cols, width, step,
         BLOCK_N, BLOCK_M, BLOCK_M_BUSY, BLOCK_K, LANES, BURST, UP_COLUMN, STRIP, W_COLUMNS,
-        S_COLUMNS, GROUP, DEQUANTISE,
+        S_COLUMNS, GROUP, DEQUANTISE, SCALE_SUMS,
     )  # fmt: skip
     if FUSED:
         # Counts and rows come from the launch before; what does not depend on it is done by now.

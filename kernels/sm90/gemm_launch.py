@@ -35,7 +35,7 @@ def _prepare(
         tiles.block_n, tiles.block_m, tiles.block_m_busy, tiles.block_k, tiles.stages,
         lane_count(experts), burst, tiles.warp_groups, fp8, tiles.swap_ab, p.fused,
         p.format.weight_scale, not fp8 or aligned, chained, alpha, beta, limit or 0.0, clamped,
-        depth if p.interleaved else 0, *_packed_step(p, tiles),
+        depth if p.interleaved else 0, *_packed_step(p, tiles), tiles.scale_sums,
     )  # fmt: skip
     bound = experts * triton.cdiv(capacity, tiles.block_m) * tiles_n
     options = {
@@ -55,6 +55,8 @@ def _packed_step(p: Problem, tiles: Tiles) -> tuple[int, int, int, int, str]:
         return 1, tiles.block_k, 0, 0, "none"
     group = fmt.group_size
     assert tiles.block_k % group == 0, f"steps of {tiles.block_k}, groups of {group}"
+    sums = not tiles.scale_sums or (tiles.block_k == group and fmt.code == "integer")
+    assert sums, f"sums of {tiles.block_k} inputs: {fmt}"
     assert tiles.swap_ab, "packed weights are the first operand"
     scales = tiles.block_k // group * STRIP * fmt.scale_bytes // 4
     dequantise = "e2m1" if fmt.code == "e2m1" else "zero" if fmt.zero_points else "middle"

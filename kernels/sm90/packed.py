@@ -2,8 +2,8 @@
 
 A lane's 16 bytes of a strip (`packing`) become the 32 values that four instructions want of it: of
 each two weights one mask and one shift, a subtraction that is exact, and the multiplication by
-their scale, which rounds to bf16 as dequantising does. Scaling sums of a group in float32 instead
-would cost as many operations at 64 rows and four times as many in groups of 32.
+their scale, which rounds to bf16 as dequantising does. `packed_sums` scales sums of a group in
+float32 instead, which pays in groups of 128 with few rows.
 """
 
 # mypy: ignore-errors
@@ -21,12 +21,16 @@ from .. import packing
 from . import dequantise
 
 STRIP = gl.constexpr(packing.STRIP)
-TAKES = gl.constexpr(dequantise.TAKES)
+# Triton's cache knows a kernel by its source and its constants, but not by those of another module.
+WEIGHTS = gl.constexpr(dequantise.WEIGHTS)
+WEIGHTS_TAKE = gl.constexpr(dequantise.WEIGHTS_TAKE)
+SCALES = gl.constexpr(dequantise.SCALES)
+SCALES_TAKE = gl.constexpr(dequantise.SCALES_TAKE)
 
 
 @gluon.constexpr_function
-def _assembly(how):
-    return dequantise.ASSEMBLY[how]
+def _text(texts, how):
+    return texts[how]
 
 
 @gluon.constexpr_function
@@ -63,7 +67,17 @@ def _spread(values, LIKE: gl.constexpr):
 
 
 @gluon.jit
-def _load(codes, scales, job):
+def _both(pairs, LIKE: gl.constexpr):
+    """Words of two bf16 as one word of each, twice, to every word of weights that they are of."""
+    g, h = gl.inline_asm_elementwise(
+        _text(SCALES, "bf16"), _text(SCALES_TAKE, "bf16"), [pairs], dtype=(gl.int32,) * 2,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    return _spread(g, LIKE), _spread(h, LIKE)
+
+
+@gluon.jit
+def load_packed(codes, scales, job):
     """One tile as it is stored, from shared memory."""
     # EACH: neighbouring words with the scales of two channels for 64 inputs, and zero points.
     EACH: gl.constexpr = (
@@ -74,6 +88,45 @@ def _load(codes, scales, job):
     q = codes.load(_code_layout(codes.shape, gl.num_warps()))
     s = scales.load(_scale_layout(scales.shape, gl.num_warps(), EACH))
     return q, s
+
+
+@gluon.jit
+def _operand(v, STRIPS: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr):
+    """The eight bf16 of every word [strips, a, b, g, t, c, d] as [16 x strips, inputs]."""
+    near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
+    far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
+    # strip, a, b, g, t, c, d, p, h, j: channels strip, h, g, and inputs a, b, c, d, j, t, p
+    tile = gl.join(near, far).permute((0, 8, 3, 1, 2, 5, 6, 9, 4, 7))
+    tile = tile.reshape(STRIP * STRIPS, 64 * BLOCKS)
+    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def unpack(q):
+    """Every word as four words of two bf16, 128 + code, in the order of `dequantise`."""
+    q = q.reshape(q.shape[0], 1, q.shape[1] // 128, 8, 4, 1, 4)
+    return gl.inline_asm_elementwise(
+        _text(WEIGHTS, "codes"), _text(WEIGHTS_TAKE, "codes"), [q], dtype=(gl.int32,) * 4,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _halves(pair):
+    """Two bf16 of one register."""
+    low = pair.to(gl.int16).to(gl.bfloat16, bitcast=True)
+    high = (pair >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
+    return low, high
+
+
+@gluon.jit
+def operand_of(c, MMA: gl.constexpr):
+    """What `unpack` gave of one tile as a first operand."""
+    a, b = _halves(c[0])
+    d, e = _halves(c[1])
+    f, g = _halves(c[2])
+    h, i = _halves(c[3])
+    return _operand((a, b, d, e, f, g, h, i), c[0].shape[0], c[0].shape[2], MMA)
 
 
 @gluon.jit
@@ -88,48 +141,52 @@ def _dequantise(q, s, job, MMA: gl.constexpr):
     q = q.reshape(STRIPS, A, BLOCKS // A, 8, 4, C, 4 // C)
     if job.DEQUANTISE == "zero":
         s, z = s.reshape(STRIPS, A, 8, C, 2).split()
-        z = _spread(z, q.type.layout)
+        s0, s1 = _both(s, q.type.layout)
+        z0, z1 = _both(z, q.type.layout)
+        operands = [q, s0, s1, z0, z1]
     elif job.DEQUANTISE == "e2m1":
-        s = s.reshape(STRIPS, A, 8)
-        s = gl.join(s, s >> 16)
-        z = s
+        s = gl.inline_asm_elementwise(
+            _text(SCALES, "e2m1"), _text(SCALES_TAKE, "e2m1"), [s.reshape(STRIPS, A, 8)],
+            dtype=(gl.int32,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
+        s0 = _spread(gl.join(s[0], s[2]), q.type.layout)
+        s1 = _spread(gl.join(s[1], s[3]), q.type.layout)
+        operands = [q, s0, s1]
     else:
-        s = s.reshape(STRIPS, A, 8, C)
-        z = s
-    s = _spread(s, q.type.layout)
-    if job.DEQUANTISE != "zero":
-        z = s
+        s0, s1 = _both(s.reshape(STRIPS, A, 8, C), q.type.layout)
+        operands = [q, s0, s1]
     v = gl.inline_asm_elementwise(
-        _assembly(job.DEQUANTISE), TAKES, [q, s, z], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
-    )
-    near = gl.join(gl.join(v[0], v[1]), gl.join(v[2], v[3]))
-    far = gl.join(gl.join(v[4], v[5]), gl.join(v[6], v[7]))
-    # strip, a, b, g, t, c, d, p, h, j: channels strip, h, g, and inputs a, b, c, d, j, t, p
-    tile = gl.join(near, far).permute((0, 8, 3, 1, 2, 5, 6, 9, 4, 7))
-    tile = tile.reshape(STRIP * STRIPS, 64 * BLOCKS)
-    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+        _text(WEIGHTS, job.DEQUANTISE), _text(WEIGHTS_TAKE, job.DEQUANTISE), operands,
+        dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1,
+    )  # fmt: skip
+    return _operand(v, STRIPS, BLOCKS, MMA)
 
 
 @gluon.jit
 def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
-    """Both tiles' products. One tile is dequantised while the tensor cores work on the other. A
-    wait stands before each: its registers are those of the product before last."""
+    """Both tiles' products. One tile is dequantised while the tensor cores work on the other, and a
+    step's first tile is fetched from shared memory before its turn. A wait stands before each
+    product: its registers are those of the product before last."""
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
+    mbarrier.wait(ring.full.index(stage), phase)
+    q0, s0 = load_packed(ring.w0.index(stage), ring.v0.index(stage), job)
     for k in range(job.steps_k):
-        mbarrier.wait(ring.full.index(stage), phase)
         x = ring.rows(stage, SHAPE[1]).permute((1, 0))
-        q0, s0 = _load(ring.w0.index(stage), ring.v0.index(stage), job)
-        q1, s1 = _load(ring.w1.index(stage), ring.v1.index(stage), job)
         w = _dequantise(q0, s0, job, MMA)
         acc0 = warpgroup_mma(w, x, acc0, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
         # The products of the step before are done with its rows.
         mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
+        now = stage
+        stage, phase = ring.advance(stage, phase)
+        # Behind the last step nothing is waited for, and what is read not used.
+        mbarrier.wait(ring.full.index(stage), phase, pred=k + 1 < job.steps_k)
+        q1, s1 = load_packed(ring.w1.index(now), ring.v1.index(now), job)
+        q0, s0 = load_packed(ring.w0.index(stage), ring.v0.index(stage), job)
         w = _dequantise(q1, s1, job, MMA)
         acc1 = warpgroup_mma(w, x, acc1, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
-        stage, phase = ring.advance(stage, phase)
     acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
     mbarrier.arrive(ring.empty.index(ring.before(stage)))
     return acc0, acc1, stage, phase

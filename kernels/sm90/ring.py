@@ -48,6 +48,7 @@ class Job:
     S_COLUMNS: gl.constexpr
     GROUP: gl.constexpr
     DEQUANTISE: gl.constexpr
+    SCALE_SUMS: gl.constexpr
 
     @gluon.jit
     def first_rows(self, expert, n):

@@ -20,9 +20,7 @@ from moe_plugin.kernels.packing import E2M1, MIDDLE, pack_codes, pack_scales
 from moe_plugin.kernels.tuning.tune import zipf_counts
 from moe_plugin.kernels.weights import ExpertWeights
 
-DIFFERENT = {
-    name: fmt for name, fmt in FORMATS.items() if name not in ("int4_g128", "int4_g32_zero")
-}
+DIFFERENT = {name: fmt for name, fmt in FORMATS.items() if name != "int4_g32_zero"}
 """One format of each way to decode and to scale: what is left out differs in its groups alone."""
 # Kernel and twin round in the same places; what differs is the order of summation.
 RMS_FACTOR = 1.25
