@@ -165,6 +165,8 @@ def dequantise_packed_torch(
         return values.repeat_interleave(fmt.group_size, -1)[..., :depth]
 
     if fmt.code == "e2m1":
-        values = torch.tensor(E2M1, device=codes.device)[codes & 7]
+        # `E2M1` without its table, which would come from the CPU while a graph is captured.
+        exponent, mantissa = codes >> 1 & 3, codes & 1
+        values = torch.where(exponent > 0, (2 + mantissa << exponent) / 4, mantissa / 2)
         return torch.where(codes > 7, -values, values) * spread(scale)
     return (codes.float() - (MIDDLE if zero is None else spread(zero))) * spread(scale)
