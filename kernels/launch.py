@@ -20,7 +20,7 @@ ROW_TILES = (8, 16, 32, 64, 128)
 FEW_ROWS_BF16 = 64
 FEW_ROWS_FP8 = 32
 SOME_ROWS = 128  # up to here memory binds: tiles of 64 rows in fp8, shallow ones in bf16
-FEW_ROWS_SUMS = 32  # up to here sums in float32 have fewer elements to scale than weights
+SUMS_TALLEST = 32  # rows of a tile whose sums and products fit the registers together
 PACKED_STEP = 128  # channels of a step of packed weights: whole groups of any size
 # Time of a tile of 64 channels and 128 rows relative to one of 128 channels, first GEMM.
 HALF_TILE_COST = 0.55
@@ -173,27 +173,23 @@ def sums_scaled(fmt: Format, tallest: int) -> bool:
     registers for it."""
     return (
         fmt.packed and fmt.code == "integer" and fmt.group_size == PACKED_STEP
-        and tallest <= FEW_ROWS_SUMS
+        and tallest <= SUMS_TALLEST
     )  # fmt: skip
 
 
 def weights_packed(shape: Shape, expected_m: int) -> Launch:
     """Weights that are dequantised in registers are the wide operand for any rows. That keeps the
-    multiplying warps busy about as long as 32 rows do the tensor cores: eight warps, or two
-    programs, keep pace with the stream. The most rows leave registers for four warps only."""
+    multiplying warps busy about as long as 32 rows do the tensor cores: two programs keep pace with
+    the stream. With the fewest rows scaling sums is less work than scaling weights. The most rows
+    leave registers for four warps only."""
     rows, fmt = row_tile(expected_m), shape.format
-    if sums_scaled(fmt, rows):
-        narrow = hopper_tiles(64, rows, 32, PACKED_STEP, fmt, per_sm=2, burst=2, scale_sums=True)
-        wide = hopper_tiles(128, rows, 32, PACKED_STEP, fmt, 8, burst=2, scale_sums=True)
-        return Launch(True, narrow if rows == 8 else wide, narrow)
-    if rows == 8:
-        gate_up = hopper_tiles(64, rows, 32, PACKED_STEP, fmt, per_sm=2, burst=2)
-        return Launch(True, gate_up, hopper_tiles(64, rows, 64, PACKED_STEP, fmt))
-    if rows <= 64:
-        narrow = hopper_tiles(64, rows, 64, PACKED_STEP, fmt, per_sm=2)
-        wide = hopper_tiles(128, rows, 64, PACKED_STEP, fmt, 8, burst=2)
-        return Launch(True, narrow if rows == 64 else wide, narrow)
-    tiles = hopper_tiles(64, rows, rows, PACKED_STEP, fmt)
+    if rows > 64:
+        tiles = hopper_tiles(64, rows, rows, PACKED_STEP, fmt)
+        return Launch(True, tiles, tiles)
+    busy = 32 if rows <= 16 else 64
+    sums = rows == 8 and sums_scaled(fmt, busy)
+    burst = 2 if rows <= 16 else 1
+    tiles = hopper_tiles(64, rows, busy, PACKED_STEP, fmt, per_sm=2, burst=burst, scale_sums=sums)
     return Launch(True, tiles, tiles)
 
 

@@ -163,10 +163,10 @@ def _dequantise(q, s, job, MMA: gl.constexpr):
 
 
 @gluon.jit
-def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
-    """Both tiles' products. One tile is dequantised while the tensor cores work on the other, and a
-    step's first tile is fetched from shared memory before its turn. A wait stands before each
-    product: its registers are those of the product before last."""
+def _multiply_ahead(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
+    """A step's first tile is read from shared memory in the step before. The assembler moves
+    nothing across the wait for its stage, so that either tile is dequantised while the tensor cores
+    work on the other."""
     acc0 = gl.zeros(SHAPE, gl.float32, MMA)
     acc1 = gl.zeros(SHAPE, gl.float32, MMA)
     mbarrier.wait(ring.full.index(stage), phase)
@@ -187,6 +187,39 @@ def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.conste
         w = _dequantise(q1, s1, job, MMA)
         acc1 = warpgroup_mma(w, x, acc1, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
+    return acc0, acc1, stage, phase
+
+
+@gluon.jit
+def _multiply_in_step(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
+    """Both tiles are read when their step begins."""
+    acc0 = gl.zeros(SHAPE, gl.float32, MMA)
+    acc1 = gl.zeros(SHAPE, gl.float32, MMA)
+    for k in range(job.steps_k):
+        mbarrier.wait(ring.full.index(stage), phase)
+        x = ring.rows(stage, SHAPE[1]).permute((1, 0))
+        q0, s0 = load_packed(ring.w0.index(stage), ring.v0.index(stage), job)
+        q1, s1 = load_packed(ring.w1.index(stage), ring.v1.index(stage), job)
+        w = _dequantise(q0, s0, job, MMA)
+        acc0 = warpgroup_mma(w, x, acc0, is_async=True)
+        acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
+        # The products of the step before are done with its rows.
+        mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
+        w = _dequantise(q1, s1, job, MMA)
+        acc1 = warpgroup_mma(w, x, acc1, is_async=True)
+        acc0, acc1 = warpgroup_mma_wait(1, deps=(acc0, acc1))
+        stage, phase = ring.advance(stage, phase)
+    return acc0, acc1, stage, phase
+
+
+@gluon.jit
+def multiply_packed(ring, job, stage, phase, MMA: gl.constexpr, SHAPE: gl.constexpr):
+    """Both tiles' products. A wait stands before each: its registers are those of the product
+    before last. Reading ahead takes 4 % off int4 at 8 rows, and would add 3 to 5 % to MXFP4."""
+    if job.DEQUANTISE == "e2m1":
+        acc0, acc1, stage, phase = _multiply_in_step(ring, job, stage, phase, MMA, SHAPE)
+    else:
+        acc0, acc1, stage, phase = _multiply_ahead(ring, job, stage, phase, MMA, SHAPE)
     acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
     mbarrier.arrive(ring.empty.index(ring.before(stage)))
     return acc0, acc1, stage, phase
