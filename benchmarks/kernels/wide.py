@@ -30,7 +30,7 @@ def time_wide(
             us = {}
             for captured in dict.fromkeys((*CAPTURED_ROWS, live)):
                 launch = pick_launch(shape, captured, device)
-                us[captured] = 1e6 * measure(buffers, masked_m, launch)
+                us[captured] = 1e6 * measure(buffers, [masked_m], launch)
             cells.append({
                 "model": MODELS[index].name, "format": weights.name, "rows": live,
                 "routing": routing, "us": us, "launch": entry_of_launch(launch),

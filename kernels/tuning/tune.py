@@ -1,14 +1,14 @@
 """Measure candidate launches on this GPU and write a table for `launch.pick_launch`.
 
 Each GEMM is timed on its own for every candidate, then the layer for the best pairs, because the
-second launch starts while the first one ends. Skewed routing, for the fewest rows a single live
-expert, decides between pairs that tie. A table is saved after every row count, and cells that it
-already holds are skipped.
+second launch starts while the first one ends. A launch's time is its mean over the routings of
+`tuning_mixture`, with weights that are not in L2. A table is saved after every row count, and cells
+that it already holds are skipped.
 """
 
 import json
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..launch import (
     Launch,
     Shape,
     Tiles,
+    ceil_div,
     entry_of_launch,
     hopper_tiles,
     row_tile,
@@ -36,14 +37,13 @@ from ..sm90.gemm_launch import run_hopper
 from ..weights import ExpertWeights
 from ..workspace import launch_workspace
 from .precompile import precompile
+from .routings import tuning_mixture
 
 ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
+LEAST_CALLS = 4
 FINALISTS = 4
-AS_GOOD = 1.01  # times the fastest: repeated measurements differ by as much
-# With the fewest rows few experts are live in practice, and narrow tiles then win far more.
-AS_GOOD_SPARSE = 1.02
-FEWEST_ROWS = 8
+FEW_EXPERTS = 4
 BURSTS = (1, 2)  # four were at most 0.5 % faster, and a coarser ring
 
 
@@ -75,6 +75,10 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
         ]  # fmt: skip
     if expected_m >= 64 and not fp8:
         shapes += [(64, 256, 256, full, 8, 1, True, 1)]
+    if shape.experts <= FEW_EXPERTS:
+        # Their weight tiles leave multiprocessors idle unless rows are cut as well.
+        short = [rows for rows in (16, 32) if rows < expected_m <= 256]
+        shapes += [(64, rows, rows, full, 4, each, True, 1) for rows in short for each in (1, 2)]
     gate_up: list[Tiles] = []
     down: list[Tiles] = []
     for block_n, block_m, busy, depth, warps, per_sm, swap_ab, groups in shapes:
@@ -137,19 +141,24 @@ class Buffers:
     @staticmethod
     def create(shape: Shape, device: torch.device | str = "cuda") -> "Buffers":
         """Random weights and rows; every row is finite, live or not."""
-        per_layer = 3 * shape.experts * shape.hidden * shape.inter * shape.format.weight_bits // 8
+        per_layer = shape.experts * expert_bytes(shape)
         out = torch.empty(
             (shape.experts, shape.capacity, shape.hidden), dtype=torch.bfloat16, device=device
         )
-        copies = max(1, -(-CACHE_BYTES // per_layer))
+        copies = ceil_div(CACHE_BYTES, per_layer)
         return Buffers(shape, tuple(random_layer(shape, device) for _ in range(copies)), out)
 
-    def problems(self, copy: int, masked_m: torch.Tensor, launch: Launch) -> tuple[Any, Any]:
-        """Both GEMMs of one copy, with a workspace of their own."""
-        layout = launch_workspace(self.shape, launch, device_of(self.out))
-        between = workspace_tensors(layout, self.out.device)
+    def problems(
+        self, copy: int, masked_m: torch.Tensor, launch: Launch, between: list[Any]
+    ) -> tuple[Any, Any]:
+        """Both GEMMs of one copy."""
         layer = self.layers[copy % len(self.layers)]
         return layer_problems(*layer, masked_m, between, self.out, launch.gate_up.block_n)
+
+
+def expert_bytes(shape: Shape) -> int:
+    """Of one expert's weights."""
+    return 3 * shape.hidden * shape.inter * shape.format.weight_bits // 8
 
 
 def random_layer(
@@ -219,13 +228,20 @@ def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
 
 
 def measure(
-    buffers: Buffers, masked_m: torch.Tensor, launch: Launch, which: str = "layer", calls: int = 4
+    buffers: Buffers, masks: Sequence[torch.Tensor], launch: Launch, which: str = "layer"
 ) -> float:
-    """Seconds of one GEMM ("gate_up", "down") or of the layer under one launch."""
+    """Seconds of one GEMM ("gate_up", "down") or of the layer under one launch, mean over the
+    counts `masks`. No call finds its weights in L2, though only one expert may be live."""
     device = device_of(buffers.out)
+    layout = launch_workspace(buffers.shape, launch, device)
+    between = workspace_tensors(layout, buffers.out.device)
+    live = max(1, int((masks[0] > 0).sum()))
+    most = len(masks) * len(buffers.layers)
+    calls = max(LEAST_CALLS, min(most, ceil_div(CACHE_BYTES, live * expert_bytes(buffers.shape))))
     work: list[Callable[[], Any]] = []
-    for copy in range(calls):
-        gate_up, down = buffers.problems(copy, masked_m, launch)
+    for call in range(calls):
+        turn, mask = divmod(call, len(masks))
+        gate_up, down = buffers.problems(turn + mask, masks[mask], launch, between)
         if which == "gate_up":
             work.append(partial(run_hopper, gate_up, launch.gate_up, device, chained=False))
         elif which == "down":
@@ -239,8 +255,21 @@ def tune_cell(
     buffers: Buffers, rows: int, record: list[dict] | None = None, skip: Container[Launch] = ()
 ) -> Launch:
     """The best launch for `rows` live rows per expert; `record` collects every timing."""
-    shape = buffers.shape
-    counts = torch.full((shape.experts,), rows, dtype=torch.int32, device=buffers.out.device)
+    shape, gpu = buffers.shape, buffers.out.device
+    mixture = [
+        [torch.tensor(counts, dtype=torch.int32, device=gpu) for counts in routing]
+        for routing in tuning_mixture(shape.experts, rows, shape.capacity)
+    ]
+
+    def timed(launch: Launch, which: str, /, **labels: Any) -> float:
+        seconds = [measure(buffers, masks, launch, which) for masks in mixture]
+        if record is not None:
+            us = [1e6 * each for each in seconds]
+            record.append(
+                {"rows": rows, "which": which, "us": us[0], "skewed_us": us[1:], **labels}
+            )
+        return sum(seconds) / len(seconds)
+
     timings: dict[str, dict[Tiles, float]] = {"gate_up": {}, "down": {}}
     for launch in candidate_launches(shape, rows):
         if launch in skip:
@@ -248,47 +277,13 @@ def tune_cell(
         for which, seen in timings.items():
             tiles = getattr(launch, which)
             if tiles not in seen:
-                seen[tiles] = measure(buffers, counts, launch, which)
-                if record is not None:
-                    record.append(
-                        {"rows": rows, "which": which, "us": 1e6 * seen[tiles],
-                         **{k: getattr(tiles, k) for k in tiles.__slots__}}
-                    )  # fmt: skip
+                seen[tiles] = timed(launch, which, **asdict(tiles))
     first, second = timings["gate_up"], timings["down"]
     finalists = sorted(
         (Launch(True, a, b) for a in first for b in second if compatible(shape, a, b)),
         key=lambda pair: first[pair.gate_up] + second[pair.down],
     )[:FINALISTS]
-    sparse = rows <= FEWEST_ROWS and shape.experts > 1
-    skewed = (rows,) + (0,) * (shape.experts - 1)
-    if not sparse:
-        skewed = zipf_counts(shape.experts, rows, shape.capacity)
-    skew = torch.tensor(skewed).to(counts)
-    finals = {p: (measure(buffers, counts, p), measure(buffers, skew, p)) for p in finalists}
-    if record is not None:
-        for pair, (even, uneven) in finals.items():
-            record.append({"rows": rows, "which": "layer", "us": 1e6 * even,
-                           "skewed_us": 1e6 * uneven, "launch": entry_of_launch(pair)})  # fmt: skip
-    return choose(finals, AS_GOOD_SPARSE if sparse else AS_GOOD)
-
-
-def choose(finals: dict[Launch, tuple[float, float]], as_good_as: float) -> Launch:
-    """Of (seconds under uniform routing, under skewed routing): the best under skew among those
-    that take at most `as_good_as` times the best under uniform routing."""
-    best = min(even for even, _ in finals.values())
-    as_good = {pair: skew for pair, (even, skew) in finals.items() if even <= as_good_as * best}
-    return min(as_good, key=as_good.__getitem__)
-
-
-def zipf_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:
-    """`rows` per expert on average, shared in proportion to 1 / rank; hot experts capped at the
-    capacity."""
-    total = experts * rows
-    weights = [1 / (i + 1) for i in range(experts)]
-    counts = [min(capacity, int(total * w / sum(weights))) for w in weights]
-    for i in range(experts):  # what rounding and the cap left over goes to the hottest with room
-        counts[i] += min(capacity - counts[i], total - sum(counts))
-    return tuple(counts)
+    return min(finalists, key=lambda pair: timed(pair, "layer", launch=entry_of_launch(pair)))
 
 
 def save_table(path: Path, device: str, launches: dict[str, dict]) -> None:

@@ -41,6 +41,8 @@ LAYERS = {
     # No multiple of 8: one expert's last tile and the next one's first lie within eight rows.
     "odd capacity": (68, 2048, 512, (66, 5)),
     "full experts": (1024, 1024, 384, (1024, 1000)),
+    "around the heights": (512, 1024, 384, (8, 9, 65, 0, 129, 192, 193, 64, 128, 257)),
+    "one hot expert, last": (512, 1024, 384, (0, 1, 0, 0, 0, 0, 0, 500)),
 }
 
 
@@ -61,6 +63,24 @@ def test_every_candidate_is_right_and_repeatable(case: str, fmt: Format) -> None
         check(str(launch), out, layer)
         again = run_layer(layer, launch=launch)
         assert torch.equal(out.view(torch.int16), again.view(torch.int16)), launch
+
+
+@needs_sm90
+@NAMES
+def test_a_row_has_the_same_bits_in_a_tile_of_any_height(fmt: Format) -> None:
+    """Fewer rows of the same expert end in a shorter tile, elsewhere in the list."""
+    capacity, hidden, inter = 512, 1024, 384
+    full = make_layer(capacity, hidden, inter, (300, 512, 300, 0), fmt, "cuda")
+    shape = Shape(4, capacity, hidden, inter, fmt)
+    for launch in dict.fromkeys(c for m in (8, 64, 512) for c in candidate_launches(shape, m)):
+        want = run_layer(full, launch=launch).view(torch.int16)
+        for rows in (1, 8, 9, 64, 65, 128, 129, 192, 193, 300):
+            counts = (rows, 0, 301 - rows, 0)
+            got = run_layer(replace(full, counts=counts), launch=launch).view(torch.int16)
+            for expert, live in enumerate(counts):
+                live = min(live, full.counts[expert])
+                same = torch.equal(got[expert, :live], want[expert, :live])
+                assert same, f"expert {expert}, {live} rows: {launch}"
 
 
 @needs_sm90

@@ -17,7 +17,7 @@ from moe_plugin.kernels.experts_torch import (
 )
 from moe_plugin.kernels.formats import FORMATS, SCALE_BLOCK, SWIGLU, Activation, Format
 from moe_plugin.kernels.packing import E2M1, MIDDLE, pack_codes, pack_scales
-from moe_plugin.kernels.tuning.tune import zipf_counts
+from moe_plugin.kernels.tuning.routings import one_hot_counts, uniform_counts, zipf_counts
 from moe_plugin.kernels.weights import ExpertWeights
 
 DIFFERENT = {name: fmt for name, fmt in FORMATS.items() if name != "int4_g32_zero"}
@@ -282,16 +282,6 @@ def check(
         assert rms <= RMS_FACTOR * rms_ref, f"{name}: expert {e} rms {rms:.2e}, torch {rms_ref:.2e}"
         top, top_ref = got.abs().max(), max(r.abs().max() for r in refs)
         assert top <= MAX_FACTOR * top_ref, f"{name}: expert {e} max {top:.2e}, torch {top_ref:.2e}"
-
-
-def uniform_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:
-    """The same rows for every expert."""
-    return (min(rows, capacity),) * experts
-
-
-def one_hot_counts(experts: int, rows: int, capacity: int) -> tuple[int, ...]:
-    """The same total on one expert, capped at the capacity."""
-    return (min(capacity, experts * rows),) + (0,) * (experts - 1)
 
 
 ROUTINGS = {"uniform": uniform_counts, "zipf": zipf_counts, "one-hot": one_hot_counts}

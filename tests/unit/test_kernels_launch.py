@@ -147,12 +147,30 @@ def test_workspace_tensors_lie_side_by_side_as_their_stand_ins_say(
     assert end == layout.total
 
 
-def test_skew_decides_between_launches_that_tie() -> None:
-    first, second, third = (
-        Launch(True, Tiles(64, 8, 8, 64, n), Tiles(64, 8, 8, 64, n)) for n in (2, 3, 4)
-    )
-    finals = {first: (1.0, 3.0), second: (1.005, 2.0), third: (1.2, 1.0)}
-    assert tune.choose(finals, tune.AS_GOOD) == second
+@pytest.mark.parametrize(("rows", "routings"), [(8, 3), (64, 2)])
+def test_tuner_takes_the_best_mean_over_its_routings(
+    rows: int, routings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch that is best under uniform routing alone loses to a good one under all."""
+    shape, record = SHAPES[0], []
+    narrow, wide = candidates = tune.candidate_launches(shape, rows)[:2]
+    seconds = {narrow: [1.0, 3.0, 1.0], wide: [1.1, 2.0, 1.1]}
+    asked: dict[Launch, int] = dict.fromkeys(candidates, 0)
+
+    def measure(_buffers: object, _masks: object, launch: Launch, which: str) -> float:
+        if which != "layer":
+            return 1.0
+        asked[launch] += 1
+        return seconds[launch][asked[launch] - 1]
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "candidate_launches", lambda *_: candidates)
+    monkeypatch.setattr(tune, "compatible", lambda _, a, b: Launch(True, a, b) in candidates)
+    fake = type("Fake", (), {"shape": shape, "out": tune.torch.empty(0)})()
+    assert tune.tune_cell(fake, rows, record) == wide
+    assert set(asked.values()) == {routings}
+    layers = [entry for entry in record if entry["which"] == "layer"]
+    assert [len(entry["skewed_us"]) for entry in layers] == [routings - 1] * 2
 
 
 def test_tuner_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
