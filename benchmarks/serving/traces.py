@@ -24,6 +24,7 @@ from servers import Detached, load_state
 from streams import Job
 
 SECONDS = 1.0
+STARTS_WITHIN_S = 6.0  # a server's first profile takes about three to begin
 LONGEST_WRITE_S = 60.0
 NAMES_KEPT = 14
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -81,7 +82,7 @@ def _job(bench: Bench, server: Detached, point: Point) -> Job:
         point.load,
         rate=point.rate,
         lead_s=point.load.lead_s,
-        seconds=SECONDS + 1.0,  # the profiler takes a moment to begin
+        seconds=SECONDS + STARTS_WITHIN_S,
         stream_interval=bench.options.stream_interval,
     )
 

@@ -80,6 +80,30 @@ def test_tables_of_throughput(heading: str, results: str) -> None:
     assert [last[0], *last[3:]] == ["together", *found[:2], f"ratio {found[2]}"]
 
 
+def test_loads_on_two_gpus() -> None:
+    """Medians and ratios of the table, and what README and the page say of them together."""
+    record = load("2026-11-28-h200x2-serving-fp8.json")
+    found = report.summary(record)["ratios"]
+    over, over_tp = found[f"{OURS}/g"], found[f"{OURS}/a"]
+    metrics = ("tokens_per_s", "ttft_p95_ms", "itl_p95_ms")
+    page = "benchmarks/results/README.md"
+    *points, last = rows_below(page, "## Own graphs, loads that users run", "| load / requests |")
+    assert [row[0] for row in points] == list(dict.fromkeys(r["point"] for r in record["rounds"]))
+    for point, *cells in points:
+        medians = [
+            median(by_round(record["rounds"], v, point, "tokens_per_s").values())
+            for v in ("a", "g", OURS)
+        ]
+        ratios = [interval(over[metric][point]) for metric in metrics]
+        assert cells == [*(f"{value:,.0f}" for value in medians), *ratios], point
+    assert last[4:] == [interval(over[metric]["together"]) for metric in metrics]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    both = [interval(each["tokens_per_s"]["together"]) for each in (over, over_tp)]
+    assert f"more loads: {both[0]} of attention DP + EP, {both[1]} of tensor parallelism" in text
+    first = [f"{each['ttft_p95_ms']['together']['ratio']:.2f}" for each in (over, over_tp)]
+    assert f"{first[0]} and {first[1]} times their time to first token" in text
+
+
 def test_readme_has_the_same_figures() -> None:
     """Medians of every point, ratios with their intervals, and the sentences below the table."""
     record = load("2026-11-28-h100x4-serving-fp8.json")
