@@ -60,6 +60,7 @@ from moe_plugin.kernels.tuning.tune import (
 STAGES = ("check", "sweep", "bars", "eager", "wide", "packed", "compile")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 EAGER_ROWS = (1, 64)
+CHECKED_ROWS = (8, 16, 32, 64, 512)
 
 
 class Watchdog:
@@ -106,7 +107,7 @@ def run_checks(formats: Sequence[Format], watchdog: Watchdog) -> bool:
         for fmt in formats:
             layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda")
             ours = Shape(len(counts), capacity, hidden, inter, fmt)
-            launches = dict.fromkeys(c for r in (8, 64, 512) for c in candidate_launches(ours, r))
+            launches = dict.fromkeys(c for r in CHECKED_ROWS for c in candidate_launches(ours, r))
             precompile([(ours, launch) for launch in launches], device, os.cpu_count() or 4)
             for launch in launches:
                 label = f"{hidden}x{inter} {fmt.name} {launch.gate_up} | {launch.down}"

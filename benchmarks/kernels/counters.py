@@ -100,19 +100,17 @@ def main() -> None:
     options = [part for section in SECTIONS for part in ("--section", section)]
     for rows in args.rows:
         cell = ("--model", str(args.model), "--format", args.format, "--rows", str(rows))
-        done = subprocess.run(
-            [
-                "ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv",
-                "--page", "raw", *options, "--metrics", ",".join(METRICS),
-                sys.executable, __file__, "--inner", "--out", str(args.out), *cell,
-                "--routing", args.routing,
-            ],
-            capture_output=True, text=True, timeout=INNER_LIMIT_S,
-        )  # fmt: skip
+        command = [
+            "ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv",
+            "--page", "raw", *options, "--metrics", ",".join(METRICS),
+            sys.executable, __file__, "--inner", "--out", str(args.out), *cell,
+            "--routing", args.routing,
+        ]  # fmt: skip
         try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=INNER_LIMIT_S)
             report["rows"][rows] = rows_of(done.stdout)
-        except ValueError as error:
-            report["rows"][rows] = f"{error}\n{done.stderr[-500:]}"
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            report["rows"][rows] = f"{error}"[-2000:]
         print(rows, json.dumps(report["rows"][rows], indent=1), flush=True)
         (args.out / "kernels-counters.json").write_text(json.dumps(report, indent=1))
 

@@ -54,7 +54,7 @@ def _bf16_half(word, high):
 
 @triton.jit
 def _load_e2m1(s, q, pair, ks, g, h, UPCAST: tl.constexpr):
-    """The same of MXFP4: its bits lie where bf16 wants them."""
+    """The same of MXFP4, whose magnitude and sign lie apart (`packing.PLACES`)."""
     magnitude = (q >> tl.where(pair == 3, 12, 6 - 3 * pair)) & 7
     sign = tl.where(pair == 0, 15, tl.where(pair == 1, 10, tl.where(pair == 2, 9, 11)))
     value = tl.where(magnitude < 2, 0.5 * magnitude, 0.0)

@@ -3,7 +3,8 @@
 Of `WEIGHTS`, $0 to $7 are the weights: inputs 2t and 2t + 1 of channel g, the same of g + 8, then
 2t + 8 and 2t + 9 of both. $8 is the word, $9 and $10 the scales of g and g + 8, $11 and $12 their
 zero points, where they have some: each twice, in both halves. `SCALES` makes those of a word as it
-is stored, once for all words that share them.
+is stored, once for all words that share them. Of "codes", $0 to $3 are two weights each, 128 + code
+without a scale, and $4 is the word.
 """
 
 _REGISTERS = ".reg .b32 c0, c1, c2, c3, t, z0, z1, base;"
@@ -59,11 +60,7 @@ WEIGHTS = {
     "middle": "{" + _REGISTERS + _MIDDLE + _INTEGERS + _LESS_ZERO + _SCALE + _RESULT + "}",
     "zero": "{" + _REGISTERS + _ZERO + _INTEGERS + _LESS_ZERO + _SCALE + _RESULT + "}",
     "e2m1": "{" + _REGISTERS + _E2M1 + _SCALE + _RESULT + "}",
-    "codes": "{"
-    + _REGISTERS
-    + _INTEGERS.replace("$8", "$4")
-    + _WORDS
-    + "}",  # 128 + code, without scales
+    "codes": "{" + _REGISTERS + _INTEGERS.replace("$8", "$4") + _WORDS + "}",
 }
 _CODES_TAKE = "=r,=r,=r,=r,r"
 _WEIGHTS_TAKE = "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r"

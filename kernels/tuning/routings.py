@@ -35,14 +35,20 @@ def shuffled(counts: Counts, orders: int = ORDERS) -> list[Counts]:
     return [tuple(draw.sample(counts, len(counts))) for _ in range(orders)]
 
 
+def shuffled_zipf_counts(experts: int, rows: int, capacity: int) -> Counts:
+    """Zipf's counts in one such order."""
+    return shuffled(zipf_counts(experts, rows, capacity), 1)[0]
+
+
 def tuning_mixture(experts: int, rows: int, capacity: int) -> list[list[Counts]]:
-    """Routings by whose mean time a launch is chosen, each as counts that take turns: uniform,
-    Zipf, and with the fewest rows, where few experts are live as a rule, a single live expert."""
+    """Routings by whose geometric mean time a launch is chosen, each as counts that take turns:
+    uniform, Zipf, and with the fewest rows, where few experts are live as a rule, a single live
+    expert."""
     mixture = [
         [uniform_counts(experts, rows, capacity)],
         shuffled(zipf_counts(experts, rows, capacity)),
     ]
-    if rows <= FEWEST_ROWS:
+    if experts > 1 and rows <= FEWEST_ROWS:
         alone = one_hot_counts(1, rows, capacity) + (0,) * (experts - 1)
         mixture.append([alone[-e:] + alone[:-e] for e in range(experts)])
     return mixture

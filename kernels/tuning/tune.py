@@ -1,9 +1,9 @@
 """Measure candidate launches on this GPU and write a table for `launch.pick_launch`.
 
 Each GEMM is timed on its own for every candidate, then the layer for the best pairs, because the
-second launch starts while the first one ends. A launch's time is its mean over the routings of
-`tuning_mixture`, with weights that are not in L2. A table is saved after every row count, and cells
-that it already holds are skipped.
+second launch starts while the first one ends. A launch's time is its geometric mean over the
+routings of `tuning_mixture`, with weights that are not in L2. A table is saved after every row
+count, and cells that it already holds are skipped.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -231,7 +232,7 @@ def measure(
     buffers: Buffers, masks: Sequence[torch.Tensor], launch: Launch, which: str = "layer"
 ) -> float:
     """Seconds of one GEMM ("gate_up", "down") or of the layer under one launch, mean over the
-    counts `masks`. No call finds its weights in L2, though only one expert may be live."""
+    counts `masks`. No call finds its weights in L2, unless the same few experts are live in all."""
     device = device_of(buffers.out)
     layout = launch_workspace(buffers.shape, launch, device)
     between = workspace_tensors(layout, buffers.out.device)
@@ -268,7 +269,7 @@ def tune_cell(
             record.append(
                 {"rows": rows, "which": which, "us": us[0], "skewed_us": us[1:], **labels}
             )
-        return sum(seconds) / len(seconds)
+        return geometric_mean(seconds)
 
     timings: dict[str, dict[Tiles, float]] = {"gate_up": {}, "down": {}}
     for launch in candidate_launches(shape, rows):

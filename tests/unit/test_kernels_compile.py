@@ -72,9 +72,9 @@ def check_sm90(kernels: list[dict], spill_bytes: int) -> None:
 
 
 def test_hopper_kernels_fit_and_stay_asynchronous(tmp_path: Path) -> None:
-    check_sm90(
-        compile_for((9, 0), [DEEPSEEK, ONE_EXPERT, RAGGED], [8, 64, 512], tmp_path), SPILL_BYTES
-    )
+    kernels = compile_for((9, 0), [DEEPSEEK, ONE_EXPERT, RAGGED], [8, 64, 512], tmp_path)
+    kernels += compile_for((9, 0), [DEEPSEEK], [16, 32], tmp_path)
+    check_sm90(kernels, SPILL_BYTES)
 
 
 def test_counts_of_many_experts_spill_nothing(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_activations_spill_nothing(rows: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_candidate_of_the_tuner_fits(tmp_path: Path) -> None:
     kernels = compile_for(
-        (9, 0), [DEEPSEEK, ONE_EXPERT], [8, 16, 64, 512], tmp_path, candidates=True
+        (9, 0), [DEEPSEEK, ONE_EXPERT], [8, 16, 32, 64, 512], tmp_path, candidates=True
     )
     check_sm90(kernels, CANDIDATE_SPILL_BYTES)
 
