@@ -12,7 +12,7 @@ from servers import Detached, load_state
 from serving.server import ServerDied
 from streams import GRACE_S, Job
 
-WARM_UP_S = 1.0
+WARM_UP_S = 3.0  # behind the load's own lead: until its shapes have been met
 BETWEEN_S = 0.5  # until nothing runs
 
 
@@ -32,7 +32,8 @@ def stage_rounds(bench: Bench) -> None:
         if not options.warm:
             for point in _largest(points):
                 for name in list(running):
-                    runner.run(name, point, f"warm-up/{point.name}", lead_s=0, seconds=WARM_UP_S)
+                    key = f"warm-up/{point.name}"
+                    runner.run(name, point, key, lead_s=point.load.lead_s, seconds=WARM_UP_S)
         for index in range(options.rounds):
             for point in points:
                 names = [

@@ -61,8 +61,8 @@ def stage_trace(bench: Bench) -> None:
                 running = pool.submit(clients.round, _job(bench, server, point))
                 time.sleep(point.load.lead_s)
                 try:
-                    ranks = _traced(server, folder)
-                except OSError as error:
+                    ranks = _traced(server, folder, bench.options.gpus)
+                except (OSError, ValueError) as error:
                     bench.report["failed"].append(f"{name} at {point.name}: {error}")
                     ranks = []
                 measured = running.result()
@@ -87,26 +87,34 @@ def _job(bench: Bench, server: Detached, point: Point) -> Job:
     )
 
 
-def _traced(server: Detached, folder: Path) -> list[dict[str, Any]]:
-    """A second's kernels of each rank, in the order of the files' names."""
+def _traced(server: Detached, folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """A second's kernels of each rank, in the order of the files' names.
+
+    Raises:
+        OSError: fewer traces were written than there are ranks.
+        ValueError: one has no kernels: the load was over before the profiler began.
+    """
     server.post("/start_profile", {"output_dir": str(folder), "activities": ["GPU"]})
     time.sleep(SECONDS)
     server.post("/stop_profile", {})
-    return [summarised(_events(path)) for path in _written(folder)]
+    found = [summarised(_events(path)) for path in _written(folder, ranks)]
+    if not all(rank["ms"]["busy"] for rank in found):
+        raise ValueError("a trace without kernels")
+    return found
 
 
-def _written(folder: Path) -> list[Path]:
+def _written(folder: Path, ranks: int) -> list[Path]:
     """The traces, once their sizes stand still: who asked is answered before all are written."""
     sizes: list[int] = []
     until = time.monotonic() + LONGEST_WRITE_S
     while time.monotonic() < until:
         files = sorted(folder.glob("*.json.gz"))
         now = [path.stat().st_size for path in files]
-        if now and now == sizes:
+        if len(now) >= ranks and now == sizes:
             return files
         sizes = now
         time.sleep(1.0)
-    raise OSError(f"no trace was written to {folder} within {LONGEST_WRITE_S:.0f} s")
+    raise OSError(f"{len(sizes)} of {ranks} traces were written within {LONGEST_WRITE_S:.0f} s")
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

@@ -67,6 +67,13 @@ def test_a_trace_is_read_once_it_is_whole(tmp_path: Path) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        assert len(traces._events(traces._written(tmp_path)[0])) == len(events)
+        assert len(traces._events(traces._written(tmp_path, 1)[0])) == len(events)
     finally:
         writer.join()
+
+
+def test_every_rank_has_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "LONGEST_WRITE_S", 2.5)
+    (tmp_path / "rank0.trace.json.gz").write_bytes(b"one of two")
+    with pytest.raises(OSError, match="1 of 2 traces"):
+        traces._written(tmp_path, 2)
