@@ -51,7 +51,9 @@ def announce(dispatcher: Any) -> None:
             inner._get_buffer()
     elif not _announced:
         _announced.append(found[0])
-        check_ranks_agree(_cpu_group(), _sizes(plan, found[0].hidden_size, found[0].num_experts))
+        if not process.joins_serving_ranks():  # they would not take part
+            sizes = _sizes(plan, found[0].hidden_size, found[0].num_experts)
+            check_ranks_agree(_cpu_group(), sizes)
 
 
 def after_memory_pools(result: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:

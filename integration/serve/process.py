@@ -22,6 +22,11 @@ def device_type() -> str:
     return str(host_config().device)
 
 
+def joins_serving_ranks() -> bool:
+    """Whether this process was launched to join ranks that serve already: elastic EP's joiner."""
+    return getattr(host_config(), "ep_join_mode", None) is not None
+
+
 def current_plan() -> Plan | None:
     """The plan that this process runs under, or None."""
     from sglang.srt.runtime_context import get_server_args

@@ -83,8 +83,9 @@ def dispatcher(name):
         hidden_size=2048, num_experts=8, _get_buffer=lambda: log.append(f"{name} creates"))
     return SimpleNamespace(_low_latency_dispatcher=low_latency)
 
-def serve(transport):
+def serve(transport, joins=False):
     log.clear()
+    process.joins_serving_ranks = lambda: joins
     process.current_plan = lambda: Plan(
         capability=Capability(True, ""), max_dispatch_tokens_per_rank=256, transport=transport)
     buffer._cpu_group = lambda: "cpu"
@@ -96,16 +97,18 @@ def serve(transport):
     buffer.after_memory_pools(None, None)
     return list(log)
 
-emit([serve("deepep"), serve("torch")])
+emit([serve("deepep"), serve("torch"), serve("deepep", joins=True)])
 """
 
 
 def test_the_buffer_is_created_once_the_kv_cache_is_there() -> None:
     """As on the stock host: it comes out of what the host kept back. The ranks are compared before
-    their weights load; a transport without device memory waits for nothing."""
-    deepep, torch = host_result(ORDER)
+    their weights load, but for one that joins others, which serve already; a transport without
+    device memory waits for nothing."""
+    deepep, torch, joiner = host_result(ORDER)
     assert deepep == [["cpu", 256], "pools", "first creates"]
     assert torch == ["first creates", "second creates", "third creates", "pools"]
+    assert joiner == ["pools", "first creates"]
 
 
 ROOM = """

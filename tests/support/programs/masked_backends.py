@@ -108,6 +108,7 @@ def plan(backend: str) -> Plan:
         capability=Capability(True, "", backend=backend), max_dispatch_tokens_per_rank=CAPACITY
     )
     process.current_plan = lambda: made
+    process.joins_serving_ranks = lambda: False
     return made
 
 
