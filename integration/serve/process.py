@@ -23,8 +23,9 @@ def device_type() -> str:
 
 
 def joins_serving_ranks() -> bool:
-    """Whether this process was launched to join ranks that serve already: elastic EP's joiner."""
-    return getattr(host_config(), "ep_join_mode", None) is not None
+    """Whether this process takes the place of a rank of elastic EP while the others serve on. Ranks
+    that are added start in a group of their own."""
+    return getattr(host_config(), "ep_join_mode", None) == "recover"
 
 
 def current_plan() -> Plan | None:
