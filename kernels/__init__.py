@@ -12,8 +12,7 @@
     expert_layer.py       a layer as its two GEMMs
     sm90/                 the warp-specialised kernel for Hopper: gemm_kernel.py multiplies what
                           ring.py streams, packed.py, packed_sums.py and dequantise.py its
-                          4-bit weights,
-                          epilogue.py writes, gemm_launch.py launches
+                          4-bit weights, epilogue.py writes, gemm_launch.py launches
     portable/             the same in plain Triton: SM80 and later, and the CPU interpreter
     tuning/               measure launches; compile for a GPU that is not there
 

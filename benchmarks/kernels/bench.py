@@ -10,7 +10,6 @@ after a red one.
 """
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from cases import (
     MODELS,
     MORE_TOKENS,
@@ -36,8 +34,9 @@ from cases import (
 from ceilings import measure_ceilings, weights_read_seconds
 from deepgemm import layer_call
 from eager import time_eager
+from environment import environment
 from fused_moe import fused_call, routed_tokens
-from kernel_cases import ROUTINGS, check, make_layer
+from kernel_cases import ROUTINGS, check, every_candidate, make_layer
 from packed import ROWS as PACKED_ROWS
 from packed import run_packed
 from verdict import ceilings_sound, verdict
@@ -60,7 +59,6 @@ from moe_plugin.kernels.tuning.tune import (
 STAGES = ("check", "sweep", "bars", "eager", "wide", "packed", "compile")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 EAGER_ROWS = (1, 64)
-CHECKED_ROWS = (8, 16, 32, 64, 512)
 
 
 class Watchdog:
@@ -83,16 +81,6 @@ class Watchdog:
         os._exit(3)
 
 
-def environment() -> dict[str, str]:
-    """What a number depends on."""
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def run_checks(formats: Sequence[Format], watchdog: Watchdog) -> bool:
     """Every candidate, in every format, on small ragged layers."""
     good = True
@@ -107,7 +95,7 @@ def run_checks(formats: Sequence[Format], watchdog: Watchdog) -> bool:
         for fmt in formats:
             layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda")
             ours = Shape(len(counts), capacity, hidden, inter, fmt)
-            launches = dict.fromkeys(c for r in CHECKED_ROWS for c in candidate_launches(ours, r))
+            launches = every_candidate(ours)
             precompile([(ours, launch) for launch in launches], device, os.cpu_count() or 4)
             for launch in launches:
                 label = f"{hidden}x{inter} {fmt.name} {launch.gate_up} | {launch.down}"

@@ -6,7 +6,6 @@ counters are read; so times are only good for comparing. Clocks are left alone.
 
 import argparse
 import csv
-import datetime
 import io
 import json
 import re
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from cases import MODELS, model_shape
 from deepgemm import layer_call
+from environment import environment
 from kernel_cases import ROUTINGS
 
 from moe_plugin.kernels.experts import batched_experts
@@ -91,9 +90,7 @@ def main() -> None:
         inner(args.model, args.format, args.rows[0], args.routing)
         return
     report: dict[str, Any] = {
-        "command": "python3 counters.py " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__, "triton": triton.__version__,
+        "command": "python3 counters.py " + " ".join(sys.argv[1:]), "environment": environment(),
         "model": MODELS[args.model].name, "format": args.format, "routing": args.routing,
         "rows": {},
     }  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from moe_plugin.kernels.formats import Format
 from moe_plugin.kernels.launch import Shape
 from moe_plugin.kernels.packing import E2M1, MIDDLE
-from moe_plugin.kernels.tuning.tune import CACHE_BYTES, graph_seconds
+from moe_plugin.kernels.tuning.tune import copies_past_l2, graph_seconds
 
 # Else importing it starts compilers that run beside what is measured.
 os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
@@ -211,9 +211,8 @@ def create_humming(shape: Shape, top_k: int, rows: Sequence[int], seconds: float
 
     core = make_core(shape, top_k)
     compile_kernels(kernel_configs(core, rows), seconds)
-    per_layer = 3 * shape.experts * shape.hidden * shape.inter * shape.format.weight_bits // 8
     layers, dense = [], {}
-    for copy in range(max(1, -(-CACHE_BYTES // per_layer))):
+    for copy in range(copies_past_l2(shape)):
         layer = describe_layer(shape)
         for name, (n, k) in matrices(shape).items():
             tensors = random_tensors(shape, n, k, "cuda")

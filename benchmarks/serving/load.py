@@ -19,10 +19,28 @@ from types import TracebackType
 from typing import Any
 
 from counts import Counts
+from loads import Point
 from streams import Job, share_of_round
 
 PROCESSES = 4
 _HEAD_START_S = 0.05  # for a job to reach every process before its round begins
+
+
+def job_at(
+    point: Point, url: str, seed: str, *, lead_s: float, seconds: float, stream_interval: int
+) -> Job:
+    """A round of a point's load on the server at ``url``."""
+    workers = range(point.requests if point.rate is None else PROCESSES)
+    return Job(
+        url,
+        tuple(workers),
+        seed,
+        point.load,
+        rate=point.rate,
+        lead_s=lead_s,
+        seconds=seconds,
+        stream_interval=stream_interval,
+    )
 
 
 class Clients:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from common import Bench
-from load import PROCESSES, Clients
+from load import Clients, job_at
 from loads import Point
 from servers import Detached, load_state
 from serving.server import ServerDied
-from streams import GRACE_S, Job
+from streams import GRACE_S
 
 WARM_UP_S = 3.0  # behind the load's own lead: until its shapes have been met
 BETWEEN_S = 0.5  # until nothing runs
@@ -76,15 +76,9 @@ class _Runner:
         """One round; afterwards nothing runs and no prefix is kept. None: its server failed."""
         if (server := self.running.get(name)) is None:
             return None
-        job = Job(
-            server.url,
-            tuple(range(point.requests if point.rate is None else PROCESSES)),
-            key,
-            point.load,
-            rate=point.rate,
-            lead_s=lead_s,
-            seconds=seconds,
-            stream_interval=self.bench.options.stream_interval,
+        interval = self.bench.options.stream_interval
+        job = job_at(
+            point, server.url, key, lead_s=lead_s, seconds=seconds, stream_interval=interval
         )
         logged = server.log_bytes()
         measured = self.clients.round(job)

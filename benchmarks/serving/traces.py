@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from common import Bench
-from load import PROCESSES, Clients
-from loads import Point
+from load import Clients, job_at
 from servers import Detached, load_state
-from streams import Job
 
 SECONDS = 1.0
 STARTS_WITHIN_S = 6.0  # a server's first profile takes about three to begin
@@ -58,7 +56,15 @@ def stage_trace(bench: Bench) -> None:
                 if (server := up.get(name)) is None:
                     continue
                 folder = bench.options.work / f"trace-{bench.stamp}-{name}-{len(rows)}"
-                running = pool.submit(clients.round, _job(bench, server, point))
+                job = job_at(
+                    point,
+                    server.url,
+                    f"trace/{bench.stamp}/{point.name}",
+                    lead_s=point.load.lead_s,
+                    seconds=SECONDS + STARTS_WITHIN_S,
+                    stream_interval=bench.options.stream_interval,
+                )
+                running = pool.submit(clients.round, job)
                 time.sleep(point.load.lead_s)
                 try:
                     ranks = _traced(server, folder, bench.options.gpus)
@@ -72,19 +78,6 @@ def stage_trace(bench: Bench) -> None:
                 rows.append({"variant": name, "point": point.name, **lost, "ranks": ranks})
                 bench.save()
                 print(name, point.name, json.dumps([rank["ms"] for rank in ranks]), flush=True)
-
-
-def _job(bench: Bench, server: Detached, point: Point) -> Job:
-    return Job(
-        server.url,
-        tuple(range(point.requests if point.rate is None else PROCESSES)),
-        f"trace/{bench.stamp}/{point.name}",
-        point.load,
-        rate=point.rate,
-        lead_s=point.load.lead_s,
-        seconds=SECONDS + STARTS_WITHIN_S,
-        stream_interval=bench.options.stream_interval,
-    )
 
 
 def _traced(server: Detached, folder: Path, ranks: int) -> list[dict[str, Any]]:

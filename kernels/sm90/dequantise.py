@@ -62,10 +62,9 @@ WEIGHTS = {
     "e2m1": "{" + _REGISTERS + _E2M1 + _SCALE + _RESULT + "}",
     "codes": "{" + _REGISTERS + _INTEGERS.replace("$8", "$4") + _WORDS + "}",
 }
-_CODES_TAKE = "=r,=r,=r,=r,r"
 _WEIGHTS_TAKE = "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r"
 WEIGHTS_TAKE = {
-    "codes": _CODES_TAKE,
+    "codes": "=r,=r,=r,=r,r",
     "middle": _WEIGHTS_TAKE,
     "zero": _WEIGHTS_TAKE + ",r,r",
     "e2m1": _WEIGHTS_TAKE,

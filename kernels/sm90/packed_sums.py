@@ -23,9 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .. import packing
 from .packed import STRIP, load_packed, operand_of, unpack
 
-MIDDLE = gl.constexpr(136.0)  # 128 and the zero point of formats that store none
+MIDDLE = gl.constexpr(128.0 + packing.MIDDLE)
 
 
 @gluon.jit

@@ -142,12 +142,11 @@ class Buffers:
     @staticmethod
     def create(shape: Shape, device: torch.device | str = "cuda") -> "Buffers":
         """Random weights and rows; every row is finite, live or not."""
-        per_layer = shape.experts * expert_bytes(shape)
         out = torch.empty(
             (shape.experts, shape.capacity, shape.hidden), dtype=torch.bfloat16, device=device
         )
-        copies = ceil_div(CACHE_BYTES, per_layer)
-        return Buffers(shape, tuple(random_layer(shape, device) for _ in range(copies)), out)
+        layers = tuple(random_layer(shape, device) for _ in range(copies_past_l2(shape)))
+        return Buffers(shape, layers, out)
 
     def problems(
         self, copy: int, masked_m: torch.Tensor, launch: Launch, between: list[Any]
@@ -160,6 +159,11 @@ class Buffers:
 def expert_bytes(shape: Shape) -> int:
     """Of one expert's weights."""
     return 3 * shape.hidden * shape.inter * shape.format.weight_bits // 8
+
+
+def copies_past_l2(shape: Shape) -> int:
+    """Layers that take turns, so that no launch finds its weights in L2."""
+    return ceil_div(CACHE_BYTES, shape.experts * expert_bytes(shape))
 
 
 def random_layer(

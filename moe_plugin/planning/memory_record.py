@@ -122,6 +122,11 @@ class Memory:
     kv_cache_tokens: int | None = None
 
     @property
+    def multimodal_bytes(self) -> int:
+        """Kept for images, video and audio: towers, and what goes in and comes out."""
+        return self.towers_bytes + self.media_bytes
+
+    @property
     def stock_cache_bytes(self) -> int:
         """What the KV cache would take under the host alone."""
         return self._capped(self.stock_kv_bytes)

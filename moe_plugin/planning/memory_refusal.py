@@ -126,8 +126,8 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
         fix = fix or "more ranks, or a checkpoint that is quantised already"
         allowed = f"{gib(memory.usable_bytes)} of a device of {gib(memory.device_bytes)}"
         return Rejection("device memory", got, allowed, fix, changes)
-    towers = memory.towers_bytes + memory.media_bytes
-    media = f", {gib(towers)} for images, video and audio" if towers else ""
+    kept = memory.multimodal_bytes
+    media = f", {gib(kept)} for images, video and audio" if kept else ""
     got = (
         f"{weights}{gib(memory.buffer_bytes)} of buffer and {gib(memory.workspace_bytes)} of "
         f"workspace at {plan.max_dispatch_tokens_per_rank} tokens per rank, "

@@ -127,7 +127,7 @@ def states_room(
 def needed(memory: Memory) -> int:
     """Bytes of a plan that come out of the reserve, beside the KV cache."""
     parts = (memory.buffer_bytes, memory.workspace_bytes, memory.graphs_bytes)
-    return sum(parts) + memory.activations_bytes + memory.towers_bytes + memory.media_bytes
+    return sum(parts) + memory.activations_bytes + memory.multimodal_bytes
 
 
 def kept_back(memory: Memory) -> int:

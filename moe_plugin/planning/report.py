@@ -26,8 +26,8 @@ def _memory(memory: Memory) -> list[str]:
         left = f"KV cache {gib(max(0, memory.kv_cache_bytes))}{tokens}"
     else:
         weights, left = "weights not known", f"with KV cache {gib(max(0, memory.kv_cache_bytes))}"
-    towers = memory.towers_bytes + memory.media_bytes
-    media = f", for images, video and audio {gib(towers)}" if towers else ""
+    kept = memory.multimodal_bytes
+    media = f", for images, video and audio {gib(kept)}" if kept else ""
     return [
         f"device {gib(memory.device_bytes)}, of which {gib(memory.usable_bytes)} before weights; "
         f"{weights}, {left} at --mem-fraction-static {memory.mem_fraction_static:g}; kept back for "

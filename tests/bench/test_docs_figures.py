@@ -56,6 +56,22 @@ def middle(result: report.Report, variant: str, point: int, metric: str) -> floa
     return median(by_round(result["rounds"], variant, f"short/{point}", metric).values())
 
 
+def check_loads(
+    table: list[list[str]], record: report.Report, variants: str, over: report.Report, names: str
+) -> None:
+    """Rows of all points: medians of some variants, and one's paired ratios; the last of all."""
+    *points, last = table
+    rounds, metrics = record["rounds"], names.split()
+    assert [row[0] for row in points] == list(dict.fromkeys(row["point"] for row in rounds))
+    for point, *cells in points:
+        medians = [
+            median(by_round(rounds, v, point, "tokens_per_s").values()) for v in variants.split()
+        ]
+        ratios = [interval(over[metric][point]) for metric in metrics]
+        assert cells == [*(f"{value:,.0f}" for value in medians), *ratios], point
+    assert last[4:] == [interval(over[metric]["together"]) for metric in metrics]
+
+
 def interval(found: report.Report) -> str:
     """As the documents write it."""
     return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
@@ -85,18 +101,9 @@ def test_loads_on_two_gpus() -> None:
     record = load("2026-11-28-h200x2-serving-fp8.json")
     found = report.summary(record)["ratios"]
     over, over_tp = found[f"{OURS}/g"], found[f"{OURS}/a"]
-    metrics = ("tokens_per_s", "ttft_p95_ms", "itl_p95_ms")
-    page = "benchmarks/results/README.md"
-    *points, last = rows_below(page, "## Own graphs, loads that users run", "| load / requests |")
-    assert [row[0] for row in points] == list(dict.fromkeys(r["point"] for r in record["rounds"]))
-    for point, *cells in points:
-        medians = [
-            median(by_round(record["rounds"], v, point, "tokens_per_s").values())
-            for v in ("a", "g", OURS)
-        ]
-        ratios = [interval(over[metric][point]) for metric in metrics]
-        assert cells == [*(f"{value:,.0f}" for value in medians), *ratios], point
-    assert last[4:] == [interval(over[metric]["together"]) for metric in metrics]
+    heading = "## Own graphs, loads that users run"
+    table = rows_below("benchmarks/results/README.md", heading, "| load / requests |")
+    check_loads(table, record, f"a g {OURS}", over, "tokens_per_s ttft_p95_ms itl_p95_ms")
     text = " ".join((ROOT / "README.md").read_text().split())
     both = [interval(each["tokens_per_s"]["together"]) for each in (over, over_tp)]
     assert f"more loads: {both[0]} of attention DP + EP, {both[1]} of tensor parallelism" in text
@@ -109,16 +116,8 @@ def test_readme_has_the_same_figures() -> None:
     record = load("2026-11-28-h100x4-serving-fp8.json")
     found = report.summary(record)["ratios"]
     over = found[f"{DEFAULT}/g"]
-    *points, last = rows_below("README.md", "## Results", "| load / requests |")
-    assert [row[0] for row in points] == list(dict.fromkeys(r["point"] for r in record["rounds"]))
-    for point, *cells in points:
-        medians = [
-            median(by_round(record["rounds"], v, point, "tokens_per_s").values())
-            for v in ("g", "t", DEFAULT)
-        ]
-        ratios = [interval(over[metric][point]) for metric in ("tokens_per_s", "itl_p95_ms")]
-        assert cells == [*(f"{value:,.0f}" for value in medians), *ratios], point
-    assert last[4:] == [interval(over[m]["together"]) for m in ("tokens_per_s", "itl_p95_ms")]
+    table = rows_below("README.md", "## Results", "| load / requests |")
+    check_loads(table, record, f"g t {DEFAULT}", over, "tokens_per_s itl_p95_ms")
     text = " ".join((ROOT / "README.md").read_text().split())
     over_tp = found[f"{DEFAULT}/t"]
     assert f"tensor parallelism together {interval(over_tp['tokens_per_s']['together'])}" in text

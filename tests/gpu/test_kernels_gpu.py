@@ -11,13 +11,13 @@ from moe_plugin.kernels.experts import batched_experts, batched_experts_torch, w
 from moe_plugin.kernels.formats import BF16, FP8_BLOCK, Format
 from moe_plugin.kernels.launch import Launch, Shape, pick_launch, portable_launch
 from moe_plugin.kernels.problem import device_of
-from moe_plugin.kernels.tuning.tune import candidate_launches
 from tests.support.kernel_cases import (
     ACTIVATIONS,
     DIFFERENT,
     MODELS,
     Layer,
     check,
+    every_candidate,
     make_layer,
     one_hot_counts,
     zipf_counts,
@@ -33,7 +33,6 @@ needs_sm90 = pytest.mark.skipif(
 )
 # Stage `check` of the kernel benchmark goes through all formats.
 NAMES = pytest.mark.parametrize("fmt", DIFFERENT.values(), ids=DIFFERENT)
-TUNED = (8, 16, 32, 64, 512)  # rows that between them have every candidate
 LAYERS = {
     "few tiles": (128, 256, 384, (0, 1, 128, 33)),
     "straddling scale blocks": (64, 1152, 176, (5, 0, 64, 17, 1)),
@@ -59,7 +58,7 @@ def test_every_candidate_is_right_and_repeatable(case: str, fmt: Format) -> None
     capacity, hidden, inter, counts = LAYERS[case]
     layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda")
     shape = Shape(len(counts), capacity, hidden, inter, fmt)
-    for launch in dict.fromkeys(c for m in TUNED for c in candidate_launches(shape, m)):
+    for launch in every_candidate(shape):
         out = run_layer(layer, launch=launch)
         check(str(launch), out, layer)
         again = run_layer(layer, launch=launch)
@@ -73,7 +72,7 @@ def test_a_row_has_the_same_bits_in_a_tile_of_any_height(fmt: Format) -> None:
     capacity, hidden, inter = 512, 1024, 384
     full = make_layer(capacity, hidden, inter, (300, 512, 300, 0), fmt, "cuda")
     shape = Shape(4, capacity, hidden, inter, fmt)
-    for launch in dict.fromkeys(c for m in TUNED for c in candidate_launches(shape, m)):
+    for launch in every_candidate(shape):
         want = run_layer(full, launch=launch).view(torch.int16)
         for rows in (1, 8, 9, 64, 65, 128, 129, 192, 193, 300):
             counts = (rows, 0, 301 - rows, 0)

@@ -16,6 +16,7 @@ from moe_plugin.kernels.experts_torch import (
     quantise_groups_torch,
 )
 from moe_plugin.kernels.formats import FORMATS, SCALE_BLOCK, SWIGLU, Activation, Format
+from moe_plugin.kernels.launch import Launch, Shape
 from moe_plugin.kernels.packing import E2M1, MIDDLE, pack_codes, pack_scales
 from moe_plugin.kernels.tuning.routings import (
     one_hot_counts,
@@ -23,11 +24,12 @@ from moe_plugin.kernels.tuning.routings import (
     uniform_counts,
     zipf_counts,
 )
+from moe_plugin.kernels.tuning.tune import candidate_launches
 from moe_plugin.kernels.weights import ExpertWeights
 
 DIFFERENT = {name: fmt for name, fmt in FORMATS.items() if name != "int4_g32_zero"}
-"""One format of each way to decode and to scale: what is left out differs in its groups, and zero
-points are taken off weights in it at any rows, which at 8 rows only its compile test shows."""
+"""One format of each way to decode and to scale. What is left out differs in its groups, and in
+that its zero points come off weights at 8 rows too."""
 # Kernel and twin round in the same places; what differs is the order of summation.
 RMS_FACTOR = 1.25
 MAX_FACTOR = 3.0
@@ -288,6 +290,15 @@ def check(
         assert rms <= RMS_FACTOR * rms_ref, f"{name}: expert {e} rms {rms:.2e}, torch {rms_ref:.2e}"
         top, top_ref = got.abs().max(), max(r.abs().max() for r in refs)
         assert top <= MAX_FACTOR * top_ref, f"{name}: expert {e} max {top:.2e}, torch {top_ref:.2e}"
+
+
+CANDIDATE_ROWS = (8, 16, 32, 64, 512)
+"""Expected rows at which the tuner has every launch that it ever tries."""
+
+
+def every_candidate(shape: Shape) -> dict[Launch, None]:
+    """Those launches, each once."""
+    return dict.fromkeys(c for rows in CANDIDATE_ROWS for c in candidate_launches(shape, rows))
 
 
 ROUTINGS = {

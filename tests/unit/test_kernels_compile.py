@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moe_plugin.kernels.formats import FORMATS, SWIGLU, Activation
-from tests.support.kernel_cases import ACTIVATIONS, DIFFERENT
+from tests.support.kernel_cases import ACTIVATIONS, CANDIDATE_ROWS, DIFFERENT
 
 SUPPORT = Path(__file__).parents[1] / "support"
 DEEPSEEK, ONE_EXPERT = (32, 2048, 7168, 2048), (1, 2048, 7168, 2048)
@@ -40,8 +40,8 @@ def run_program(name: str, argument: str, cwd: Path, **env: str) -> Any:
 
 
 def compile_for(
-    capability: tuple[int, int], sizes: list, rows: list[int], cwd: Path, candidates: bool = False,
-    activations: Iterable[Activation] = (SWIGLU,),
+    capability: tuple[int, int], sizes: list, rows: Sequence[int], cwd: Path,
+    candidates: bool = False, activations: Iterable[Activation] = (SWIGLU,),
 ) -> list[dict]:  # fmt: skip
     """What the compiler reports of each distinct kernel, in every format that makes one."""
     each = product(sizes, DIFFERENT, map(asdict, activations))
@@ -99,9 +99,7 @@ def test_activations_spill_nothing(rows: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_candidate_of_the_tuner_fits(tmp_path: Path) -> None:
-    kernels = compile_for(
-        (9, 0), [DEEPSEEK, ONE_EXPERT], [8, 16, 32, 64, 512], tmp_path, candidates=True
-    )
+    kernels = compile_for((9, 0), [DEEPSEEK, ONE_EXPERT], CANDIDATE_ROWS, tmp_path, candidates=True)
     check_sm90(kernels, CANDIDATE_SPILL_BYTES)
 
 
