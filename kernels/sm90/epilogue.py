@@ -57,16 +57,29 @@ def _write(tile, out, job, row, rows, col, W_AXIS: gl.constexpr):
 
 
 @gluon.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) to about 4 units in the last place, in four instructions and without a
+    predicate: the compiler's own exponential and division take the registers of the next sums."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .f32 e;
+            mul.f32 e, $1, 0fBFB8AA3B; // -log2(e)
+            ex2.approx.ftz.f32 e, e;
+            add.f32 e, e, 0f3F800000;
+            rcp.approx.ftz.f32 $0, e;
+        }""",
+        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _activate(gate, up, variant):
     """`formats.Activation` of float32 products."""
     if variant.LIMIT > 0:
         up = gl.minimum(gl.maximum(up, -variant.LIMIT), variant.LIMIT)
         if not variant.CLAMPED:
             gate = gl.minimum(gate, variant.LIMIT)
-    if variant.ALPHA == 1.0:
-        act = gate / (1.0 + gl.exp(-gate))
-    else:
-        act = gate / (1.0 + gl.exp(-variant.ALPHA * gate))
+    act = gate * _sigmoid(variant.ALPHA * gate)
     if variant.CLAMPED:
         act = gl.minimum(act, variant.LIMIT)
     if variant.BETA != 0.0:

@@ -112,14 +112,20 @@ def _multiply_fp8(
             part0 = warpgroup_mma_wait(1, deps=(part0,))
             acc0 = _promote(acc0, part0, s_w0, s_x, variant, W_AXIS)
         else:
+            # All warps meet where a stage is given back. Here they have work under way meanwhile:
+            # behind the last product the tensor cores would idle until the slowest has scaled.
+            mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
             part0 = warpgroup_mma_wait(0, deps=(part0,))
             acc0 = _promote(acc0, part0, s_w0, s_x, variant, W_AXIS)
             part1 = _mma(ring.w1.index(stage), x, zero, False, variant.SWAP_AB)
         part1 = warpgroup_mma_wait(0, deps=(part1,))
-        # The scales have reached their registers: what is fetched next may overwrite them.
-        mbarrier.arrive(ring.empty.index(stage))
+        if OVERLAP:
+            # The scales have reached their registers: what is fetched next may overwrite them.
+            mbarrier.arrive(ring.empty.index(stage))
         acc1 = _promote(acc1, part1, s_w1, s_x, variant, W_AXIS)
         stage, phase = ring.advance(stage, phase)
+    if not OVERLAP:
+        mbarrier.arrive(ring.empty.index(ring.before(stage)))
     return acc0, acc1, stage, phase
 
 
