@@ -217,15 +217,15 @@ def many_rows(shape: Shape, expected_m: int, sms: int) -> Launch:
     fmt, fp8 = shape.format, shape.format.fp8_rows
     first = block_n(shape.inter, True)
     second = block_n(shape.hidden, False)
-    if fp8 and expected_m <= 256 and first == 128:
-        gate_up = hopper_tiles(128, 64, 128, 128, fmt, 8, swap_ab=False)
-    else:
-        groups = 1 if first == 128 else 2
-        depth = 128 if fp8 else 64
-        gate_up = hopper_tiles(first, 128, 128, depth, fmt, 8, 1, False, warp_groups=groups)
+    if fp8 and expected_m <= 256 and first == second == 128:
+        # Good for fewer and for more rows as well, as decode graphs beside prefill need it.
+        tiles = hopper_tiles(128, 64, 128, 128, fmt, 8, swap_ab=False)
+        return Launch(True, tiles, tiles)
+    groups = 1 if first == 128 else 2
+    depth = 128 if fp8 else 64
+    gate_up = hopper_tiles(first, 128, 128, depth, fmt, 8, 1, False, warp_groups=groups)
     depth = first if fp8 else 64
-    groups = 2 if fp8 or second == 64 else 1
-    down = hopper_tiles(second, 128, 128, depth, fmt, 8, 1, False, warp_groups=groups)
+    down = hopper_tiles(second, 128, 128, depth, fmt, 8, 1, False, warp_groups=2)
     return Launch(True, gate_up, down)
 
 

@@ -157,11 +157,11 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
 
     cfg, own_tokens = runner.config, dispatch_output.topk_ids.shape[0]
     plan = process.current_plan()
-    expected_m = rows_to_launch_for(
-        process.current_metadata(), own_tokens, cfg.num_ranks, cfg.top_k, cfg.num_experts,
-        groups_apart=plan is not None and plan.groups_apart,
-    )  # fmt: skip
     weights = expert_weights(layer)
+    expected_m = rows_to_launch_for(
+        process.current_metadata(), own_tokens, cfg,
+        groups_apart=plan is not None and plan.groups_apart, fp8=weights.format.fp8_rows,
+    )  # fmt: skip
     if weights.w13.is_cuda:  # some models give the layer its limit after it was made
         warm_up(runner.config, weights.format, weights.activation)
     rows, scales = dispatch_output.hidden_states, dispatch_output.hidden_states_scale

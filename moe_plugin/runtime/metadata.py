@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..planning.integers import ceil_div
+from .config import BatchedMoEConfig
 
 ROWS_OF_OTHERS = 16
 """The least rows that a launch is chosen for where other DP groups may prefill beside a decode
-graph. On 8 live rows such a launch takes at most 1.02 times as long as the one for 8 (H200); on 128
-to 1,024, which others bring, the one for 8 takes 1.03 to 1.7 times as long as the best, this one
-1.0 to 1.4 times."""
+graph. On 8 live rows such a launch takes at most 1.02 times as long as the one for 8 (H200)."""
+
+MANY_ROWS_OF_OTHERS = 256
+"""The same in FP8, where these groups can bring MANY_ROWS. The launch for 16 rows would take 1.3 to
+1.5 times as long as the best one there. This one takes at most 1.1 times from 128 to 1,024 rows,
+and 1.0 to 1.1 times on 8 to 64; in bf16 the one for 16 is no worse than that (H200)."""
+MANY_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,10 @@ class DPMetadata:
 def rows_to_launch_for(
     metadata: DPMetadata | None,
     own_tokens: int,
-    ranks: int,
-    top_k: int,
-    num_experts: int,
+    config: BatchedMoEConfig,
     *,
     groups_apart: bool = False,
+    fp8: bool = False,
 ) -> int:
     """Mean live rows per expert for which a launch of the experts is chosen; at least 1.
 
@@ -62,22 +66,24 @@ def rows_to_launch_for(
     does not say what the other ranks hold, because each group decides for itself, they are taken to
     hold as many as this one. So a launch depends on the group's own batch alone, and a request gets
     the same bits whatever the others do. A decode graph is also replayed while others prefill, when
-    its experts have many times these rows. Mostly all decode, which is what it is captured for;
-    only the launch for the fewest rows is avoided, which would be far slower then, unless so few
-    experts have rows at all that its narrow tiles count.
+    its experts have many times these rows: it is captured for a launch that is good for both,
+    unless so few experts have rows at all that the narrow tiles of the fewest rows count.
 
     Args:
         metadata: tokens per rank, where the host knows them.
         own_tokens: tokens that this rank dispatches, padded ones included.
-        ranks: of the all-to-all.
-        top_k: experts per token.
-        num_experts: over all ranks.
+        config: the layer's shape, and T, which a group that prefills may dispatch.
         groups_apart: each DP group replays its own graph.
+        fp8: the experts' rows are FP8.
     """
-    known = metadata or DPMetadata((own_tokens,) * ranks)
-    rows = known.expected_rows(top_k, num_experts)
-    most_experts_live = sum(known.sp_local_sizes) * top_k >= num_experts
-    return max(rows, ROWS_OF_OTHERS) if groups_apart and most_experts_live else rows
+    known = metadata or DPMetadata((own_tokens,) * config.num_ranks)
+    rows = known.expected_rows(config.top_k, config.num_experts)
+    few_experts_live = sum(known.sp_local_sizes) * config.top_k < config.num_experts
+    if not groups_apart or few_experts_live:
+        return rows
+    others = DPMetadata((config.max_num_tokens,) * (config.num_ranks - 1))
+    many = others.expected_rows(config.top_k, config.num_experts) >= MANY_ROWS
+    return max(rows, MANY_ROWS_OF_OTHERS if fp8 and many else ROWS_OF_OTHERS)
 
 
 @lru_cache(maxsize=64)  # every layer of a forward asks for the same

@@ -110,9 +110,7 @@ class BatchedMoERunner:
         )
         hook()
         recv_x, recv_scale = recv if isinstance(recv, tuple) else (recv, None)
-        expected_m = rows_to_launch_for(
-            metadata, hidden_states.shape[0], cfg.num_ranks, cfg.top_k, cfg.num_experts
-        )
+        expected_m = rows_to_launch_for(metadata, hidden_states.shape[0], cfg)
         output = self.run_experts(recv_x, recv_scale, masked_m, weights, expected_m)
         combined, _, hook = transport.low_latency_combine(
             output, topk_ids, topk_weights, handle, return_recv_hook=True

@@ -7,7 +7,12 @@ import pytest
 from moe_plugin.errors import ConfigError
 from moe_plugin.kernels.weights import ExpertWeights
 from moe_plugin.runtime.config import BatchedMoEConfig
-from moe_plugin.runtime.metadata import ROWS_OF_OTHERS, DPMetadata, rows_to_launch_for
+from moe_plugin.runtime.metadata import (
+    MANY_ROWS_OF_OTHERS,
+    ROWS_OF_OTHERS,
+    DPMetadata,
+    rows_to_launch_for,
+)
 from moe_plugin.runtime.runner import BatchedMoERunner, expected_rows
 
 GOOD = {
@@ -63,16 +68,31 @@ def test_expected_rows_is_a_mean_and_at_least_one() -> None:
     assert DPMetadata((0, 0)).expected_rows(8, 256) == 1
 
 
-def test_a_decode_graph_expects_rows_of_groups_that_prefill_beside_it() -> None:
+@pytest.mark.parametrize(
+    ("most", "fp8", "least"),
+    [
+        (1024, False, ROWS_OF_OTHERS),
+        (1024, True, MANY_ROWS_OF_OTHERS),
+        # 3 x 512 tokens x top-8 over 128 experts are 96 rows.
+        (512, True, ROWS_OF_OTHERS),
+    ],
+)
+def test_a_decode_graph_expects_rows_of_groups_that_prefill_beside_it(
+    most: int, fp8: bool, least: int
+) -> None:
     """Not for so few tokens that few experts have rows at all; 4 ranks of 128 experts, top-8."""
+    config = BatchedMoEConfig(
+        num_experts=128, num_ranks=4, top_k=8, hidden_size=64, intermediate_size=64,
+        max_num_tokens=most,
+    )  # fmt: skip
     rows = {
-        tokens: rows_to_launch_for(None, tokens, 4, 8, 128, groups_apart=True)
-        for tokens in (1, 3, 4, 32, 64, 128, 1024)
+        tokens: rows_to_launch_for(None, tokens, config, groups_apart=True, fp8=fp8)
+        for tokens in (1, 3, 4, 32, 64, 128, 512)
     }
     assert rows == {
-        1: 1, 3: 1, 4: ROWS_OF_OTHERS, 32: ROWS_OF_OTHERS, 64: 16, 128: 32, 1024: 256
+        1: 1, 3: 1, 4: least, 32: least, 64: least, 128: max(least, 32), 512: max(least, 128)
     }  # fmt: skip
-    assert rows_to_launch_for(None, 4, 4, 8, 128) == 1
+    assert rows_to_launch_for(None, 4, config, fp8=fp8) == 1
 
 
 @pytest.mark.parametrize(
