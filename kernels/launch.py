@@ -193,11 +193,13 @@ def weights_packed(shape: Shape, expected_m: int) -> Launch:
     return Launch(True, tiles, tiles)
 
 
-def some_rows(shape: Shape) -> Launch:
+def some_rows(shape: Shape, expected_m: int) -> Launch:
     """Rows are the wide operand, and memory still binds."""
     fmt = shape.format
     if fmt.fp8_rows:
-        tiles = hopper_tiles(128, 64, 64, 128, fmt, 8, swap_ab=False, burst=2)
+        # With more rows an expert, a coarser ring costs more than single steps of its weights.
+        burst = 2 if expected_m <= 64 else 1
+        tiles = hopper_tiles(128, 64, 64, 128, fmt, 8, swap_ab=False, burst=burst)
     else:
         tiles = hopper_tiles(64, 128, 128, 64, fmt, 8, swap_ab=False, burst=2, warp_groups=2)
     return Launch(True, tiles, tiles)
@@ -245,7 +247,7 @@ def heuristic(shape: Shape, expected_m: int, device: Device) -> Launch:
     if expected_m <= (FEW_ROWS_FP8 if shape.format.fp8_rows else FEW_ROWS_BF16):
         return weights_wide(shape, expected_m)
     if expected_m <= SOME_ROWS:
-        return some_rows(shape)
+        return some_rows(shape, expected_m)
     return many_rows(shape, expected_m, device.sms)
 
 

@@ -42,7 +42,8 @@ INNER_LIMIT_S = 280
 
 
 def inner(model: int, name: str, rows: int, routing: str) -> None:
-    """Under `ncu`: one layer of ours and one of DeepGEMM's, compiled before counters are read."""
+    """Under `ncu`: one layer of ours and one of DeepGEMM's, where it has the format; compiled
+    before counters are read."""
     shape = model_shape(model, FORMATS[name], rows)
     buffers = Buffers.create(shape)
     counts = torch.tensor(ROUTINGS[routing](shape.experts, rows, shape.capacity), device="cuda")
@@ -53,7 +54,8 @@ def inner(model: int, name: str, rows: int, routing: str) -> None:
         if profiled:
             torch.cuda.profiler.start()
         batched_experts(*layer, counts, rows, out=buffers.out)
-        layer_call(layer, counts, rows)
+        if not shape.format.packed:  # DeepGEMM reads none
+            layer_call(layer, counts, rows)
         torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 

@@ -1,5 +1,6 @@
 """The kernels on a GPU: every candidate, poisoned inputs, graphs, seeds, capacities."""
 
+import os
 import random
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from moe_plugin.kernels.experts import batched_experts, batched_experts_torch, w
 from moe_plugin.kernels.formats import BF16, FP8_BLOCK, Format
 from moe_plugin.kernels.launch import Launch, Shape, pick_launch, portable_launch
 from moe_plugin.kernels.problem import device_of
+from moe_plugin.kernels.tuning.precompile import precompile
 from tests.support.kernel_cases import (
     ACTIVATIONS,
     DIFFERENT,
@@ -51,14 +53,21 @@ def run_layer(layer: Layer, expected_m: int = 8, launch: Launch | None = None) -
     return batched_experts(*layer.args(), expected_m, out=out, launch=launch)
 
 
+def compiled_candidates(shape: Shape) -> list[Launch]:
+    """Compiled in as many processes as there are cores: one would take a minute a case."""
+    launches = list(every_candidate(shape))
+    device = device_of(torch.empty(0, device="cuda"))
+    assert not precompile([(shape, each) for each in launches], device, os.cpu_count() or 4)
+    return launches
+
+
 @needs_sm90
 @NAMES
 @pytest.mark.parametrize("case", LAYERS)
 def test_every_candidate_is_right_and_repeatable(case: str, fmt: Format) -> None:
     capacity, hidden, inter, counts = LAYERS[case]
     layer = make_layer(capacity, hidden, inter, counts, fmt, "cuda")
-    shape = Shape(len(counts), capacity, hidden, inter, fmt)
-    for launch in every_candidate(shape):
+    for launch in compiled_candidates(Shape(len(counts), capacity, hidden, inter, fmt)):
         out = run_layer(layer, launch=launch)
         check(str(launch), out, layer)
         again = run_layer(layer, launch=launch)
@@ -71,8 +80,7 @@ def test_a_row_has_the_same_bits_in_a_tile_of_any_height(fmt: Format) -> None:
     """Fewer rows of the same expert end in a shorter tile, elsewhere in the list."""
     capacity, hidden, inter = 512, 1024, 384
     full = make_layer(capacity, hidden, inter, (300, 512, 300, 0), fmt, "cuda")
-    shape = Shape(4, capacity, hidden, inter, fmt)
-    for launch in every_candidate(shape):
+    for launch in compiled_candidates(Shape(4, capacity, hidden, inter, fmt)):
         want = run_layer(full, launch=launch).view(torch.int16)
         for rows in (1, 8, 9, 64, 65, 128, 129, 192, 193, 300):
             counts = (rows, 0, 301 - rows, 0)
