@@ -182,44 +182,12 @@ def _finish_tile(
     BLOCK_M: gl.constexpr, WARP_GROUP: gl.constexpr,
 ):  # fmt: skip
     """Multiply this group's share of one tile of BLOCK_M rows and write it."""
-    HEIGHT: gl.constexpr = BLOCK_M // ring.WARP_GROUPS
-    expert, n, row, rows = schedule.locate(tile)
-    row += WARP_GROUP * HEIGHT
-    if WARP_GROUP > 0:
-        if row >= rows:  # an expert's last rows: leave the tensor cores to the other group
-            stage, phase = _pass_tile(ring, job, stage, phase)
-        else:
-            stage, phase = _finish_rows(
-                ring, job, variant, expert, n, row, rows, stage, phase, w_scale, w_bias, out,
-                out_scale, HEIGHT, WARP_GROUP,
-            )  # fmt: skip
-    else:
-        stage, phase = _finish_rows(
-            ring, job, variant, expert, n, row, rows, stage, phase, w_scale, w_bias, out,
-            out_scale, HEIGHT, WARP_GROUP,
-        )  # fmt: skip
-    return stage, phase
-
-
-@gluon.jit
-def _pass_tile(ring, job, stage, phase):
-    """Give back the stages of one tile as they come."""
-    for _k in range(job.steps_k):
-        mbarrier.wait(ring.full.index(stage), phase)
-        mbarrier.arrive(ring.empty.index(stage))
-        stage, phase = ring.advance(stage, phase)
-    return stage, phase
-
-
-@gluon.jit
-def _finish_rows(
-    ring, job, variant, expert, n, row, rows, stage, phase, w_scale, w_bias, out, out_scale,
-    HEIGHT: gl.constexpr, WARP_GROUP: gl.constexpr,
-):  # fmt: skip
-    """Multiply HEIGHT rows of one tile, from `row` on, and write those that are live."""
     W_AXIS: gl.constexpr = 0 if variant.SWAP_AB else 1
+    HEIGHT: gl.constexpr = BLOCK_M // ring.WARP_GROUPS
     SHAPE: gl.constexpr = [job.BLOCK_N, HEIGHT] if variant.SWAP_AB else [HEIGHT, job.BLOCK_N]
     MMA: gl.constexpr = _mma_layout(SHAPE, gl.num_warps(), 8 if ring.FP8 else 16)
+    expert, n, row, rows = schedule.locate(tile)
+    row += WARP_GROUP * HEIGHT
     col = n * job.STEP
     if ring.FP8:
         acc0, acc1, stage, phase = _multiply_fp8(
