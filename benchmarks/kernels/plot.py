@@ -25,11 +25,11 @@ def roofline(cell: dict[str, Any], ceilings: dict[str, float]) -> float:
 def draw(model: str, result: dict[str, Any], path: Path) -> None:
     """Percent of the roofline over rows per expert, bf16 and fp8 side by side."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-    for axis, dtype in zip(axes, ("bf16", "fp8"), strict=True):
+    for axis, name in zip(axes, ("bf16", "fp8_block"), strict=True):
         cells = [
             c
             for c in result["cells"]
-            if c["model"] == model and c["dtype"] == dtype and c["routing"] == "uniform"
+            if c["model"] == model and c["format"] == name and c["routing"] == "uniform"
         ]
         for key, label, colour, style in SERIES:
             points = [
@@ -40,7 +40,7 @@ def draw(model: str, result: dict[str, Any], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
         axis.axhline(100, color="grey", linewidth=0.8)
-        axis.set(title=f"{model}, {dtype}", xlabel="rows per expert", ylim=(0, 105))
+        axis.set(title=f"{model}, {name}", xlabel="rows per expert", ylim=(0, 105))
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% of the roofline")
