@@ -11,7 +11,7 @@ import triton
 from .entry_checks import check_layer
 from .expert_layer import layer_problems, layer_specs, workspace_tensors
 from .experts_torch import batched_experts_torch
-from .launch import Device, Launch, Shape, pick_launch, portable_launch
+from .launch import SOME_ROWS, Device, Launch, Shape, pick_launch, portable_launch
 from .portable.masked_gemm import launch_portable
 from .problem import Problem, device_of, probe, tma_ready
 from .sm90.gemm_launch import compile_hopper, run_hopper
@@ -46,6 +46,7 @@ def batched_experts(
     masked_m: torch.Tensor,
     expected_m: int,
     *,
+    beside_m: int = 0,
     out: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> torch.Tensor:
@@ -56,8 +57,8 @@ def batched_experts(
         is an M that is a multiple of four).
     masked_m: [L] int32 on the device, read as if clamped to [0, M]. Rows past the count may hold
         NaN: they reach no result, and `out` is not written there.
-    expected_m: rows per expert that the caller expects; it chooses tiles and cannot affect
-        correctness. `launch` overrides that choice (tuning, tests).
+    expected_m: rows per expert that the caller expects; `beside_m`: that may come besides. They
+        choose tiles and cannot affect correctness. `launch` overrides that choice (tuning, tests).
 
     Returns [L, M, H] bf16. Safe under CUDA-graph capture: counts are read on the device only.
 
@@ -68,7 +69,7 @@ def batched_experts(
     device = device_of(hidden_states)
     if out is None:
         out = torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=hidden_states.device)
-    chosen = launch or pick_launch(shape, expected_m, device)
+    chosen = launch or pick_launch(shape, expected_m, device, beside_m)
 
     def problems() -> tuple[Problem, Problem]:
         between = workspace_tensors(launch_workspace(shape, chosen, device), out.device)
@@ -100,9 +101,14 @@ def compile_at_once(shape: Shape, launches: Iterable[Launch], device: Device) ->
 
 
 def warmup(
-    shape: Shape, expected_m: Iterable[int], device: torch.device | int | None = None
+    shape: Shape,
+    expected_m: Iterable[int],
+    device: torch.device | int | None = None,
+    *,
+    beside_prefill: bool = False,
 ) -> int:
-    """Compile and load every kernel that these row counts can reach; returns how many.
+    """Compile and load every kernel that these row counts can reach, alone or, `beside_prefill`,
+    with any number of rows besides; returns how many.
 
     Needs no tensors of the layer's size. Kernels come from Triton's cache where it has them.
     """
@@ -110,7 +116,8 @@ def warmup(
     info = probe(index)
     compiled = set()
     with torch.cuda.device(index):
-        launches = {pick_launch(shape, m, info) for m in expected_m}
+        besides = (0, 1, SOME_ROWS) if beside_prefill else (0,)  # all that makes a difference
+        launches = {pick_launch(shape, m, info, b) for m in expected_m for b in besides}
         for kernel in compile_at_once(shape, launches, info):
             kernel._init_handles()  # a module cannot be loaded while a graph is captured
             compiled.add(kernel.hash)

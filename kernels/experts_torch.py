@@ -83,6 +83,7 @@ def batched_experts_torch(
     masked_m: torch.Tensor,
     expected_m: int,
     *,
+    beside_m: int = 0,
     out: torch.Tensor | None = None,
     scale_group: int = SCALE_BLOCK,
 ) -> torch.Tensor:
@@ -90,11 +91,12 @@ def batched_experts_torch(
 
     bf16, fp32, or float8_e4m3fn with scales; products accumulate in float32 and the activation is
     rounded to the input's precision between the two GEMMs. Rows past the count may hold NaN: they
-    reach no result and are not changed in `out`. `expected_m` has no effect here. In fp8,
-    `scale_group` channels of the activation share a scale; in the kernels the launch decides.
+    reach no result and are not changed in `out`. `expected_m` and `beside_m` have no effect here.
+    In fp8, `scale_group` channels of the activation share a scale; in the kernels the launch
+    decides.
     Packed weights are rounded to bf16 after their scale, as the tensor cores take them.
     """
-    del expected_m
+    del expected_m, beside_m
     experts, capacity, hidden = hidden_states.shape
     fp8 = weights.format.fp8_rows
     dtype = torch.bfloat16 if fp8 else hidden_states.dtype

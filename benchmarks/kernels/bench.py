@@ -2,8 +2,8 @@
 
 Stages: check (correctness), sweep (tile candidates; writes a table), bars (the entry point that
 the server calls, against DeepGEMM, the host's fused MoE and the ceilings), eager (what a layer
-costs the host where no graph is replayed), wide (a launch captured for few rows that gets many),
-packed (4-bit weights beside our FP8 and bf16 and the host's Marlin MoE and humming; models of
+costs the host where no graph is replayed), wide (launches with other rows than they were chosen
+for), packed (4-bit weights beside our FP8 and bf16 and the host's Marlin MoE and humming; models of
 `cases.PACKED_MODELS`), compile (seconds to compile and load all kernels of a plan, from an empty
 cache and from a filled one). `check` comes first: `all.sh` and `make bench-kernels` time nothing
 after a red one.
@@ -276,7 +276,7 @@ def run_wide(
     out: Path, models: list[int], formats: Sequence[Format], rows: Sequence[int],
     routings: list[str], watchdog: Watchdog,
 ) -> None:  # fmt: skip
-    """Launches chosen for decode, given the rows that other DP groups' prefill brings."""
+    """Launches chosen for decode, with and without rows of other DP groups' prefill."""
     result: dict[str, Any] = {"environment": environment(), "cells": []}
     for index in models:
         for fmt in formats:
@@ -284,7 +284,7 @@ def run_wide(
             cells = time_wide(index, fmt, rows, routings)
             result["cells"] += cells
             for cell in cells:
-                over = {captured: round(ratio, 2) for captured, ratio in cell["over"].items()}
+                over = {chosen: round(ratio, 2) for chosen, ratio in cell["over"].items()}
                 print(*(cell[k] for k in ("model", "format", "routing", "rows")), over, flush=True)
             (out / "kernels-wide.json").write_text(json.dumps(result, indent=1))
 

@@ -158,16 +158,18 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     cfg, own_tokens = runner.config, dispatch_output.topk_ids.shape[0]
     plan = process.current_plan()
     weights = expert_weights(layer)
-    expected_m = rows_to_launch_for(
+    expected_m, beside_m = rows_to_launch_for(
         process.current_metadata(), own_tokens, cfg,
-        groups_apart=plan is not None and plan.groups_apart, fp8=weights.format.fp8_rows,
+        groups_apart=plan is not None and plan.groups_apart,
+        attn_tp_size=1 if plan is None else plan.attn_tp_size,
     )  # fmt: skip
     if weights.w13.is_cuda:  # some models give the layer its limit after it was made
         warm_up(runner.config, weights.format, weights.activation)
     rows, scales = dispatch_output.hidden_states, dispatch_output.hidden_states_scale
     measures = STATS.workspace_device_bytes is None and rows.is_cuda
     before = _allocated_bytes() if measures else 0
-    output = runner.run_experts(rows, scales, dispatch_output.masked_m, weights, expected_m)
+    masked_m = dispatch_output.masked_m
+    output = runner.run_experts(rows, scales, masked_m, weights, expected_m, beside_m)
     if measures:
         received = rows.nbytes + (0 if scales is None else scales.nbytes)
         STATS.record_device_bytes("workspace", received + _allocated_bytes() - before)

@@ -58,8 +58,8 @@ def _write(tile, out, job, row, rows, col, W_AXIS: gl.constexpr):
 
 @gluon.jit
 def _sigmoid(x):
-    """1 / (1 + exp(-x)) to about 4 units in the last place, in four instructions and without a
-    predicate: the compiler's own exponential and division take the registers of the next sums."""
+    """1 / (1 + exp(-x)): relative error below 1e-5, and 0 below -88. No predicate and few
+    registers: with the compiler's own exponential and division the loop before it spills."""
     return gl.inline_asm_elementwise(
         """{
             .reg .f32 e;

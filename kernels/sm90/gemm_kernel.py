@@ -5,8 +5,7 @@ between tiles; the other warps multiply and write. Each program owns two weight 
 the up rows of the same channels (fused), or two neighbouring tiles (plain). Few rows: weights are
 the wide operand (SWAP_AB), so that 8 rows cost 8. Many rows: rows are, so that a thread needs two
 row scales instead of one per column; the rows of a tile can then be shared by two groups of warps
-that never wait for each other (WARP_GROUPS), so that one multiplies while the other scales or
-writes.
+that never wait for each other (WARP_GROUPS), so that one multiplies while the other writes.
 """
 
 # mypy: ignore-errors
@@ -112,8 +111,8 @@ def _multiply_fp8(
             part0 = warpgroup_mma_wait(1, deps=(part0,))
             acc0 = _promote(acc0, part0, s_w0, s_x, variant, W_AXIS)
         else:
-            # All warps meet where a stage is given back. Here they have work under way meanwhile:
-            # behind the last product the tensor cores would idle until the slowest has scaled.
+            # Giving a stage back makes all warps meet: do it while a product runs. Behind the last
+            # one the tensor cores would idle until the slowest warp has scaled.
             mbarrier.arrive(ring.empty.index(ring.before(stage)), pred=k > 0)
             part0 = warpgroup_mma_wait(0, deps=(part0,))
             acc0 = _promote(acc0, part0, s_w0, s_x, variant, W_AXIS)

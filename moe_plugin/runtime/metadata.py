@@ -9,16 +9,6 @@ from functools import lru_cache
 from ..planning.integers import ceil_div
 from .config import BatchedMoEConfig
 
-ROWS_OF_OTHERS = 16
-"""The least rows that a launch is chosen for where other DP groups may prefill beside a decode
-graph. On 8 live rows such a launch takes at most 1.02 times as long as the one for 8 (H200)."""
-
-MANY_ROWS_OF_OTHERS = 256
-"""The same in FP8, where these groups can bring MANY_ROWS. The launch for 16 rows would take 1.3 to
-1.5 times as long as the best one there. This one takes at most 1.1 times from 128 to 1,024 rows,
-and 1.0 to 1.1 times on 8 to 64; in bf16 the one for 16 is no worse than that (H200)."""
-MANY_ROWS = 128
-
 
 @dataclass(frozen=True, slots=True)
 class DPMetadata:
@@ -58,9 +48,10 @@ def rows_to_launch_for(
     config: BatchedMoEConfig,
     *,
     groups_apart: bool = False,
-    fp8: bool = False,
-) -> int:
-    """Mean live rows per expert for which a launch of the experts is chosen; at least 1.
+    attn_tp_size: int = 1,
+) -> tuple[int, int]:
+    """Mean live rows per expert for which a launch of the experts is chosen, at least 1; and how
+    many may come besides.
 
     The one place where that is decided: for eager steps, and for what is captured. Where the host
     does not say what the other ranks hold, because each group decides for itself, they are taken to
@@ -74,16 +65,15 @@ def rows_to_launch_for(
         own_tokens: tokens that this rank dispatches, padded ones included.
         config: the layer's shape, and T, which a group that prefills may dispatch.
         groups_apart: each DP group replays its own graph.
-        fp8: the experts' rows are FP8.
+        attn_tp_size: ranks of this rank's own group, which do as it does.
     """
     known = metadata or DPMetadata((own_tokens,) * config.num_ranks)
     rows = known.expected_rows(config.top_k, config.num_experts)
     few_experts_live = sum(known.sp_local_sizes) * config.top_k < config.num_experts
     if not groups_apart or few_experts_live:
-        return rows
-    others = DPMetadata((config.max_num_tokens,) * (config.num_ranks - 1))
-    many = others.expected_rows(config.top_k, config.num_experts) >= MANY_ROWS
-    return max(rows, MANY_ROWS_OF_OTHERS if fp8 and many else ROWS_OF_OTHERS)
+        return rows, 0
+    others = DPMetadata((config.max_num_tokens,) * (config.num_ranks - attn_tp_size))
+    return rows, others.expected_rows(config.top_k, config.num_experts)
 
 
 @lru_cache(maxsize=64)  # every layer of a forward asks for the same

@@ -48,6 +48,7 @@ class BatchedMoERunner:
         masked_m: torch.Tensor,
         weights: ExpertWeights,
         expected_m: int,
+        beside_m: int = 0,
     ) -> torch.Tensor:
         """Experts on the batched layout; what the host calls between its dispatch and combine.
 
@@ -57,7 +58,8 @@ class BatchedMoERunner:
             masked_m: [L] int32 on the device; never written.
             weights: the layer's experts.
             expected_m: mean live rows per expert; chooses tiles, never changes the result's rows.
-                Without effect where the layer is batch invariant.
+            beside_m: rows that an expert may get besides. Both are without effect where the layer
+                is batch invariant.
 
         Returns:
             [L, ranks * T, H] bf16 (fp32 for fp32 weights); rows past the count are unspecified.
@@ -71,6 +73,7 @@ class BatchedMoERunner:
             weights,
             masked_m,
             expected_m,
+            beside_m=0 if self.config.batch_invariant else beside_m,
         )
 
     def forward(
@@ -110,8 +113,8 @@ class BatchedMoERunner:
         )
         hook()
         recv_x, recv_scale = recv if isinstance(recv, tuple) else (recv, None)
-        expected_m = rows_to_launch_for(metadata, hidden_states.shape[0], cfg)
-        output = self.run_experts(recv_x, recv_scale, masked_m, weights, expected_m)
+        expected_m, beside_m = rows_to_launch_for(metadata, hidden_states.shape[0], cfg)
+        output = self.run_experts(recv_x, recv_scale, masked_m, weights, expected_m, beside_m)
         combined, _, hook = transport.low_latency_combine(
             output, topk_ids, topk_weights, handle, return_recv_hook=True
         )
@@ -146,7 +149,7 @@ def warm_up(config: BatchedMoEConfig, weights: Format, activation: Activation = 
         weights,
         activation,
     )
-    kernels = warmup(shape, expected_rows(config))
+    kernels = warmup(shape, expected_rows(config), beside_prefill=not config.batch_invariant)
     seconds = time.monotonic() - started
     logger.info("moe_plugin: %d expert kernels ready after %.1f s", kernels, seconds)
     return kernels

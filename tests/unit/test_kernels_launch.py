@@ -20,6 +20,7 @@ from moe_plugin.kernels.launch import (
     Launch,
     Shape,
     Tiles,
+    any_rows,
     entry_of_launch,
     heuristic,
     launch_from_entry,
@@ -30,7 +31,7 @@ from moe_plugin.kernels.launch import (
 from moe_plugin.kernels.problem import tma_ready
 from moe_plugin.kernels.tuning import tune
 from moe_plugin.kernels.workspace import launch_workspace, workspace_bytes, workspace_layout
-from tests.support.kernel_cases import MODELS
+from tests.support.kernel_cases import MODELS, Model
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
 A100 = Device("NVIDIA A100-SXM4-80GB", (8, 0), 108)
@@ -80,6 +81,23 @@ def test_capacity_changes_no_tile() -> None:
     shape = SHAPES[0]
     larger = replace(shape, capacity=4 * shape.capacity)
     assert pick_launch(shape, 8, H100) == pick_launch(larger, 8, H100)
+
+
+@pytest.mark.parametrize("device", [H100, replace(H100, name="NVIDIA H200")], ids=str)
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_rows_that_may_come_besides(model: Model, device: Device) -> None:
+    """Many have a launch of their own in FP8, for few experts and with a table as well; fewer avoid
+    the launch for the fewest rows."""
+    for fmt in (FP8_BLOCK, BF16):
+        shape = Shape(model.experts, 8192, model.hidden, model.inter, fmt)
+        for rows in (1, 8, 64, 128):
+            usual = pick_launch(shape, max(rows, 16), device)
+            assert pick_launch(shape, rows, device, 127) == usual
+            beside = pick_launch(shape, rows, device, 128)
+            assert beside == (any_rows(shape) if fmt is FP8_BLOCK else usual)
+        assert pick_launch(shape, 512, device, 4096) == pick_launch(shape, 512, device)
+    shape = replace(shape, format=FP8_BLOCK)
+    assert not pick_launch(shape, 8, replace(device, name="L40S", capability=(8, 9)), 4096).hopper
 
 
 @pytest.mark.parametrize("capacity", [17, 66, 2049])

@@ -7,12 +7,7 @@ import pytest
 from moe_plugin.errors import ConfigError
 from moe_plugin.kernels.weights import ExpertWeights
 from moe_plugin.runtime.config import BatchedMoEConfig
-from moe_plugin.runtime.metadata import (
-    MANY_ROWS_OF_OTHERS,
-    ROWS_OF_OTHERS,
-    DPMetadata,
-    rows_to_launch_for,
-)
+from moe_plugin.runtime.metadata import DPMetadata, rows_to_launch_for
 from moe_plugin.runtime.runner import BatchedMoERunner, expected_rows
 
 GOOD = {
@@ -68,31 +63,21 @@ def test_expected_rows_is_a_mean_and_at_least_one() -> None:
     assert DPMetadata((0, 0)).expected_rows(8, 256) == 1
 
 
-@pytest.mark.parametrize(
-    ("most", "fp8", "least"),
-    [
-        (1024, False, ROWS_OF_OTHERS),
-        (1024, True, MANY_ROWS_OF_OTHERS),
-        # 3 x 512 tokens x top-8 over 128 experts are 96 rows.
-        (512, True, ROWS_OF_OTHERS),
-    ],
-)
-def test_a_decode_graph_expects_rows_of_groups_that_prefill_beside_it(
-    most: int, fp8: bool, least: int
-) -> None:
-    """Not for so few tokens that few experts have rows at all; 4 ranks of 128 experts, top-8."""
+def test_a_decode_graph_may_get_rows_of_groups_that_prefill_beside_it() -> None:
+    """Not counted for so few tokens that few experts have rows at all; 4 ranks of 128 experts,
+    top-8, T = 1024: three groups bring 192 rows, and two where attention TP makes one of two."""
     config = BatchedMoEConfig(
         num_experts=128, num_ranks=4, top_k=8, hidden_size=64, intermediate_size=64,
-        max_num_tokens=most,
+        max_num_tokens=1024,
     )  # fmt: skip
-    rows = {
-        tokens: rows_to_launch_for(None, tokens, config, groups_apart=True, fp8=fp8)
-        for tokens in (1, 3, 4, 32, 64, 128, 512)
+    found = {
+        tokens: rows_to_launch_for(None, tokens, config, groups_apart=True)
+        for tokens in (1, 3, 4, 64, 1024)
     }
-    assert rows == {
-        1: 1, 3: 1, 4: least, 32: least, 64: least, 128: max(least, 32), 512: max(least, 128)
-    }  # fmt: skip
-    assert rows_to_launch_for(None, 4, config, fp8=fp8) == 1
+    assert found == {1: (1, 0), 3: (1, 0), 4: (1, 192), 64: (16, 192), 1024: (256, 192)}
+    joined = rows_to_launch_for(None, 64, config, groups_apart=True, attn_tp_size=2)
+    assert joined == (16, 128)
+    assert rows_to_launch_for(None, 64, config) == (16, 0)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +91,7 @@ def test_rows_are_expected_that_kernels_were_compiled_for(
     one launch."""
     config = BatchedMoEConfig(**GOOD, batch_invariant=same_bits)
     assert expected_rows(config) == range(128 if same_bits else 1, 129)
-    runner = BatchedMoERunner(config, lambda *args: args[-1])
+    runner = BatchedMoERunner(config, lambda *args, beside_m: (args[-1], beside_m))
     weights = ExpertWeights(None, None)  # type: ignore[arg-type]
-    assert runner.run_experts(None, None, None, weights, asked) == given  # type: ignore[arg-type]
+    got = runner.run_experts(None, None, None, weights, asked, 128)  # type: ignore[arg-type]
+    assert got == (given, 0 if same_bits else 128)
