@@ -22,9 +22,15 @@ EXTRAS = {
     "mixed": ("--enable-mixed-chunk",),
     "delay": ("--enable-prefill-delayer",),
     "auto": ("--deepep-mode", "auto"),
+    # The whole of a prefill step in one graph, attention included, where the default graphs stop at
+    # every layer's. Slots for requests: those that decode ride along with a chunk.
+    "full": (
+        "--cuda-graph-config",
+        '{"prefill": {"backend": "full", "full_prefill_max_req": 272}}',
+    ),
 }
-"""The host's own ways to let prompts and decoding requests wait less for each other, tried as
-``c+auto``."""
+"""The host's own ways to let prompts and decoding requests wait less for each other, and for the
+CPU, tried as ``c+auto``."""
 
 
 @dataclass(frozen=True)

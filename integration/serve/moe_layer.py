@@ -139,13 +139,18 @@ def around_moe_forward(
 
 
 def _in_prefill_graph() -> bool:
+    """Whether the host captures a prefill graph: in pieces, or as a whole, where it is asked to."""
     try:
         from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
             is_in_breakable_cuda_graph,
         )
     except ImportError:  # hosts without such graphs
         return False
-    return bool(is_in_breakable_cuda_graph())
+    try:
+        from sglang.srt.model_executor.runner_utils.prefill_graph import is_in_full_prefill_graph
+    except ImportError:
+        return bool(is_in_breakable_cuda_graph())
+    return bool(is_in_breakable_cuda_graph() or is_in_full_prefill_graph())
 
 
 def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_output: Any) -> Any:

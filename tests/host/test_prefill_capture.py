@@ -18,5 +18,6 @@ def test_only_our_low_latency_layers_are_captured() -> None:
         "inside": "captured, extend True",
         "normal mode for prefill": "the host's",
         "the host's experts": "the host's",
+        "inside one graph": "captured, extend True",
         "extend afterwards": False,
     }

@@ -73,7 +73,7 @@ def check_sm90(kernels: list[dict], spill_bytes: int) -> None:
 
 def test_hopper_kernels_fit_and_stay_asynchronous(tmp_path: Path) -> None:
     kernels = compile_for((9, 0), [DEEPSEEK, ONE_EXPERT, RAGGED], [8, 64, 512], tmp_path)
-    kernels += compile_for((9, 0), [DEEPSEEK], [16, 32], tmp_path)
+    kernels += compile_for((9, 0), [DEEPSEEK], [16, 32, 256], tmp_path)
     check_sm90(kernels, SPILL_BYTES)
 
 

@@ -5,6 +5,7 @@ from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
     enable_breakable_cuda_graph,
 )
+from sglang.srt.model_executor.runner_utils.prefill_graph import prefill_graph_scope
 
 from moe_plugin.batched_backend import Capability, Mode
 from moe_plugin.integration.serve import moe_layer, process
@@ -37,5 +38,7 @@ with enable_breakable_cuda_graph():
     found["inside"] = forward()
     found["normal mode for prefill"] = forward(bounds_prefill=False)
     found["the host's experts"] = forward(runner=False)
+with prefill_graph_scope(full_graph=True):
+    found["inside one graph"] = forward()
 found["extend afterwards"] = get_is_extend_in_batch()
 emit(found)
