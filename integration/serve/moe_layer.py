@@ -165,7 +165,7 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     weights = expert_weights(layer)
     expected_m, beside_m = rows_to_launch_for(
         process.current_metadata(), own_tokens, cfg,
-        groups_apart=plan is not None and plan.groups_apart,
+        beside_prefill=plan is not None and plan.prefills_beside_decode,
         attn_tp_size=1 if plan is None else plan.attn_tp_size,
     )  # fmt: skip
     if weights.w13.is_cuda:  # some models give the layer its limit after it was made

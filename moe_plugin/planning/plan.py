@@ -168,6 +168,12 @@ class Plan:
         return self.capability.backend == "deepep" and self.bounds_prefill
 
     @property
+    def prefills_beside_decode(self) -> bool:
+        """Whether one DP group may prefill while another replays its decode graph: not on an
+        instance that only decodes."""
+        return self.groups_apart and bool(self.prompt_steps)
+
+    @property
     def captures_prefill(self) -> bool:
         """Whether MoE layers are part of the host's prefill graphs, where it captures any: ours
         can be, in low latency. What is reserved and what is captured both stand on this."""

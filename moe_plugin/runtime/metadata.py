@@ -47,7 +47,7 @@ def rows_to_launch_for(
     own_tokens: int,
     config: BatchedMoEConfig,
     *,
-    groups_apart: bool = False,
+    beside_prefill: bool = False,
     attn_tp_size: int = 1,
 ) -> tuple[int, int]:
     """Mean live rows per expert for which a launch of the experts is chosen, at least 1; and how
@@ -64,13 +64,13 @@ def rows_to_launch_for(
         metadata: tokens per rank, where the host knows them.
         own_tokens: tokens that this rank dispatches, padded ones included.
         config: the layer's shape, and T, which a group that prefills may dispatch.
-        groups_apart: each DP group replays its own graph.
+        beside_prefill: other DP groups may prefill in the same step.
         attn_tp_size: ranks of this rank's own group, which do as it does.
     """
     known = metadata or DPMetadata((own_tokens,) * config.num_ranks)
     rows = known.expected_rows(config.top_k, config.num_experts)
     few_experts_live = sum(known.sp_local_sizes) * config.top_k < config.num_experts
-    if not groups_apart or few_experts_live:
+    if not beside_prefill or few_experts_live:
         return rows, 0
     others = DPMetadata((config.max_num_tokens,) * (config.num_ranks - attn_tp_size))
     return rows, others.expected_rows(config.top_k, config.num_experts)

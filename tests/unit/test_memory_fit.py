@@ -305,6 +305,15 @@ def test_nothing_is_filled_into_a_resolved_launch() -> None:
     assert plan(V3_FP8, 16, H200, **late, **typed).groups_apart
 
 
+def test_groups_prefill_beside_decode_where_prompts_are_prefilled() -> None:
+    typed = {"moe_dense_tp_size": 1, "dp_lm_head": True}
+    for role, prefills in (("null", True), ("prefill", True), ("decode", False)):
+        found = plan(V3_FP8, 16, H200, disaggregation_mode=role, **typed)
+        assert found.groups_apart
+        assert found.prefills_beside_decode == prefills, role
+    assert not plan(V3_FP8, 16, H200, symmetric_memory=True).prefills_beside_decode
+
+
 def test_what_groups_hold_whole_takes_nothing_of_a_typed_fraction() -> None:
     """Their dense layers and head would come out of the KV cache that the user asked for; where
     --max-total-tokens asks for less than there is, they come out of the rest."""

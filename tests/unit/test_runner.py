@@ -71,11 +71,11 @@ def test_a_decode_graph_may_get_rows_of_groups_that_prefill_beside_it() -> None:
         max_num_tokens=1024,
     )  # fmt: skip
     found = {
-        tokens: rows_to_launch_for(None, tokens, config, groups_apart=True)
+        tokens: rows_to_launch_for(None, tokens, config, beside_prefill=True)
         for tokens in (1, 3, 4, 64, 1024)
     }
     assert found == {1: (1, 0), 3: (1, 0), 4: (1, 192), 64: (16, 192), 1024: (256, 192)}
-    joined = rows_to_launch_for(None, 64, config, groups_apart=True, attn_tp_size=2)
+    joined = rows_to_launch_for(None, 64, config, beside_prefill=True, attn_tp_size=2)
     assert joined == (16, 128)
     assert rows_to_launch_for(None, 64, config) == (16, 0)
 
