@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from loads import LOADS
+
 POINT_BAR = 0.98  # tokens/s over the best of the stock host, at every point
 TOGETHER_BARS = {"best": 1.15, "tp": 1.0}  # over all points
 EAGER_BAR = 0.01  # of prefill batches
@@ -19,6 +21,7 @@ def bars(report: Report, ratios: Mapping[str, Report]) -> Iterator[Report]:
     """Every bar that the report can tell of."""
     yield from _speed(ratios)
     yield from _rounds(report)
+    yield from _steady(report)
     yield from _starts(report)
     yield from _request_path(report)
     yield from _memory(report)
@@ -57,6 +60,22 @@ def _rounds(report: Report) -> Iterable[Report]:
         eager = sum(row["prefill_eager"] for row in mine if "prefill_eager" in row)
         value = {"eager": eager, "of": batches}
         yield _bar("prefill batches eager: less than 1 %", value, eager < EAGER_BAR * batches)
+
+
+def _steady(report: Report) -> Iterable[Report]:
+    """A point whose requests outlast the lead is counted while its first ones are still there, and
+    its sides are at different shares of prompts."""
+    taken: dict[tuple[str, float], dict[str, float]] = {}
+    for row in report.get("rounds", []):
+        load = LOADS.get(row.get("load", ""))
+        if load is None or "itl_p50_ms" not in row or "concurrency" not in row:
+            continue
+        seconds = (row["ttft_p50_ms"] + sum(load.new) / 2 * row["itl_p50_ms"]) / 1000
+        each = taken.setdefault((row["point"], row["lead_s"]), {})
+        each[row["variant"]] = max(each.get(row["variant"], 0.0), round(seconds, 1))
+    for (point, lead), each in taken.items():
+        name = f"steady at {point}: a request is over within the lead of {lead} s"
+        yield _bar(name, each, max(each.values()) <= lead)
 
 
 def _starts(report: Report) -> Iterable[Report]:

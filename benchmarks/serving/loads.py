@@ -27,7 +27,8 @@ class Load:
         new: least and most tokens of an answer.
         requests: how many are in flight at the points that it is measured at by default.
         shared: tokens at the beginning that a prompt has in common with others.
-        lead_s: load before counting begins: until the first prompts are behind the servers.
+        lead_s: load before counting begins: until the first requests are over, or the sides are
+            counted at different shares of prompts.
         patience_s: a request that waits longer for a token, when its round is over, is lost.
     """
 
@@ -53,11 +54,11 @@ class Load:
 LOADS = {
     load.name: load
     for load in (
-        Load("short", (32, 128), (64, 192), (1, 64, 256)),
-        Load("chat", (900, 1100), (200, 312), (1, 64, 256), lead_s=3.0, patience_s=20.0),
+        Load("short", (32, 128), (64, 192), (1, 64, 256), lead_s=2.5),
+        Load("chat", (900, 1100), (200, 312), (1, 64, 256), lead_s=5.0, patience_s=20.0),
         Load("long", (3800, 4300), (100, 156), (1, 32), lead_s=3.0, patience_s=30.0),
         Load("deep", (1000, 31000), (192, 320), (1, 16), lead_s=4.0, patience_s=60.0),
-        Load("shared", (900, 1100), (200, 312), (64,), 768, lead_s=3.0, patience_s=20.0),
+        Load("shared", (900, 1100), (200, 312), (64,), 768, lead_s=5.0, patience_s=20.0),
     )
 }
 

@@ -96,6 +96,18 @@ def test_merge_pairs_rounds_and_checks_the_bars() -> None:
     assert "MISS" in tables.table(merged)
 
 
+def test_a_point_is_steady_once_its_first_requests_are_over() -> None:
+    """128 tokens of an answer at 10 and 20 ms each, behind a lead of two seconds."""
+    rounds = [
+        {**_round(variant, 0, 64, 1.0), "point": "short/64", "load": "short", "lead_s": 2.0,
+         "ttft_p50_ms": 100.0, "itl_p50_ms": itl}
+        for variant, itl in (("b", 10.0), ("c", 20.0))
+    ]  # fmt: skip
+    name = "steady at short/64: a request is over within the lead of 2.0 s"
+    assert not _bars(report.merge([_part(rounds)]))[name]
+    assert _bars(report.merge([_part(rounds[:1])]))[name]
+
+
 def test_the_best_rival_is_another_at_each_point() -> None:
     """And another for each metric; tensor parallelism is a rival of its own."""
     rounds = []
