@@ -86,7 +86,7 @@ def candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[Tiles]]
         tile = (block_n, block_m, busy)
         # The first GEMM's channels share a scale, so they are the depth of the second one.
         inner = block_n if fp8 else depth
-        for burst in BURSTS if expected_m <= 256 else BURSTS[:1]:
+        for burst in BURSTS if expected_m <= 128 else BURSTS[:1]:
             for found, step in ((gate_up, depth), (down, inner)):
                 found.append(hopper_tiles(*tile, step, fmt, warps, per_sm, swap_ab, burst, groups))
     return list(dict.fromkeys(gate_up)), list(dict.fromkeys(down))
