@@ -37,9 +37,10 @@ def time_wide(
         for routing in routings:
             counts = ROUTINGS[routing](shape.experts, live, shape.capacity)
             masked_m = torch.tensor(counts, dtype=torch.int32, device="cuda")
-            us: dict[int | str, float] = {}
-            for captured in dict.fromkeys((*chosen, live)):
-                us[captured] = 1e6 * measure(buffers, [masked_m], launches[captured])
+            us = {
+                each: 1e6 * measure(buffers, [masked_m], launches[each])
+                for each in dict.fromkeys((*chosen, live))
+            }
             cells.append({
                 "model": MODELS[index].name, "format": weights.name, "rows": live,
                 "routing": routing, "us": us, "launch": entry_of_launch(launches[live]),

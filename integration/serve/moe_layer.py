@@ -161,13 +161,8 @@ def around_run_moe_core(original: Callable[..., Any], layer: Any, dispatch_outpu
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
 
     cfg, own_tokens = runner.config, dispatch_output.topk_ids.shape[0]
-    plan = process.current_plan()
+    expected_m, beside_m = rows_to_launch_for(process.current_metadata(), own_tokens, cfg)
     weights = expert_weights(layer)
-    expected_m, beside_m = rows_to_launch_for(
-        process.current_metadata(), own_tokens, cfg,
-        beside_prefill=plan is not None and plan.prefills_beside_decode,
-        attn_tp_size=1 if plan is None else plan.attn_tp_size,
-    )  # fmt: skip
     if weights.w13.is_cuda:  # some models give the layer its limit after it was made
         warm_up(runner.config, weights.format, weights.activation)
     rows, scales = dispatch_output.hidden_states, dispatch_output.hidden_states_scale
@@ -221,5 +216,6 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
         max_num_tokens=plan.max_dispatch_tokens_per_rank,
         activation=moe.activation,
         batch_invariant=deterministic(process.host_config()),
+        other_ranks=layer.moe_ep_size - plan.attn_tp_size if plan.prefills_beside_decode else 0,
     )
     return make_moe_runner(config, process.device_type())

@@ -21,6 +21,8 @@ class BatchedMoEConfig:
         activation: ``silu``.
         batch_invariant: one launch of the experts for every batch, so that a token gets the same
             bits in any (the host's deterministic inference); costs speed in small ones.
+        other_ranks: ranks of other DP groups that may prefill while this one replays a decode
+            graph; 0 where none does.
     """
 
     num_experts: int
@@ -31,6 +33,7 @@ class BatchedMoEConfig:
     max_num_tokens: int
     activation: str = "silu"
     batch_invariant: bool = False
+    other_ranks: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_ranks", "top_k", "hidden_size", "intermediate_size"):

@@ -43,12 +43,7 @@ class DPMetadata:
 
 
 def rows_to_launch_for(
-    metadata: DPMetadata | None,
-    own_tokens: int,
-    config: BatchedMoEConfig,
-    *,
-    beside_prefill: bool = False,
-    attn_tp_size: int = 1,
+    metadata: DPMetadata | None, own_tokens: int, config: BatchedMoEConfig
 ) -> tuple[int, int]:
     """Mean live rows per expert for which a launch of the experts is chosen, at least 1; and how
     many may come besides.
@@ -63,16 +58,14 @@ def rows_to_launch_for(
     Args:
         metadata: tokens per rank, where the host knows them.
         own_tokens: tokens that this rank dispatches, padded ones included.
-        config: the layer's shape, and T, which a group that prefills may dispatch.
-        beside_prefill: other DP groups may prefill in the same step.
-        attn_tp_size: ranks of this rank's own group, which do as it does.
+        config: the layer's shape, and who else may prefill: with up to T tokens each.
     """
     known = metadata or DPMetadata((own_tokens,) * config.num_ranks)
     rows = known.expected_rows(config.top_k, config.num_experts)
     few_experts_live = sum(known.sp_local_sizes) * config.top_k < config.num_experts
-    if not beside_prefill or few_experts_live:
+    if config.other_ranks == 0 or few_experts_live:
         return rows, 0
-    others = DPMetadata((config.max_num_tokens,) * (config.num_ranks - attn_tp_size))
+    others = DPMetadata((config.max_num_tokens,) * config.other_ranks)
     return rows, others.expected_rows(config.top_k, config.num_experts)
 
 

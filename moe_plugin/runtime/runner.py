@@ -149,7 +149,8 @@ def warm_up(config: BatchedMoEConfig, weights: Format, activation: Activation = 
         weights,
         activation,
     )
-    kernels = warmup(shape, expected_rows(config), beside_prefill=not config.batch_invariant)
+    beside_prefill = config.other_ranks > 0 and not config.batch_invariant
+    kernels = warmup(shape, expected_rows(config), beside_prefill=beside_prefill)
     seconds = time.monotonic() - started
     logger.info("moe_plugin: %d expert kernels ready after %.1f s", kernels, seconds)
     return kernels

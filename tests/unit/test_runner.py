@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moe_plugin.errors import ConfigError
@@ -70,12 +72,10 @@ def test_a_decode_graph_may_get_rows_of_groups_that_prefill_beside_it() -> None:
         num_experts=128, num_ranks=4, top_k=8, hidden_size=64, intermediate_size=64,
         max_num_tokens=1024,
     )  # fmt: skip
-    found = {
-        tokens: rows_to_launch_for(None, tokens, config, beside_prefill=True)
-        for tokens in (1, 3, 4, 64, 1024)
-    }
+    beside = replace(config, other_ranks=3)
+    found = {tokens: rows_to_launch_for(None, tokens, beside) for tokens in (1, 3, 4, 64, 1024)}
     assert found == {1: (1, 0), 3: (1, 0), 4: (1, 192), 64: (16, 192), 1024: (256, 192)}
-    joined = rows_to_launch_for(None, 64, config, beside_prefill=True, attn_tp_size=2)
+    joined = rows_to_launch_for(None, 64, replace(config, other_ranks=2))
     assert joined == (16, 128)
     assert rows_to_launch_for(None, 64, config) == (16, 0)
 

@@ -4,7 +4,11 @@ from types import SimpleNamespace
 
 from program_io import emit
 
+from moe_plugin.batched_backend import Capability
 from moe_plugin.integration.serve import moe_layer, process
+from moe_plugin.planning.plan import Plan
+
+PLAN = Plan(capability=Capability(True, ""), max_dispatch_tokens_per_rank=128)
 
 
 def made(deterministic=False, **limits):
@@ -25,7 +29,7 @@ def made(deterministic=False, **limits):
         device="cpu", enable_deterministic_inference=deterministic
     )
     try:
-        runner = moe_layer._make_runner(layer, SimpleNamespace(max_dispatch_tokens_per_rank=128))
+        runner = moe_layer._make_runner(layer, PLAN)
     except Exception as error:
         return f"{type(error).__name__} {error}"
     config = runner.config
