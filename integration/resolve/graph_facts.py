@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import ConfigError, explain
 from ...planning.device_memory import UNSET_PREFILL_GRAPH
 from ...planning.facts import GRAPH_MULTIPLE
 from ...planning.integers import ceil_to
 
+CONFIG = "--cuda-graph-config"
+"""The host's JSON, which wins over its flags."""
 BREAKABLE = "breakable"
 """The host's own choice for prefills."""
 _UNCAPTURED = ("DeepseekV4",)
 """Beginnings of the architectures whose prefills it leaves uncaptured."""
 
 
-def _named_graphs(server_args: Any, phase: str) -> dict[str, Any]:
-    """What ``--cuda-graph-config`` says of a phase."""
+def typed_config(server_args: Any) -> dict[str, dict[str, Any]]:
+    """What ``--cuda-graph-config`` says of each phase."""
     config = server_args.cuda_graph_config
-    config = config.to_dict() if hasattr(config, "to_dict") else config or {}
-    named = config.get(phase) if isinstance(config, dict) else None
-    return named if isinstance(named, dict) else {}
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    phases = config.items() if isinstance(config, dict) else ()
+    return {
+        phase: {key: value for key, value in named.items() if value is not None}
+        for phase, named in phases
+        if isinstance(named, dict)
+    }
+
+
+def _named_graphs(server_args: Any, phase: str) -> dict[str, Any]:
+    return typed_config(server_args).get(phase, {})
 
 
 def _named_backend(server_args: Any, cfg: Any, phase: str) -> str | None:
@@ -30,22 +40,44 @@ def _named_backend(server_args: Any, cfg: Any, phase: str) -> str | None:
     return backend
 
 
+class TypedSizes(NamedTuple):
+    """One place in which the user named the sizes of a phase's graphs.
+
+    Attributes:
+        flag: ``--cuda-graph-config``, or the phase's own ``--cuda-graph-bs-*`` or ``-max-bs-*``.
+        key: ``bs``, a list, or ``max_bs``, the largest.
+        value: as it was typed.
+    """
+
+    flag: str
+    key: str
+    value: Any
+
+
+def typed_sizes(server_args: Any, phase: str) -> list[TypedSizes]:
+    """Where the user named sizes for a phase; the first wins (``parse_cuda_graph_config``)."""
+    named, places = _named_graphs(server_args, phase), []
+    for key in ("bs", "max_bs"):
+        flag = f"--cuda-graph-{key.replace('_', '-')}-{phase}"
+        flagged = getattr(server_args, f"cuda_graph_{key}_{phase}", None)
+        places += [TypedSizes(CONFIG, key, named.get(key)), TypedSizes(flag, key, flagged)]
+    return [place for place in places if place.value is not None and place.value != []]
+
+
 def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int | None:
     """Largest capture size that the user named for a phase, by flag, list or JSON; of a list for
     prefills as the host rounds it (``apply_deepep_adjustments``)."""
-    named = _named_graphs(server_args, phase)
-    sizes = named.get("bs") or getattr(server_args, f"cuda_graph_bs_{phase}", None)
-    if sizes:
-        most = _largest(sizes, phase)
+    typed = next(iter(typed_sizes(server_args, phase)), None)
+    if typed is None:
+        return None
+    if typed.key == "bs":
+        most = _largest(typed.value, phase)
         return ceil_to(most, GRAPH_MULTIPLE) if phase == "prefill" else most
-    largest = named.get("max_bs")
-    if largest is None:
-        largest = getattr(server_args, f"cuda_graph_max_bs_{phase}", None)
     breakable = _named_backend(server_args, server_args, phase) in (None, BREAKABLE)
-    if phase == "prefill" and backend == "deepep" and breakable and largest == 0:
+    if phase == "prefill" and backend == "deepep" and breakable and typed.value == 0:
         # Which it takes for unset, of breakable graphs; what is filled gives way to JSON.
-        return UNSET_PREFILL_GRAPH if "max_bs" in named else None
-    return None if largest is None else int(largest)
+        return UNSET_PREFILL_GRAPH if typed.flag == CONFIG else None
+    return int(typed.value)
 
 
 def _largest(sizes: Any, phase: str) -> int:

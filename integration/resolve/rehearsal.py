@@ -7,6 +7,7 @@ so that also what it decides late is seen: page sizes, draft widths, another bac
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..flags import carry_request
 from ..host_checks import check_symbol
 from ..host_symbols import RECORD_FIELDS
 from .exported_variables import changed_environment
+from .graph_words import in_typed_words
 
 ROUNDS = 6
 _rehearsing = False
@@ -31,9 +33,11 @@ def completed_refusals(server_args: Any) -> Iterator[None]:
     try:
         yield
     except MoePluginError as error:
-        if _rehearsing or not error.rejections or check_symbol(RECORD_FIELDS) is not None:
+        if not error.rejections or check_symbol(RECORD_FIELDS) is not None:
             raise
-        found = _completed(server_args, error.rejections)
+        found = in_typed_words(server_args, error.rejections)
+        if not _rehearsing:
+            found = _completed(server_args, found)
         if found == error.rejections:
             raise
         raise refusal(found, error.plan) from error.__cause__
@@ -82,15 +86,19 @@ def _changed(server_args: Any, changes: Sequence[Change]) -> Any:
     for flag, value in changes:
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in typed:
-            typed[name] = getattr(unset, name) if value is None else _parsed(value)
+            typed[name] = getattr(unset, name) if value is None else _parsed(value, typed[name])
     record = kind(**typed)
     carry_request(server_args, record, dict(changes))
     return record
 
 
-def _parsed(value: str) -> Any:
+def _parsed(value: str, before: Any) -> Any:
     if value == "":
         return True  # a switch
+    if isinstance(before, list):
+        return [_parsed(part, None) for part in value.split()]
+    if isinstance(before, dict):
+        return json.loads(value)
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(value)

@@ -32,7 +32,7 @@ def check_final(plan: Plan, server_args: Any, cfg: Any) -> list[Rejection]:
         errors += _check_chunking(launch, server_args, budgets)
     if Mode.DECODE in modes and launch.disaggregation_mode != "prefill":
         errors += _check_requests(launch, budgets)
-    return errors + _check_captured(launch, server_args, cfg, modes)
+    return errors + _check_captured(launch, cfg, modes)
 
 
 def resolved_facts(server_args: Any, cfg: Any) -> LaunchFacts:
@@ -87,9 +87,7 @@ def _check_requests(launch: LaunchFacts, budgets: Sequence[RowBudget]) -> list[R
     return [Rejection(ROWS, f"{budget.name} unset", allowed, " ".join(change), (change,))]
 
 
-def _check_captured(
-    launch: LaunchFacts, server_args: Any, cfg: Any, modes: Collection[Mode]
-) -> list[Rejection]:
+def _check_captured(launch: LaunchFacts, cfg: Any, modes: Collection[Mode]) -> list[Rejection]:
     """A phase that captures graphs must have sizes to capture, or the host asserts."""
     errors, config, role = [], cfg.cuda_graph_config, launch.disaggregation_mode
     prefill_graphs = Mode.EXTEND in modes and role != "decode" and launch.prefill_graphs
@@ -104,9 +102,5 @@ def _check_captured(
             sizes = [*sizes, pool]
         captured = [n for n in sizes if n <= pool and n % launch.capture_multiple == 0]
         if min(captured, default=0) <= 0:
-            error = nothing_to_capture(launch, "decode", max(sizes, default=0))
-            if getattr(server_args, "cuda_graph_bs_decode", None):
-                gone = (("--cuda-graph-bs-decode", None),)
-                error = replace(error, changes=(*gone, *error.changes))
-            errors.append(error)
+            errors.append(nothing_to_capture(launch, "decode", max(sizes, default=0)))
     return errors

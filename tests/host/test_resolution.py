@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -345,7 +346,7 @@ def test_a_cap_is_lowered_again_when_a_wider_draft_comes_to_light(
         ),
         (
             ("--cuda-graph-bs-decode", "3", "5"),
-            [["--cuda-graph-bs-decode", None], ["--cuda-graph-max-bs-decode", "2"]],
+            [["--cuda-graph-bs-decode", "2"]],
         ),
     ],
 )
@@ -358,6 +359,51 @@ def test_sizes_that_leave_nothing_to_capture_are_refused(
     """
     answer = launch("--tp-size", "2", *LL, *flags)
     assert [error["changes"] for error in answer["errors"]] == [changes]
+
+
+GRAPHS = "--cuda-graph-config"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told", "instead"),
+    [
+        (
+            ("--cuda-graph-bs-decode", "1", "8", "4096"),
+            "--cuda-graph-bs-decode 1 8 4096: 4096 = 4096 rows per rank",
+            ("--cuda-graph-bs-decode", "1", "8", "256"),
+        ),
+        (
+            (GRAPHS, '{"decode": {"bs": [1, 4096], "max_bs": 4096}, "prefill": {"max_bs": 4096}}'),
+            '--cuda-graph-config {"decode": {"bs": [1, 4096]}}: 4096 = 4096 rows per rank',
+            (GRAPHS, '{"decode": {"bs": [1, 256], "max_bs": 256}, "prefill": {"max_bs": 256}}'),
+        ),
+        (
+            ("--cuda-graph-bs-decode", "1", "4096", GRAPHS, '{"decode": {"max_bs": 4096}}'),
+            "--cuda-graph-bs-decode 1 4096: 4096 = 4096 rows per rank",
+            ("--cuda-graph-bs-decode", "1", "256", GRAPHS, '{"decode": {"max_bs": 256}}'),
+        ),
+        (
+            (GRAPHS, '{"decode": {"max_bs": 0}, "prefill": {"max_bs": 64}}'),
+            '--cuda-graph-config {"decode": {"max_bs": 0}}: 0, which leaves graphs on',
+            (GRAPHS, '{"prefill": {"max_bs": 64}}', "--disable-decode-cuda-graph"),
+        ),
+        (
+            (GRAPHS, '{"decode": {"max_bs": 0}}'),
+            '--cuda-graph-config {"decode": {"max_bs": 0}}: 0, which leaves graphs on',
+            ("--disable-decode-cuda-graph",),
+        ),
+    ],
+)
+def test_sizes_are_refused_in_the_words_in_which_they_were_typed(
+    launch: Launch, typed: tuple[str, ...], told: str, instead: tuple[str, ...]
+) -> None:
+    """A list, and JSON, win over the flag that the plan speaks of: the fix is made where they are,
+    and with it the launch is not refused."""
+    answer = launch(*TP8, *LL, *T256, *typed)
+    assert any(told in error["got"] for error in answer["errors"])
+    words = {word for error in answer["errors"] for word in shlex.split(error["fix"])}
+    assert set(instead) <= words
+    assert launch(*TP8, *LL, *T256, *instead)["ok"]
 
 
 def test_a_list_of_prefill_sizes_is_counted_as_the_host_rounds_it(launch: Launch) -> None:
