@@ -96,21 +96,27 @@ def packed_candidates(shape: Shape, expected_m: int) -> tuple[list[Tiles], list[
     """The same where weights are dequantised in registers: they are the wide operand; a warp
     dequantises 16 or 32 channels of each tile."""
     exact, fmt = row_tile(expected_m), shape.format
-    # block_n, block_m, block_m_busy, warps, per_sm
-    tiles: list[tuple[int, int, int, int, int]] = []
+    # block_n, block_m, block_m_busy, block_k, warps, per_sm
+    tiles: list[tuple[int, int, int, int, int, int]] = []
     if expected_m <= 64:
-        tiles += [(128, exact, 64, 8, 1), (64, exact, 64, 4, 2), (64, exact, 64, 4, 1)]
+        tiles += [(64, exact, 64, PACKED_STEP, 4, 2), (64, exact, 64, PACKED_STEP, 4, 1)]
     if expected_m <= 32:
-        tiles += [(64, exact, 32, 4, 2), (64, exact, 32, 4, 1), (128, exact, 32, 8, 1)]
-    if exact == 32:  # two heights of twice the channels per warp would be serialised
-        tiles.append((128, 32, 32, 4, 1))
+        tiles += [(64, exact, 32, PACKED_STEP, 4, 2), (64, exact, 32, PACKED_STEP, 4, 1)]
+    if expected_m <= 32 and fmt.group_size < PACKED_STEP:
+        # Twice the channels on half the depth: each row is read half as often.
+        tiles += [
+            (128, exact, busy, PACKED_STEP // 2, 4, 2) for busy in sorted({max(16, exact), 32})
+        ]
     if expected_m >= 32:
-        tiles += [(64, min(exact, 64), 128, 4, 1), (128, 64, 64, 8, 1), (64, 64, 64, 4, 2)]
+        tiles += [
+            (64, min(exact, 64), 128, PACKED_STEP, 4, 1), (128, 64, 64, PACKED_STEP, 8, 1),
+            (64, 64, 64, PACKED_STEP, 4, 2),
+        ]  # fmt: skip
     if expected_m >= 64:
-        tiles.append((64, 128, 128, 4, 1))
+        tiles.append((64, 128, 128, PACKED_STEP, 4, 1))
     found = [
-        hopper_tiles(n, m, busy, PACKED_STEP, fmt, warps, per_sm, burst=burst, scale_sums=sums)
-        for n, m, busy, warps, per_sm in tiles
+        hopper_tiles(n, m, busy, depth, fmt, warps, per_sm, burst=burst, scale_sums=sums)
+        for n, m, busy, depth, warps, per_sm in tiles
         for burst in (BURSTS if expected_m <= 64 else BURSTS[:1])
         # With 32 channels a warp, sums beside their scales leave too few registers.
         for sums in ((False, True) if sums_scaled(fmt, busy) and n == 16 * warps else (False,))
