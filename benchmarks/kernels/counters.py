@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import MODELS, model_shape
+from cases import MODELS, PACKED_MODELS, model_shape
 from deepgemm import layer_call
 from environment import environment
 from kernel_cases import ROUTINGS
+from packed import shape_of
 
 from moe_plugin.kernels.experts import batched_experts
 from moe_plugin.kernels.formats import BF16, FORMATS, FP8_BLOCK
@@ -44,7 +45,8 @@ INNER_LIMIT_S = 280
 def inner(model: int, name: str, rows: int, routing: str) -> None:
     """Under `ncu`: one layer of ours and one of DeepGEMM's, where it has the format; compiled
     before counters are read."""
-    shape = model_shape(model, FORMATS[name], rows)
+    fmt = FORMATS[name]
+    shape = shape_of(model, fmt) if fmt.packed else model_shape(model, fmt, rows)
     buffers = Buffers.create(shape)
     counts = torch.tensor(ROUTINGS[routing](shape.experts, rows, shape.capacity), device="cuda")
     counts = counts.to(torch.int32)
@@ -82,7 +84,7 @@ def main() -> None:
     """Every cell that is asked for, a process each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", type=int, default=0)
+    parser.add_argument("--model", type=int, default=0, help="as in stages bars and packed")
     parser.add_argument("--format", choices=FORMATS, default="fp8_block")
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--routing", choices=ROUTINGS, default="uniform")
@@ -91,9 +93,10 @@ def main() -> None:
     if args.inner:
         inner(args.model, args.format, args.rows[0], args.routing)
         return
+    models = PACKED_MODELS if FORMATS[args.format].packed else MODELS
     report: dict[str, Any] = {
         "command": "python3 counters.py " + " ".join(sys.argv[1:]), "environment": environment(),
-        "model": MODELS[args.model].name, "format": args.format, "routing": args.routing,
+        "model": models[args.model].name, "format": args.format, "routing": args.routing,
         "rows": {},
     }  # fmt: skip
     options = [part for section in SECTIONS for part in ("--section", section)]
