@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from ..envs import DISABLE, USE_BATCHED_DP_MOE
-from ..errors import ConfigError, HostMismatchError
+from ..errors import ConfigError, HostMismatchError, MoePluginError
 from . import flags, host_checks, host_symbols, scheduler_symbols
 from .status import STATUS
 
@@ -47,16 +47,17 @@ def register() -> None:
     """Entry point of group ``sglang.srt.plugins``: cheap, idempotent, all or nothing."""
     if STATUS.state != "not loaded":
         return
-    if DISABLE.read():
-        STATUS.state = "disabled"
-        STATUS.reasons = [f"{DISABLE.name} is set"]
-        _register_inert()
-        return
     try:
+        if DISABLE.read():
+            STATUS.state = "disabled"
+            STATUS.reasons = [f"{DISABLE.name} is set"]
+            _register_inert()
+            return
         STATUS.reasons = _install(runtime=_is_scheduler_process())
-    except Exception as error:  # a module of the host, or of ours, does not import here
+    except Exception as error:  # a mistyped switch, or a module that does not import here
         logger.debug("moe_plugin: registering failed", exc_info=True)
-        STATUS.reasons = [f"{type(error).__name__}: {error}"]
+        ours = isinstance(error, MoePluginError)
+        STATUS.reasons = [str(error) if ours else f"{type(error).__name__}: {error}"]
     if STATUS.reasons:
         STATUS.state = "unsupported"
         logger.warning("moe_plugin is not active: %s", "; ".join(STATUS.reasons))
@@ -87,10 +88,9 @@ def refuse_if_asked(request: flags.Request) -> None:
     if request.switch != "on" or STATUS.state == "active":
         return
     why = "; ".join(STATUS.reasons) or STATUS.state
-    text = (
-        f"{request.switch_source} is on, but moe_plugin is {STATUS.state}: {why}. Fix: remove it "
-        f"(or set {flags.SWITCH_FLAG} off), or remove the cause"
-    )
+    text = f"{request.switch_source} is on, but moe_plugin is {STATUS.state}: {why}"
+    if "Fix: " not in why:
+        text += f". Fix: remove it (or set {flags.SWITCH_FLAG} off), or remove the cause"
     raise ConfigError(text) if STATUS.state == "disabled" else HostMismatchError(text)
 
 

@@ -53,26 +53,23 @@ def parse_max_tokens(text: str) -> int:
 
 
 def parse_bool(text: str) -> bool:
-    """``1``/``true``/``on``/``yes`` or ``0``/``false``/``off``/``no``; anything else raises."""
+    """``1``/``true``/``on``/``yes`` or ``0``/``false``/``off``/``no``.
+
+    Raises:
+        ValueError: anything else; what is allowed.
+    """
     word = text.strip().lower()
     if word in ("1", "true", "on", "yes"):
         return True
     if word in ("0", "false", "off", "no", ""):
         return False
-    raise ConfigError(explain("switch", got=repr(text), allowed="1 or 0", fix="use 1 or 0"))
+    raise ValueError("1 or 0")
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in allowed:
-            raise ConfigError(
-                explain(
-                    "choice",
-                    got=repr(text),
-                    allowed=f"one of {list(allowed)}",
-                    fix=f"use {allowed[0]}",
-                )
-            )
+            raise ValueError(", ".join(allowed))
         return text
 
     return parse
@@ -85,7 +82,7 @@ class Variable(Generic[T]):
     Attributes:
         name: the variable.
         default: its value when unset.
-        parse: text -> value; raises ConfigError.
+        parse: text -> value; raises ConfigError, or ValueError with what is allowed.
         doc: one line of documentation.
     """
 
@@ -107,6 +104,10 @@ class Variable(Generic[T]):
             return self.parse(text)
         except ConfigError as error:
             raise ConfigError(f"{self.name}: {error}") from None
+        except ValueError as error:
+            raise ConfigError(
+                explain(self.name, got=repr(text), allowed=str(error), fix=f"unset {self.name}")
+            ) from None
 
 
 DISABLE = Variable(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from .blame import host_rejection, internal, raised_by_us
 Draw = Callable[[Sequence[Sequence[str]]], str]
 """How a table is shown; its first row is the head."""
 _MODULE = "sglang.launch_server"
+_EXPLAINED = re.compile(r"(.+?): got (.+), allowed (.+)\. Fix: (.+)", re.DOTALL)
 RESOLVED = (
     "chunked_prefill_size",
     "max_running_requests",
@@ -144,9 +146,11 @@ def _resolve(record: Any) -> tuple[Plan, dict[str, Any] | None]:
 
 
 def _rejection(error: MoePluginError) -> Rejection:
-    """An error of ours that lists no rejections: its message says everything."""
-    text, _, fix = str(error).partition(". Fix: ")
-    return Rejection("moe_plugin", text, "see the fix", fix or "moe-plugin doctor")
+    """An error of ours that lists no rejections, taken apart again (``explain``)."""
+    told = _EXPLAINED.fullmatch(str(error))
+    if told is not None:
+        return Rejection(*told.groups())
+    return Rejection("moe_plugin", str(error), "a launch that it can plan", "moe-plugin doctor")
 
 
 class _Notes(logging.Handler):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ...errors import ConfigError, explain
 from ...planning.device_memory import UNSET_PREFILL_GRAPH
 from ...planning.facts import GRAPH_MULTIPLE
 from ...planning.integers import ceil_to
+from ...planning.plan import Rejection, refusal
 
 CONFIG = "--cuda-graph-config"
 """The host's JSON, which wins over its flags."""
@@ -71,7 +71,7 @@ def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int |
     if typed is None:
         return None
     if typed.key == "bs":
-        most = _largest(typed.value, phase)
+        most = _largest(typed, phase)
         return ceil_to(most, GRAPH_MULTIPLE) if phase == "prefill" else most
     breakable = _named_backend(server_args, server_args, phase) in (None, BREAKABLE)
     if phase == "prefill" and backend == "deepep" and breakable and typed.value == 0:
@@ -80,18 +80,15 @@ def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int |
     return int(typed.value)
 
 
-def _largest(sizes: Any, phase: str) -> int:
+def _largest(typed: TypedSizes, phase: str) -> int:
     try:
-        return max(map(int, sizes))
+        return max(map(int, typed.value))
     except (TypeError, ValueError):
-        raise ConfigError(
-            explain(
-                f"batches to capture for {phase}",
-                got=f"{sizes}",
-                allowed="a list of whole numbers",
-                fix=f"--cuda-graph-config or --cuda-graph-bs-{phase}",
-            )
-        ) from None
+        got = f"{typed.flag}: {typed.value!r}"
+        fix = f"a list there, such as [1, 2, 4], or leave the sizes of {phase} out"
+        limit = f"batches to capture for {phase}"
+        error = Rejection(limit, got, "a list of whole numbers", fix, kind="config")
+        raise refusal([error]) from None
 
 
 def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:

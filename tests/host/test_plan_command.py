@@ -130,6 +130,21 @@ def test_a_server_without_us_is_planned_without_us(
     assert f"{why}. {WITHOUT}" in answer["text"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "allowed"),
+    [("MOE_PLUGIN_TRANSPORT", "auto, deepep, torch"), ("MOE_PLUGIN_MIXED_CHUNKS", "1 or 0")],
+)
+def test_a_mistyped_variable_of_ours_is_one_refusal(
+    models: dict[str, str], variable: str, allowed: str
+) -> None:
+    """With what it may be, and the variable that fixes it."""
+    code, answer = plan_json("--model-path", models["qwen3"], *ON, **{variable: "maybe"})
+    assert code == 2
+    (error,) = answer["errors"]
+    assert (error["limit"], error["got"], error["allowed"]) == (variable, "'maybe'", allowed)
+    assert error["fix"] == f"unset {variable}"
+
+
 def test_our_flags_on_a_server_without_us_are_unknown(models: dict[str, str]) -> None:
     """As they are to that server, and the variable is to blame."""
     done = run("plan", "--model-path", models["qwen3"], *ON, SGLANG_PLUGINS="other")

@@ -78,6 +78,11 @@ def test_excluded_and_disabled_plugins_leave_the_host_as_it_was(model: Path) -> 
     [
         ({"SGLANG_PLUGINS": "moe_plugin_cpu"}, "unrecognized arguments: --use-batched-dp-moe on"),
         ({"MOE_PLUGIN_DISABLE": "1"}, "moe_plugin is disabled: MOE_PLUGIN_DISABLE is set. Fix:"),
+        (
+            {"MOE_PLUGIN_DISABLE": "perhaps"},
+            "moe_plugin is unsupported: MOE_PLUGIN_DISABLE: got 'perhaps', allowed 1 or 0. "
+            "Fix: unset MOE_PLUGIN_DISABLE",
+        ),
     ],
 )
 def test_on_without_the_plugin_refuses_to_start(model: Path, env: dict, message: str) -> None:
