@@ -103,11 +103,20 @@ def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
         return bool(backend != "disabled")
     if getattr(cfg, "disable_cuda_graph", False):
         return False
-    if phase == "prefill" and (
-        cfg.pp_size > 1 or cfg.enable_two_batch_overlap or getattr(cfg, "dcp_size", 1) > 1
-    ):
-        return False  # the host captures none there by itself
+    if phase == "prefill" and _leaves_prefills_out(server_args, cfg):
+        return False
     return not getattr(cfg, f"disable_{phase}_cuda_graph", False)
+
+
+def _leaves_prefills_out(server_args: Any, cfg: Any) -> bool:
+    """Whether the host captures no prefills of the launch by itself, whatever else it decides."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    if cfg.pp_size > 1 or cfg.enable_two_batch_overlap or getattr(cfg, "dcp_size", 1) > 1:
+        return True
+    model = model_config_of(server_args)
+    replays = getattr(model, "is_multimodal_breakable_cuda_graph_supported", True)
+    return bool(model.is_multimodal and not replays)
 
 
 def prefill_graphs(server_args: Any, cfg: Any, backend: str) -> bool:

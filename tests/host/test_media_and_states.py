@@ -114,12 +114,11 @@ def fraction(answer: dict[str, Any]) -> float:
 def test_the_plan_knows_what_the_host_keeps_for_towers(
     worker: Worker, models: dict[str, str], flags: tuple[str, ...]
 ) -> None:
-    """Before the host decides it. Prefill graphs, which it does not capture for this model, are
-    another matter."""
-    eager = "--disable-prefill-cuda-graph"
-    argv = ["--model-path", models["vl"], *TP8, *LL, eager, *flags]
+    """Before the host decides it; and that it captures no prefills of this model."""
+    argv = ["--model-path", models["vl"], *TP8, *LL, *flags]
     stock, ours = worker.ask([{"argv": [*argv, *OFF]}, {"argv": argv}])
     assert ours["ok"], ours["error"]
+    assert ours["plan"]["cuda_graph_max_bs_prefill"] == 0
     memory = ours["plan"]["memory"]
     assert memory["stock_fraction"] == pytest.approx(fraction(stock), abs=0.0011)
     assert (memory["towers_bytes"] > 0) == (not flags or flags[0] == "--attn-dp-size")
