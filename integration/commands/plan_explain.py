@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError, explain
+from ...planning.plan import T_NAME
 
-TOKENS = "max_dispatch_tokens_per_rank"
 _SOURCES = {
     "user": "typed",
     "default": "a default",
@@ -42,10 +42,10 @@ def explained(answer: dict[str, Any], name: str) -> dict[str, Any]:
                 "--explain",
                 got=repr(name),
                 allowed=f"one of {', '.join(allowed)}",
-                fix=f"--explain {TOKENS}" if budgets else "plan a launch that is batched",
+                fix=f"--explain {T_NAME}" if budgets else "plan a launch that is batched",
             )
         )
-    tokens = next((b for b in budgets if b["name"] == TOKENS and b is not found[0]), None)
+    tokens = next((b for b in budgets if b["name"] == T_NAME and b is not found[0]), None)
     resolved = (answer["resolved"] or {}).get(found[0]["name"])
     return {**found[0], "follows_from": tokens, "resolved": resolved, "verdict": answer["verdict"]}
 

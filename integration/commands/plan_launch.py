@@ -149,7 +149,8 @@ def _rejection(error: MoePluginError) -> Rejection:
     """An error of ours that lists no rejections, taken apart again (``explain``)."""
     told = _EXPLAINED.fullmatch(str(error))
     if told is not None:
-        return Rejection(*told.groups())
+        limit, got, allowed, fix = told.groups()
+        return Rejection(limit, got, allowed, fix)
     return Rejection("moe_plugin", str(error), "a launch that it can plan", "moe-plugin doctor")
 
 

@@ -7,6 +7,9 @@ from typing import Any
 from ...planning.plan import Plan
 from .graph_facts import explicit_graph_max
 
+SOURCE = "moe_plugin"
+"""Who declares them, in the host's log of resolutions."""
+
 
 def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
     """The values that the user left unset, and the cap that the plan lowered, as declarations."""

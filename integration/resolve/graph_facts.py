@@ -125,7 +125,9 @@ def prefill_graphs(server_args: Any, cfg: Any, backend: str) -> bool:
     return graphs_enabled(server_args, cfg, "prefill") and (named or backend) in ("deepep", named)
 
 
-def captures_prefills(server_args: Any, cfg: Any, capability: tuple[int, int] | None) -> bool:
+def surely_captures_prefills(
+    server_args: Any, cfg: Any, capability: tuple[int, int] | None
+) -> bool:
     """Whether nothing keeps the host from capturing breakable prefill graphs, its own choice: no
     backend that was named, and none of ``disable_breakable_cudagraph_if_incompatible``,
     ``disable_prefill_cuda_graph_for_deepseek_trtllm_mla`` and ``capture_prefill_graph``."""

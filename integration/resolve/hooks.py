@@ -23,7 +23,7 @@ from ..attached_plan import attach_plan, note_decided, plan_of, take_decided
 from ..flags import requested
 from ..host_checks import newer_than_tested
 from .exported_variables import export_variables, withdraw_variables
-from .fills import fills_of
+from .fills import SOURCE, fills_of
 from .foresight import foresee
 from .installation import foreign_device, runtime_problems, schedulers_are_ray_actors
 from .launch_plan import plan_for
@@ -35,8 +35,6 @@ from .selection import not_batched, select_backend
 from .verification import verify
 
 logger = logging.getLogger(__name__)
-
-SOURCE = "moe_plugin"
 
 Step = Callable[[Any], None]
 Found = TypeVar("Found")

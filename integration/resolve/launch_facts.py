@@ -14,7 +14,12 @@ from ...planning.facts import LaunchFacts
 from ...planning.limits import Limits
 from ..flags import requested
 from .draft_facts import draft_has_routed_moe, draft_shape, draft_width, own_draft
-from .graph_facts import captures_prefills, explicit_graph_max, graphs_enabled, prefill_graphs
+from .graph_facts import (
+    explicit_graph_max,
+    graphs_enabled,
+    prefill_graphs,
+    surely_captures_prefills,
+)
 from .host_environment import environment_bool, environment_int
 from .host_runners import batched_runners, is_foreign
 from .lora_facts import adapts_experts
@@ -159,7 +164,7 @@ def launch_facts(
         page_size=max(1, int(cfg.page_size or 1)),
         decode_graphs=graphs_enabled(server_args, cfg, "decode"),
         prefill_graphs=prefill_graphs(server_args, cfg, a2a.name),
-        captures_prefills=captures_prefills(server_args, cfg, capability),
+        surely_captures_prefills=surely_captures_prefills(server_args, cfg, capability),
         required=request.switch == "on",
         max_tokens=request.max_tokens,
         max_tokens_source=request.max_tokens_source,

@@ -13,7 +13,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ...planning.plan import Plan
+from ...planning.plan import T_NAME, Plan
+from .fills import SOURCE
+from .launch_facts import attn_dp_size
 
 ROUNDING = 0.0011
 """Between two fractions of three digits that mean the same bytes."""
@@ -27,9 +29,10 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
     memory = plan.memory
     if memory is None or server_args.mem_fraction_static is not None:
         return plan
-    chosen = float(resolving_view(server_args).mem_fraction_static)
+    cfg = resolving_view(server_args)
+    chosen = float(cfg.mem_fraction_static)
     if _sized_after_capture(server_args):
-        eager = plan.workspace_bytes if plan.bounds_prefill or not _captures_decode(plan) else 0
+        eager = plan.workspace_bytes if plan.runs_eagerly(attn_dp_size(cfg)) else 0
         fraction = math.floor((chosen - eager / memory.usable_bytes) * 1000) / 1000
         ours, taken = eager, memory.buffer_bytes + memory.workspace_bytes - eager
     else:
@@ -42,7 +45,7 @@ def reserve(server_args: Any, plan: Plan) -> Plan:
     taken += memory.weights_bytes + memory.media_bytes
     left = int(memory.usable_bytes * fraction) - taken
     memory = replace(memory, mem_fraction_static=fraction).with_room(left)
-    declare_resolution(server_args, "moe_plugin", mem_fraction_static=fraction)
+    declare_resolution(server_args, SOURCE, mem_fraction_static=fraction)
     return replace(plan, reserved_bytes=ours, memory=memory)
 
 
@@ -50,18 +53,14 @@ def carried(plan: Plan, planned: Plan | None) -> Plan:
     """``plan`` of the resolved launch, with what memory decided before anything was resolved."""
     if planned is None:
         return plan
-    name, tokens = "max_dispatch_tokens_per_rank", plan.max_dispatch_tokens_per_rank
+    tokens = plan.max_dispatch_tokens_per_rank
     before = {budget.name: budget for budget in planned.budgets}
     budgets = plan.budgets
-    if name in before and before[name].value == tokens:
-        budgets = tuple(before[name] if b.name == name else b for b in plan.budgets)
+    if T_NAME in before and before[T_NAME].value == tokens:
+        budgets = tuple(before[T_NAME] if b.name == T_NAME else b for b in plan.budgets)
     return replace(
         plan, reserved_bytes=planned.reserved_bytes, memory=planned.memory, budgets=budgets
     )
-
-
-def _captures_decode(plan: Plan) -> bool:
-    return plan.bounds_decode and plan.cuda_graph_max_bs_decode > 0
 
 
 def _sized_after_capture(server_args: Any) -> bool:

@@ -12,6 +12,7 @@ from ...planning.memory import gib
 from ...planning.memory_use import recounted
 from ...planning.plan import Change, Plan, Rejection, refusal
 from ..flags import requested
+from .fills import SOURCE
 from .graph_facts import explicit_graph_max
 from .launch_facts import attn_dp_size, launch_facts
 from .launch_plan import plan_for
@@ -108,7 +109,7 @@ def _refill(server_args: Any, plan: Plan, cfg: Any) -> None:
 
             lower["cuda_graph_config"] = with_phase(config, "decode", max_bs=most, bs=sizes)
     if lower:
-        declare_resolution(server_args, "moe_plugin", **lower)
+        declare_resolution(server_args, SOURCE, **lower)
 
 
 def _flipped(cfg: Any, capability: Capability) -> Rejection:

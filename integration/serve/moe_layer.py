@@ -126,7 +126,7 @@ def around_moe_forward(
     graph waits for Python at no layer.
     """
     plan = process.current_plan()
-    if plan is None or not plan.captures_prefill or not _in_prefill_graph():
+    if plan is None or not plan.captures_moe_in_prefills or not _in_prefill_graph():
         return original(layer, hidden_states, topk_output)
     from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
 
@@ -214,7 +214,6 @@ def _make_runner(layer: Any, plan: Plan) -> BatchedMoERunner:
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size_per_partition,
         max_num_tokens=plan.max_dispatch_tokens_per_rank,
-        activation=moe.activation,
         batch_invariant=deterministic(process.host_config()),
         other_ranks=layer.moe_ep_size - plan.attn_tp_size if plan.prefills_beside_decode else 0,
     )

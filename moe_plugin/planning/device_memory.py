@@ -44,10 +44,9 @@ class Runtime(NamedTuple):
 
 def topology(launch: LaunchFacts, facts: MemoryFacts) -> Topology:
     """How this launch divides weights."""
-    attn_tp = max(1, launch.tp_size // launch.attn_dp_size // launch.attn_cp_size)
     return Topology(
         ranks=launch.tp_size,
-        attn_tp=attn_tp,
+        attn_tp=launch.attention_ranks,
         stages=launch.pp_size,
         redundant_experts=launch.redundant_experts,
         whole_dense=facts.whole_dense,
@@ -92,9 +91,8 @@ def pools(plan: Plan, launch: LaunchFacts) -> int:
     """Allocator pools that hold a workspace: that of captured graphs, which decode and prefill
     share, and the ordinary one for forwards that fit no graph."""
     decode_graphs = plan.bounds_decode and launch.decode_graphs
-    past_graphs = plan.max_running_requests > plan.cuda_graph_max_bs_decode * launch.attn_dp_size
-    eager = plan.bounds_prefill or not launch.decode_graphs or past_graphs
-    captured = decode_graphs or (plan.captures_prefill and launch.prefill_graphs)
+    eager = plan.runs_eagerly(launch.attn_dp_size) or not launch.decode_graphs
+    captured = decode_graphs or (plan.captures_moe_in_prefills and launch.prefill_graphs)
     return int(eager) + int(captured)
 
 
@@ -229,7 +227,7 @@ def least_runtime(
         graphs += joined * 4 * weights.shape.vocabulary  # logits, gathered and joined
         if groups > 1 and not facts.whole_dense:
             graphs += rows * groups * 12 * weights.shape.hidden
-    if launch.prefill_graphs and plan.captures_prefill:
+    if launch.prefill_graphs and plan.captures_moe_in_prefills:
         sizes = prefill_sizes(plan.cuda_graph_max_bs_prefill)
         graphs += MLA_PREFILL_GRAPHS if facts.mla else 8 * MIB * sizes
     return Runtime(activations, graphs)

@@ -9,7 +9,7 @@ from .facts import GRAPH_MULTIPLE, LaunchFacts
 from .integers import floor_to
 from .limits import Limits
 from .memory import gib
-from .plan import Budget, Plan, Source
+from .plan import T_NAME, Budget, Plan, Source
 from .row_budgets import RowBudget
 
 
@@ -56,7 +56,7 @@ def _tokens_per_rank(
         limits.max_tokens, plan.token_multiple
     )
     return Budget(
-        "max_dispatch_tokens_per_rank",
+        T_NAME,
         plan.max_dispatch_tokens_per_rank,
         source,
         f"<= {most} " + (f"({limits.name} cap)" if bound else "(buffer bytes)"),

@@ -92,7 +92,7 @@ class LaunchFacts:
         page_size: KV-cache page, tokens; the host wants chunks in whole pages.
         decode_graphs: decode CUDA graphs are captured.
         prefill_graphs: prefill CUDA graphs are captured.
-        captures_prefills: the host captures them for certain, and breakable ones.
+        surely_captures_prefills: the host captures them for certain, and breakable ones.
         required: ``--use-batched-dp-moe on``: what T cannot carry is refused. Under ``auto`` caps
             that the host would take are lowered instead.
         max_tokens: T as our flag or variable says.
@@ -173,7 +173,7 @@ class LaunchFacts:
     page_size: int = 1
     decode_graphs: bool = True
     prefill_graphs: bool = True
-    captures_prefills: bool = True
+    surely_captures_prefills: bool = True
     required: bool = True
     max_tokens: int | None = None
     max_tokens_source: str = "--batched-dp-moe-max-tokens"
@@ -224,10 +224,11 @@ class LaunchFacts:
     @property
     def attn_tp_size(self) -> int:
         """Ranks that one DP group's rows are scattered over before a dispatch."""
-        return 1 if self.whole_rows else self._attention_ranks
+        return 1 if self.whole_rows else self.attention_ranks
 
     @property
-    def _attention_ranks(self) -> int:
+    def attention_ranks(self) -> int:
+        """Attention-TP ranks of a DP group."""
         return max(1, self.tp_size // self.attn_dp_size // self.attn_cp_size)
 
     @property
@@ -245,7 +246,7 @@ class LaunchFacts:
     @property
     def host_alignment(self) -> int:
         """``get_cuda_graph_batch_size_alignment`` of the host with gathered buffers."""
-        ranks = self._attention_ranks if self.scattered_graphs else self.attn_tp_size
+        ranks = self.attention_ranks if self.scattered_graphs else self.attn_tp_size
         alignment = ranks * (2 if self.two_batch_overlap else 1)
         if alignment % self.attn_cp_size:
             alignment *= self.attn_cp_size

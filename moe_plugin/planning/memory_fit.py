@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from .device_memory import stock_graph
 from .facts import LaunchFacts, ModelFacts
@@ -14,22 +15,37 @@ from .limits import DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP, HOST_TOKENS_P
 from .memory import gib
 from .memory_record import Memory
 from .memory_use import facts_of, fits, memory_of, states_room
-from .plan import Plan
+from .plan import T_NAME, Plan
 
 GRAPH_CAPS = (512, 256, 128, 64, 32)
 """Largest decode graphs that are tried, in this order, where what T allows is too much."""
 SMALLER = (128, 64)
 LARGER = (1024, 512)
-TRIES = (
-    (128, False, True),
-    (128, False, False),
-    (128, True, False),
-    (0, False, False),
-    (0, True, False),
-)
-"""(least T, at the least that runs, with a KV cache as large as the stock host's), in order."""
 LEAST_TOKENS = 64
-TOKENS = "max_dispatch_tokens_per_rank"
+
+
+class Try(NamedTuple):
+    """What a plan may be, to fit.
+
+    Attributes:
+        least_tokens: the smallest T.
+        lean: what is kept for graphs and activations is the least that runs.
+        like_stock: its KV cache is as large as the stock host's.
+    """
+
+    least_tokens: int
+    lean: bool
+    like_stock: bool
+
+
+TRIES = (
+    Try(128, lean=False, like_stock=True),
+    Try(128, lean=False, like_stock=False),
+    Try(128, lean=True, like_stock=False),
+    Try(LEAST_TOKENS, lean=False, like_stock=False),
+    Try(LEAST_TOKENS, lean=True, like_stock=False),
+)
+"""In this order."""
 DECODES_ONLY = f"decode rows only: what the values below need, at least {LEAST_TOKENS}"
 GROWTH_SHARE = 10
 """T grows where its bytes take at most one tenth of the KV cache that the default would leave."""
@@ -93,13 +109,13 @@ def _by_role(build: Build, launch: LaunchFacts) -> int | None:
 
 
 def _tokens_source(plan: Plan) -> str:
-    return next((b.source for b in plan.budgets if b.name == TOKENS), "")
+    return next((b.source for b in plan.budgets if b.name == T_NAME), "")
 
 
 def _because(plan: Plan, reason: str) -> Plan:
     """``plan`` with the reason for its T beside it."""
     budgets = [
-        replace(budget, source="derived", arithmetic=reason) if budget.name == TOKENS else budget
+        replace(budget, source="derived", arithmetic=reason) if budget.name == T_NAME else budget
         for budget in plan.budgets
     ]
     return replace(plan, budgets=tuple(budgets))

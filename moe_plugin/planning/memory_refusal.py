@@ -94,7 +94,7 @@ def _stock_overruns(
         max_running_requests=running,
         cuda_graph_max_bs_decode=hosts_graph(launch, facts, running or 0),
         cuda_graph_max_bs_prefill=prefill,
-        prefill_graphs=launch.prefill_graphs and launch.captures_prefills,
+        prefill_graphs=launch.prefill_graphs and launch.surely_captures_prefills,
     )
     runs = {"chunked_prefill_size"}
     if not launch.two_batch_overlap:  # it dispatches a captured batch in halves

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from .device_memory import (
+    Runtime,
     above_floor,
     draft_bytes,
     least_runtime,
@@ -33,36 +34,23 @@ UNKNOWN_WEIGHTS = 4
 def memory_of(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool = False) -> Memory:
     """The memory of a plan; with ``lean`` at the least that runs instead of by the host's rule."""
     facts = facts_of(launch)
-    rule = planned_rule(plan, launch, facts, launch.draft_width)
-    least = least_runtime(plan, launch, facts, model.weights, model.context_length)
     workspace = pools(plan, launch) * plan.workspace_bytes
-    prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
-    hosts = planned_rule(plan, launch, facts, launch.typed_draft_tokens)
-    host = round(1 - with_guess(launch, facts, hosts, prefill) / facts.device_bytes, 3)
+    host = _host_fraction(plan, launch, facts)
     towers = 0
     if facts.fraction is None:
         towers = math.ceil(facts.usable_bytes * host * (1 - facts.tower_factor))
-    ours = plan.rdma_device_bytes + workspace + towers
-    by_rule = above_floor(sum(rule), facts) + ours
+    weights, loading, stock_weights = _weights(model, launch, facts)
     stock = round(1 - stock_kept(launch, facts) / facts.device_bytes, 3) * facts.tower_factor
-    leanest = rounded_fraction(sum(least) + ours, facts)
-    weights = stock_weights = loading = 0
-    if model.weights is not None:
-        divided, alone = topology(launch, facts), stock_topology(launch, facts)
-        weights = model.weights.per_rank(divided) + draft_bytes(facts, divided)
-        loading = model.weights.loading_per_rank(divided)
-        stock_weights = model.weights.per_rank(alone) + draft_bytes(facts, alone)
-    theirs = facts.fraction if facts.fraction is not None else stock
-    stock_kv = int(facts.usable_bytes * theirs) - stock_weights - facts.stock_media_bytes
-    used, fraction = least, leanest
-    if facts.fraction is not None:
-        fraction = facts.fraction
-    elif not lean:
-        # Never less for the KV cache than the stock host leaves, as far as what runs allows it.
-        static = stock_kv + weights + facts.media_bytes
-        alike = math.ceil(static / facts.usable_bytes * 1000 - 1e-6) / 1000
-        fraction = max(rounded_fraction(by_rule, facts), min(alike, leanest))
-        used = rule if fraction == rounded_fraction(by_rule, facts) else least
+    stock_fraction = stock if facts.fraction is None else facts.fraction
+    stock_kv = int(facts.usable_bytes * stock_fraction) - stock_weights - facts.stock_media_bytes
+    used, fraction = _fraction(
+        facts,
+        planned_rule(plan, launch, facts, launch.draft_width),
+        least_runtime(plan, launch, facts, model.weights, model.context_length),
+        ours=plan.rdma_device_bytes + workspace + towers,
+        like_stock=stock_kv + weights + facts.media_bytes,
+        lean=lean,
+    )
     left = int(facts.usable_bytes * fraction) - weights - facts.media_bytes
     memory = Memory(
         device_bytes=facts.device_bytes,
@@ -84,6 +72,52 @@ def memory_of(plan: Plan, model: ModelFacts, launch: LaunchFacts, *, lean: bool 
         kv_token_cap=facts.kv_token_cap,
     )
     return memory.with_room(left)
+
+
+def _host_fraction(plan: Plan, launch: LaunchFacts, facts: MemoryFacts) -> float:
+    """What the host will choose for the planned budgets, before it thinks of towers."""
+    prefill = plan.cuda_graph_max_bs_prefill if launch.prefill_graphs else 0
+    rule = planned_rule(plan, launch, facts, launch.typed_draft_tokens)
+    return round(1 - with_guess(launch, facts, rule, prefill) / facts.device_bytes, 3)
+
+
+def _weights(
+    model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts
+) -> tuple[int, int, int]:  # fmt: skip
+    """Bytes of a rank's weights, while they are loaded, and under the stock host's flags."""
+    if model.weights is None:
+        return 0, 0, 0
+    ours, stock = topology(launch, facts), stock_topology(launch, facts)
+    return (
+        model.weights.per_rank(ours) + draft_bytes(facts, ours),
+        model.weights.loading_per_rank(ours),
+        model.weights.per_rank(stock) + draft_bytes(facts, stock),
+    )
+
+
+def _fraction(
+    facts: MemoryFacts, rule: Runtime, least: Runtime, *, ours: int, like_stock: int, lean: bool
+) -> tuple[Runtime, float]:
+    """What is kept for activations and graphs, and the fraction that leaves it.
+
+    Args:
+        facts: of the device; with the fraction, where one is typed.
+        rule: activations and graphs by the host's rule.
+        least: those that run.
+        ours: bytes of the plugin's, and of towers.
+        like_stock: weights and a KV cache as large as the stock host's. There is never less, as far
+            as what runs allows it.
+        lean: keep the least that runs.
+    """
+    if facts.fraction is not None:
+        return least, facts.fraction
+    leanest = rounded_fraction(sum(least) + ours, facts)
+    if lean:
+        return least, leanest
+    by_rule = rounded_fraction(above_floor(sum(rule), facts) + ours, facts)
+    alike = math.ceil(like_stock / facts.usable_bytes * 1000 - 1e-6) / 1000
+    fraction = max(by_rule, min(alike, leanest))
+    return (rule if fraction == by_rule else least), fraction
 
 
 def kv_token_bytes(model: ModelFacts, launch: LaunchFacts, facts: MemoryFacts) -> int | None:

@@ -20,6 +20,9 @@ _ERRORS: dict[str, type[ConfigError] | type[UnsupportedError]] = {
     "unsupported": UnsupportedError,
 }
 
+T_NAME = "max_dispatch_tokens_per_rank"
+"""The budget that all others follow from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -173,8 +176,13 @@ class Plan:
         instance that only decodes."""
         return self.groups_apart and bool(self.prompt_steps)
 
+    def runs_eagerly(self, attn_dp_size: int) -> bool:
+        """Whether forwards may fit no graph: prefills, and batches past the largest for decode."""
+        captured = self.cuda_graph_max_bs_decode * attn_dp_size
+        return self.bounds_prefill or self.max_running_requests > captured
+
     @property
-    def captures_prefill(self) -> bool:
+    def captures_moe_in_prefills(self) -> bool:
         """Whether MoE layers are part of the host's prefill graphs, where it captures any: ours
         can be, in low latency. What is reserved and what is captured both stand on this."""
         return self.runner == "moe_plugin" and self.bounds_prefill

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from .memory import gib
-from .memory_fit import TOKENS
-from .plan import Plan
+from .plan import T_NAME, Plan
 
 
 def why_tokens(plan: Plan) -> str:
     """Where T comes from."""
-    return next(budget.arithmetic for budget in plan.budgets if budget.name == TOKENS)
+    return next(budget.arithmetic for budget in plan.budgets if budget.name == T_NAME)
 
 
 def binding(plan: Plan) -> list[str]:

@@ -154,6 +154,19 @@ def test_after_capture_only_the_eager_workspace_is_kept(
     assert fraction(ours) == pytest.approx(fraction(stock) - workspace / USABLE, abs=0.0011)
 
 
+def test_batches_past_the_largest_graph_have_a_workspace_after_capture(
+    worker: Worker, models: dict[str, str]
+) -> None:
+    """Where prefill goes another way, decode batches are what runs eagerly, if any does."""
+    auto = ("--moe-a2a-backend", "deepep", "--deepep-mode", "auto", "--attn-dp-size", "1")
+    sizes = ("--cuda-graph-max-bs-decode", "64", "--cuda-graph-max-bs-prefill", "2048")
+    for running, eager in (("64", False), ("128", True)):
+        more = (*auto, *sizes, "--max-running-requests", running)
+        _, ours = both(worker, models["qwen3-fp8"], *more, env=AFTER_CAPTURE)
+        plan = ours["plan"]
+        assert plan["reserved_bytes"] == (plan["workspace_bytes"] if eager else 0)
+
+
 def test_an_explicit_fraction_is_the_users(worker: Worker, models: dict[str, str]) -> None:
     """Nothing is reserved behind it, and the KV cache is what it says: the buffer is created out
     of the rest."""

@@ -171,7 +171,7 @@ SMALL_GRAPHS = {"cuda_graph_max_bs_decode": 128, "cuda_graph_max_bs_prefill": 12
         ({"cuda_graph_max_bs_decode": 128, "prefill_graphs": False}, True),
         ({**SMALL_GRAPHS, "cuda_graph_max_bs_decode": 256, "draft_width": 4}, True),  # 3 x 4 rows
         ({**SMALL_GRAPHS, "draft_width": 4, "max_running_requests": 4096}, False),
-        ({"cuda_graph_max_bs_decode": 128, "captures_prefills": False}, True),
+        ({"cuda_graph_max_bs_decode": 128, "surely_captures_prefills": False}, True),
         ({"cuda_graph_max_bs_decode": 256, "deepep_mode": "auto"}, False),
         ({"cuda_graph_max_bs_decode": 128, "deepep_mode": "auto"}, True),
     ],
