@@ -30,12 +30,10 @@ def dequantise_groups_torch(
     return q.float() * scale.repeat_interleave(group, -1)[..., : q.shape[-1]]
 
 
-def dequantise_blocks_torch(
-    q: torch.Tensor, scale: torch.Tensor, block: int = SCALE_BLOCK
-) -> torch.Tensor:
-    """Expand one float32 scale per `block` x `block` tile of [..., N, K], in float32."""
-    rows = scale.repeat_interleave(block, -2)[..., : q.shape[-2], :]
-    return q.float() * rows.repeat_interleave(block, -1)[..., : q.shape[-1]]
+def dequantise_blocks_torch(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Expand one float32 scale per tile of `SCALE_BLOCK` squared of [..., N, K], in float32."""
+    rows = scale.repeat_interleave(SCALE_BLOCK, -2)[..., : q.shape[-2], :]
+    return q.float() * rows.repeat_interleave(SCALE_BLOCK, -1)[..., : q.shape[-1]]
 
 
 def dequantise_expert_torch(

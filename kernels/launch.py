@@ -1,4 +1,4 @@
-"""Launch choice: a pure function of shape, format, expected rows and device.
+"""Launch choice: a pure function of shape, format, device and rows, expected and besides.
 
 Nothing here touches a GPU. A measured table (`tuned/*.json`, keyed by device name) wins where it
 knows the shape; elsewhere a heuristic decides.
@@ -102,9 +102,9 @@ def ring_stages(
     block_m_busy: int,
     block_k: int,
     fmt: Format,
-    warps: int = 4,
-    per_sm: int = 1,
-    swap_ab: bool = True,
+    warps: int,
+    per_sm: int,
+    swap_ab: bool,
 ) -> int:
     """Deepest ring that leaves room for what the compiler keeps in shared memory besides."""
     scales = 4 * max(block_m_busy, 32) if fmt.fp8_rows else 0
@@ -289,10 +289,10 @@ def pick_launch(shape: Shape, expected_m: int, device: Device, beside_m: int = 0
     """The measured launch for this shape and row count, or the heuristic's.
 
     `beside_m`: rows that an expert may get besides the expected ones, where other ranks prefill
-    while a decode graph is replayed. With any the launch for the fewest rows is avoided: the one
-    for 16 takes at most 1.02 times as long on 8 rows, and that one up to 1.9 times as long as the
-    best on 128 to 1,024. With many, FP8 has one for both; in bf16 the one for 16 takes at most 1.16
-    times as long as the best (H200).
+    while a decode graph is replayed. With any the launch for 8 rows is avoided: on 128 to 1,024 it
+    takes up to 1.9 times as long as the best, where that for 16 takes at most 1.02 times as long on
+    8. With many, FP8 has one for both, whatever was measured for few; in bf16 that for 16 takes at
+    most 1.16 times as long as the best (H200).
     """
     fmt = shape.format
     if fmt.fp8_rows and shape.capacity % SCALES_ALIGNED:

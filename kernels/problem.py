@@ -66,7 +66,7 @@ class Spec:
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One launch's tensors. `width` output channels per expert come from `w_rows` weight rows;
-    the second tile of a program lies `second` rows after the first. `activation`: of the first of
+    where the second tile of a program lies says `geometry`. `activation`: of the first of
     a layer's two launches, None in the second."""
 
     x: Any

@@ -11,6 +11,7 @@ import triton.language as tl
 from moe_plugin.kernels.tuning.tune import graph_seconds
 
 STREAM_BYTES = 4 << 30
+DENSE = 8192  # rows, columns and depth of a square product
 
 
 @triton.jit
@@ -63,17 +64,17 @@ def copy_bytes_per_second() -> float:
     return 2 * STREAM_BYTES / min(graph_seconds([call] * 3) for call in calls)
 
 
-def dense_flops(fp8: bool, size: int = 8192) -> float:
+def dense_flops(fp8: bool) -> float:
     """Dense square product on random data through the library."""
-    a = torch.randn(size, size, device="cuda").bfloat16()
-    b = torch.randn(size, size, device="cuda").bfloat16()
+    a = torch.randn(DENSE, DENSE, device="cuda").bfloat16()
+    b = torch.randn(DENSE, DENSE, device="cuda").bfloat16()
     if fp8:
         one = torch.ones((), device="cuda")
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
         call = lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)  # noqa: E731
     else:
         call = lambda: torch.mm(a, b)  # noqa: E731
-    return 2 * size**3 / graph_seconds([call] * 4)
+    return 2 * DENSE**3 / graph_seconds([call] * 4)
 
 
 def measure_ceilings() -> dict[str, float]:

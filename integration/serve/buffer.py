@@ -22,6 +22,10 @@ from . import process
 
 logger = logging.getLogger(__name__)
 
+CREATED = (
+    "moe_plugin: DeepEP buffer for %d tokens per rank, %d MiB asked, %d MiB taken, %d MiB planned"
+)
+
 
 def prepare_host(plan: Plan) -> None:
     """Let the host build its dispatcher although deep_ep does not import (torch transport)."""
@@ -165,7 +169,7 @@ def _create_low_latency(
     taken = free_before - _free_bytes()
     STATS.record_device_bytes("buffer", taken)
     logger.info(
-        "moe_plugin: DeepEP buffer for %d tokens per rank, %d MiB asked, %d MiB taken, %d planned",
+        CREATED,
         plan.max_dispatch_tokens_per_rank,
         plan.rdma_buffer_bytes >> 20,
         taken >> 20,

@@ -43,6 +43,8 @@ from .routings import tuning_mixture
 ROW_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHE_BYTES = 512 << 20  # weights are rotated until they are several times any L2
 LEAST_CALLS = 4
+REPLAYS = 5  # after two that are not counted
+COMPILING = 8  # processes
 FINALISTS = 4
 FEW_EXPERTS = 4
 BURSTS = (1, 2)  # four were at most 0.5 % faster, and a coarser ring
@@ -218,7 +220,7 @@ def _random_packed(shape: Shape, device: torch.device | str) -> ExpertWeights:
     )  # fmt: skip
 
 
-def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
+def graph_seconds(calls: list[Callable[[], Any]]) -> float:
     """Median seconds of one call, of all of them captured into one graph."""
     calls[0]()
     torch.cuda.synchronize()
@@ -227,7 +229,7 @@ def graph_seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
         for call in calls:
             call()
     times = []
-    for replay in range(replays + 2):
+    for replay in range(REPLAYS + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -321,7 +323,6 @@ def tune(
     path: Path,
     row_counts: Iterable[int] = ROW_COUNTS,
     progress: Callable[[int, int, str], None] | None = None,
-    workers: int = 8,
 ) -> None:
     """Measure the missing cells of the table at `path`, saving after each.
 
@@ -334,7 +335,7 @@ def tune(
     jobs = [
         (shape, launch) for shape, rows in missing for launch in candidate_launches(shape, rows)
     ]
-    failed = precompile(jobs, device, workers) if jobs else {}
+    failed = precompile(jobs, device, COMPILING) if jobs else {}
     buffers = None
     for done, (shape, rows) in enumerate(cells):
         key = table_key(shape, rows)

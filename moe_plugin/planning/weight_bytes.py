@@ -190,9 +190,7 @@ def scaled(weights: Weights, total: int, source: str) -> Weights:
     )
 
 
-def from_tensors(
-    tensors: Iterable[tuple[str, int]], shape: ModelShape, source: str = "safetensors headers"
-) -> Weights:
+def from_tensors(tensors: Iterable[tuple[str, int]], shape: ModelShape) -> Weights:
     """What the tensors of a checkpoint say, by name: (name, bytes) of each."""
     target, draft, unloaded = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0), 0
     for name, size in tensors:
@@ -209,7 +207,7 @@ def from_tensors(
             target[part] += size
     has_draft = any(draft.values())
     return Weights(
-        source=source,
+        source="safetensors headers",
         shape=shape,
         target=target,
         draft=draft if has_draft else {},

@@ -18,7 +18,6 @@ class BatchedMoEConfig:
         hidden_size: model hidden size.
         intermediate_size: one expert's intermediate size.
         max_num_tokens: most tokens that one rank dispatches at once, T; from the plan, > 0.
-        activation: ``silu``.
         batch_invariant: one launch of the experts for every batch, so that a token gets the same
             bits in any (the host's deterministic inference); costs speed in small ones.
         other_ranks: ranks of other DP groups that may prefill while this one replays a decode
@@ -31,7 +30,6 @@ class BatchedMoEConfig:
     hidden_size: int
     intermediate_size: int
     max_num_tokens: int
-    activation: str = "silu"
     batch_invariant: bool = False
     other_ranks: int = 0
 
@@ -51,15 +49,6 @@ class BatchedMoEConfig:
                     allowed="a number of experts that the ranks divide",
                     fix="change --tp-size, or add redundant experts "
                     "(--ep-num-redundant-experts) until they divide",
-                )
-            )
-        if self.activation != "silu":
-            raise ConfigError(
-                explain(
-                    "activation",
-                    got=repr(self.activation),
-                    allowed="'silu' (gated)",
-                    fix="--use-batched-dp-moe off",
                 )
             )
 
