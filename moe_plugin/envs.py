@@ -29,7 +29,7 @@ def parse_switch(text: str) -> Any:
                 "use_batched_dp_moe",
                 got=repr(text),
                 allowed="auto, on or off",
-                fix="--use-batched-dp-moe on",
+                fix="--use-batched-dp-moe auto",
             )
         ) from None
 

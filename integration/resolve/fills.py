@@ -23,11 +23,11 @@ def fills_of(server_args: Any, plan: Plan) -> dict[str, int]:
         typed = explicit_graph_max(server_args, "prefill", plan.capability.backend)
         if plan.cuda_graph_max_bs_prefill and typed is None:
             fills["cuda_graph_max_bs_prefill"] = plan.cuda_graph_max_bs_prefill
-    if plan.bounds_decode and plan.max_running_requests:
-        if server_args.max_running_requests != plan.max_running_requests:
-            fills["max_running_requests"] = plan.max_running_requests
-        if plan.cuda_graph_max_bs_decode and explicit_graph_max(server_args, "decode") is None:
-            fills["cuda_graph_max_bs_decode"] = plan.cuda_graph_max_bs_decode
+    running = plan.max_running_requests
+    if plan.bounds_decode and running and server_args.max_running_requests != running:
+        fills["max_running_requests"] = running
+    if plan.cuda_graph_max_bs_decode and explicit_graph_max(server_args, "decode") is None:
+        fills["cuda_graph_max_bs_decode"] = plan.cuda_graph_max_bs_decode
     if plan.groups_apart:
         if cfg.moe_dense_tp_size is None:
             fills["moe_dense_tp_size"] = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ...errors import MoePluginError
 from ...planning.device_memory import UNSET_PREFILL_GRAPH
 from ...planning.facts import GRAPH_MULTIPLE
 from ...planning.integers import ceil_to
@@ -13,6 +14,9 @@ CONFIG = "--cuda-graph-config"
 """The host's JSON, which wins over its flags."""
 BREAKABLE = "breakable"
 """The host's own choice for prefills."""
+NOT_CAPTURED = {"prefill": "decode", "decode": "prefill"}
+"""By the role of an instance, the phase that the host does not capture by itself
+(``apply_cuda_graph_disaggregation_roles``)."""
 _UNCAPTURED = ("DeepseekV4",)
 """Beginnings of the architectures whose prefills it leaves uncaptured."""
 
@@ -77,18 +81,25 @@ def explicit_graph_max(server_args: Any, phase: str, backend: str = "") -> int |
     if phase == "prefill" and backend == "deepep" and breakable and typed.value == 0:
         # Which it takes for unset, of breakable graphs; what is filled gives way to JSON.
         return UNSET_PREFILL_GRAPH if typed.flag == CONFIG else None
-    return int(typed.value)
+    try:
+        return int(typed.value)
+    except (TypeError, ValueError):
+        raise _mistyped(typed, phase, "a whole number", "64") from None
 
 
 def _largest(typed: TypedSizes, phase: str) -> int:
     try:
+        if isinstance(typed.value, str):  # whose digits are numbers, too
+            raise TypeError
         return max(map(int, typed.value))
     except (TypeError, ValueError):
-        got = f"{typed.flag}: {typed.value!r}"
-        fix = f"a list there, such as [1, 2, 4], or leave the sizes of {phase} out"
-        limit = f"batches to capture for {phase}"
-        error = Rejection(limit, got, "a list of whole numbers", fix, kind="config")
-        raise refusal([error]) from None
+        raise _mistyped(typed, phase, "a list of whole numbers", "[1, 2, 4]") from None
+
+
+def _mistyped(typed: TypedSizes, phase: str, allowed: str, example: str) -> MoePluginError:
+    got = f"{typed.flag}: {typed.value!r}"
+    fix = f"{typed.key} such as {example}, or none for {phase}"
+    return refusal([Rejection(f"batches to capture for {phase}", got, allowed, fix, kind="config")])
 
 
 def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
@@ -99,8 +110,10 @@ def graphs_enabled(server_args: Any, cfg: Any, phase: str) -> bool:
         config = cfg.cuda_graph_config
         return config is not None and getattr(config, phase).backend != "disabled"
     backend = _named_backend(server_args, cfg, phase)
-    if backend is not None:  # named, it wins over the flag for both phases
+    if backend is not None:  # named, it wins over the flag for both phases, and over the role
         return bool(backend != "disabled")
+    if phase == NOT_CAPTURED.get(cfg.disaggregation_mode):
+        return False
     if getattr(cfg, "disable_cuda_graph", False):
         return False
     if phase == "prefill" and _leaves_prefills_out(server_args, cfg):

@@ -7,12 +7,11 @@ that flag as well would change nothing.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...planning.plan import Change, Rejection
+from ...planning.plan import Change, Rejection, typed, words_of
 from .graph_facts import CONFIG, TypedSizes, typed_config, typed_sizes
 
 _FLAGS = {f"--cuda-graph-max-bs-{phase}": phase for phase in ("decode", "prefill")}
@@ -20,30 +19,49 @@ _FLAGS = {f"--cuda-graph-max-bs-{phase}": phase for phase in ("decode", "prefill
 
 def in_typed_words(server_args: Any, rejections: Sequence[Rejection]) -> tuple[Rejection, ...]:
     """``rejections``, with changes of a phase's sizes made wherever the user named some."""
-    typed = {flag: typed_sizes(server_args, phase) for flag, phase in _FLAGS.items()}
-    typed = {flag: places for flag, places in typed.items() if places and places[0].flag != flag}
-    wanted = {name: value for error in rejections for name, value in error.changes}
-    if not typed.keys() & wanted.keys():
+    named = {flag: typed_sizes(server_args, phase) for flag, phase in _FLAGS.items()}
+    named = {flag: places for flag, places in named.items() if places and places[0].flag != flag}
+    if not named:
         return tuple(rejections)
-    sizes = {_FLAGS[flag]: value for flag, value in wanted.items() if flag in typed}
-    config = _changed_config(typed_config(server_args), sizes)
-    return tuple(_respelled(error, typed, config) for error in rejections)
+    words = _Words(named, typed_config(server_args))
+    together = {name: value for error in rejections for name, value in error.changes}
+    return tuple(words.respelled(error, together) for error in rejections)
 
 
-def _respelled(
-    error: Rejection, typed: Mapping[str, list[TypedSizes]], config: str | None
-) -> Rejection:
-    got, changes = error.got, dict[str, str | None]()
-    for flag, value in error.changes:
-        if flag not in typed:
-            changes[flag] = value
-            continue
-        for place in typed[flag]:
-            changes[place.flag] = config if place.flag == CONFIG else _changed(place, value)
-        got = got.replace(f"{flag} ", f"{_told(typed[flag][0], _FLAGS[flag])}: ")
-    if not any(flag in typed for flag, _ in error.changes):
-        return error
-    return replace(error, got=got, fix=_fix(changes.items()), changes=tuple(changes.items()))
+@dataclass(frozen=True)
+class _Words:
+    """What the user named: places by the flag that the plan speaks of, and the JSON."""
+
+    named: Mapping[str, list[TypedSizes]]
+    config: Mapping[str, Any]
+
+    def respelled(self, error: Rejection, together: Mapping[str, str | None]) -> Rejection:
+        """``together``: changes of all reasons, for one JSON holds both phases."""
+        flags = {flag for way in (error.changes, *error.alternatives) for flag, _ in way}
+        if not flags & self.named.keys():
+            return error
+        changes = self._spelled(error.changes, together)
+        ways = tuple(self._spelled(way, dict(way)) for way in error.alternatives)
+        got = error.got
+        for flag in flags & self.named.keys():
+            got = got.replace(f"{flag} ", f"{_told(self.named[flag][0], _FLAGS[flag])}: ")
+        fix = ", or ".join([_fix(changes), *map(words_of, ways)])
+        return replace(error, got=got, fix=fix, changes=changes, alternatives=ways)
+
+    def _spelled(
+        self, changes: Iterable[Change], together: Mapping[str, str | None]
+    ) -> tuple[Change, ...]:
+        sizes = {_FLAGS[flag]: together[flag] for flag in self.named if flag in together}
+        spelled: dict[str, str | None] = {}
+        for flag, value in changes:
+            if flag not in self.named:
+                spelled[flag] = value
+            for place in self.named.get(flag, ()):
+                if place.flag == CONFIG:
+                    spelled[CONFIG] = _changed_config(self.config, sizes)
+                else:
+                    spelled[place.flag] = _changed(place, value)
+        return tuple(spelled.items())
 
 
 def _told(place: TypedSizes, phase: str) -> str:
@@ -81,13 +99,15 @@ def _listed(sizes: Iterable[Any]) -> str:
     return " ".join(map(str, sizes))
 
 
-def _fix(changes: Iterable[Change]) -> str:
+def _fix(changes: Sequence[Change]) -> str:
     """What to type, and in place of what."""
-    typed, gone = [], []
+    there, gone = [], []
     for flag, value in changes:
         if value is None:
             gone.append(flag)
         else:
-            typed.append(f"{flag} {shlex.quote(value) if flag == CONFIG else value}".strip())
-    text = " ".join(typed)
+            there.append(typed(flag, value))
+    if not there:
+        return words_of(changes)
+    text = " ".join(there)
     return f"{text} in place of {', '.join(gone)}" if gone else text

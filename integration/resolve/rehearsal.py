@@ -10,11 +10,13 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...errors import MoePluginError
 from ...planning.fixes import followed_by, left_altogether
-from ...planning.plan import Change, Rejection, refusal
+from ...planning.leaving import LEAVE
+from ...planning.plan import Change, Rejection, refusal, words_of
 from ..flags import carry_request
 from ..host_checks import check_symbol
 from ..host_symbols import RECORD_FIELDS
@@ -37,10 +39,18 @@ def completed_refusals(server_args: Any) -> Iterator[None]:
             raise
         found = in_typed_words(server_args, error.rejections)
         if not _rehearsing:
-            found = _completed(server_args, found)
+            found = tuple(_left_whole(server_args, e) for e in _completed(server_args, found))
         if found == error.rejections:
             raise
         raise refusal(found, error.plan) from error.__cause__
+
+
+def _left_whole(server_args: Any, error: Rejection) -> Rejection:
+    """``error``, whose way out names a flag that selects DeepEP again, where that was typed."""
+    leaves = set(LEAVE) <= set(error.changes)
+    if not leaves or not getattr(server_args, "enable_waterfill", False):
+        return error
+    return replace(error, fix=f"{error.fix}, without --enable-waterfill")
 
 
 def _completed(server_args: Any, rejections: tuple[Rejection, ...]) -> tuple[Rejection, ...]:
@@ -50,11 +60,21 @@ def _completed(server_args: Any, rejections: tuple[Rejection, ...]) -> tuple[Rej
             return found  # nothing to type helps: more ranks, another device
         more = _still_refused(server_args, [c for error in found for c in error.changes])
         if not more:
-            return found
+            return tuple(_with_what_works(server_args, found, error) for error in found)
         before, found = found, followed_by(found, more)
         if found == before:
             break
     return left_altogether(found)
+
+
+def _with_what_works(server_args: Any, found: Sequence[Rejection], error: Rejection) -> Rejection:
+    """``error`` with the alternatives that are refused no more beside the other reasons' fixes."""
+    others = [change for each in found if each is not error for change in each.changes]
+    ways = tuple(w for w in error.alternatives if not _still_refused(server_args, [*others, *w]))
+    if ways == error.alternatives:
+        return error
+    fix = ", or ".join(map(words_of, (error.changes, *ways)))
+    return replace(error, fix=fix, alternatives=ways)
 
 
 def _still_refused(server_args: Any, changes: Sequence[Change]) -> tuple[Rejection, ...]:

@@ -258,8 +258,8 @@ def experts_kernel(
     """One launch over all live tiles; see the module docstring."""
     ring = Ring.create(w_desc, busy_desc, s_desc, STAGES, WARP_GROUPS, FP8, GROUP > 0)
     variant = Variant(SWAP_AB, FUSED, W_SCALE, ALIGNED, ALPHA, BETA, LIMIT, CLAMPED)
-    # As `Problem.geometry`, whose step counts the tiles. The second tile: the up rows follow all gate
-    # rows, or take turns with them; or the next tile.
+    # As `Problem.geometry` has it. The second tile: the up rows follow all gate rows, or take turns
+    # with them; or the next tile.
     second = gl.to_tensor(BLOCK_N)
     step: gl.constexpr = BLOCK_N if FUSED else 2 * BLOCK_N
     if UP_COLUMN > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from ..batched_backend import Mode
@@ -9,7 +10,7 @@ from .compatibility import FLASHINFER_TILE
 from .facts import GRAPH_MULTIPLE, LaunchFacts, ModelFacts
 from .integers import ceil_div, ceil_to, floor_to
 from .leaving import LEAVE, LEAVE_TEXT
-from .plan import Rejection
+from .plan import Rejection, words_of
 from .row_budgets import (
     RowBudget,
     chunk_per_dp_group,
@@ -25,16 +26,28 @@ LEAST_PREFILL_GRAPH = 4
 
 def check_counts(launch: LaunchFacts) -> list[Rejection]:
     """Counts that no arithmetic can start from: mistyped."""
-    errors = []
-    for flag, value, least in (
-        ("--tp-size", launch.tp_size, 1),
-        ("--pp-size", launch.pp_size, 1),
-        ("--ep-num-redundant-experts", launch.redundant_experts, 0),
-    ):
-        if value < least:
-            change = (flag, str(least))
-            fix, got = " ".join(change), f"{flag} {value}"
-            errors.append(Rejection("launch", got, f">= {least}", fix, (change,), "config"))
+    counts = [
+        ("--tp-size", launch.tp_size, "1"),
+        ("--pp-size", launch.pp_size, "1"),
+        ("--ep-num-redundant-experts", launch.redundant_experts, "0"),
+    ]
+    errors = [
+        _count(flag, value, f">= {least}", least)
+        for flag, value, least in counts
+        if value < int(least)
+    ]
+    unset: list[tuple[str, float | None]] = [
+        ("--max-running-requests", launch.max_running_requests)
+    ]
+    if launch.memory is not None:
+        unset.append(("--max-total-tokens", launch.memory.kv_token_cap))
+    errors += [
+        _count(flag, value, ">= 1", None)
+        for flag, value in unset
+        if value is not None and value < 1
+    ]
+    if launch.memory is not None and math.isnan(launch.memory.fraction or 0):
+        errors.append(_count("--mem-fraction-static", "nan", "a share, such as 0.85", None))
     if launch.moe_dp_size > 1:  # ``runtime_context.py``: tp = moe_ep x moe_dp x moe_tp
         errors.append(
             Rejection(
@@ -47,6 +60,11 @@ def check_counts(launch: LaunchFacts) -> list[Rejection]:
             )
         )
     return errors
+
+
+def _count(flag: str, value: object, allowed: str, instead: str | None) -> Rejection:
+    change = (flag, instead)
+    return Rejection("launch", f"{flag} {value}", allowed, words_of([change]), (change,), "config")
 
 
 def check_budgets(
@@ -84,7 +102,8 @@ def check_budgets(
 def overruns(
     budgets: Sequence[RowBudget], tokens_per_rank: int, resolved: str = ""
 ) -> list[Rejection]:
-    """Refuse each value that asks for more rows than T.
+    """Refuse each value that asks for more rows than T. Where no value is small enough, something
+    else is too large (a page, a draft), which is refused by itself.
 
     Args:
         budgets: of one launch and T.
@@ -100,7 +119,7 @@ def overruns(
             changes=((budget.flag, str(budget.most)),),
         )
         for budget in budgets
-        if budget.overruns(tokens_per_rank)
+        if budget.overruns(tokens_per_rank) and budget.most
     ]
 
 

@@ -95,7 +95,7 @@ def followed_by(
 
 def left_altogether(errors: tuple[Rejection, ...]) -> tuple[Rejection, ...]:
     """``errors``, with the one fix that is left: to run without."""
-    return tuple(replace(error, fix=LEAVE_TEXT, changes=LEAVE) for error in errors)
+    return tuple(replace(error, fix=LEAVE_TEXT, changes=LEAVE, alternatives=()) for error in errors)
 
 
 def _reconciled(found: list[Rejection]) -> list[Rejection]:
@@ -132,7 +132,9 @@ def _merge(found: list[Rejection], error: Rejection) -> None:
             found[index] = error if names else known
             return
         if names and [name for name, _ in known.changes] == names:
-            found[index] = replace(known, fix=error.fix, changes=error.changes)
+            found[index] = replace(
+                known, fix=error.fix, changes=error.changes, alternatives=error.alternatives
+            )
             return
     found.append(error)
 

@@ -21,7 +21,7 @@ from .memory import DTYPE_BYTES, gib
 from .memory_fit import Build, settle
 from .memory_record import PROMPTS, Memory, MemoryFacts
 from .memory_use import USEFUL_SHARE, needed
-from .plan import Change, Plan, Rejection
+from .plan import Change, Plan, Rejection, words_of
 from .row_budgets import row_budgets
 
 Works = Callable[[LaunchFacts], bool]
@@ -115,8 +115,8 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
     memory = plan.memory
     assert memory is not None
     knobs = _working(plan, memory, launch, limits, works)
-    changes = knobs[0] if knobs else ()
-    fix = ", or ".join(_typed(knob) for knob in knobs)
+    changes, alternatives = (knobs[0], tuple(knobs[1:])) if knobs else ((), ())
+    fix = ", or ".join(map(words_of, knobs))
     weights = f"{gib(memory.weights_bytes)} of weights, " if memory.weights_source else ""
     if memory.loading_bytes > memory.usable_bytes:
         got = (
@@ -125,7 +125,7 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
         )
         fix = fix or "more ranks, or a checkpoint that is quantised already"
         allowed = f"{gib(memory.usable_bytes)} of a device of {gib(memory.device_bytes)}"
-        return Rejection("device memory", got, allowed, fix, changes)
+        return Rejection("device memory", got, allowed, fix, changes, alternatives=alternatives)
     kept = memory.multimodal_bytes
     media = f", {gib(kept)} for images, video and audio" if kept else ""
     got = (
@@ -140,6 +140,7 @@ def memory_rejection(plan: Plan, launch: LaunchFacts, limits: Limits, works: Wor
         _allowed(memory, launch),
         fix or f"more than {launch.tp_size * MORE_RANKS[-1]} ranks, or a device with more memory",
         changes,
+        alternatives=alternatives,
     )
 
 
@@ -152,11 +153,6 @@ def _allowed(memory: Memory, launch: LaunchFacts) -> str:
         f"{usable}: with --mem-fraction-static {launch.memory.fraction:g} {gib(static)} for "
         f"weights and KV cache, {gib(memory.usable_bytes - static)} for the rest"
     )
-
-
-def _typed(changes: tuple[Change, ...]) -> str:
-    words = [f"{name} {value}" if value is not None else f"unset {name}" for name, value in changes]
-    return " ".join(words)
 
 
 def _working(

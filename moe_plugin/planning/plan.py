@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class Rejection:
         kind: which error it is raised as.
         host_runs: the stock host runs this launch, or may: nothing to refuse it for unless the
             plugin was asked for by name.
+        alternatives: what else, in place of ``changes``, makes it work; part of ``fix``.
     """
 
     limit: str
@@ -46,9 +48,21 @@ class Rejection:
     changes: tuple[Change, ...] = ()
     kind: Kind = "budget"
     host_runs: bool = False
+    alternatives: tuple[tuple[Change, ...], ...] = ()
 
     def __str__(self) -> str:
         return explain(self.limit, got=self.got, allowed=self.allowed, fix=self.fix)
+
+
+def words_of(changes: Iterable[Change]) -> str:
+    """Changes as one would type them."""
+    words = (f"unset {name}" if value is None else typed(name, value) for name, value in changes)
+    return " ".join(words)
+
+
+def typed(flag: str, value: str) -> str:
+    """A flag with its value, for a shell; several values are several words."""
+    return f"{flag} {shlex.quote(value) if value.startswith('{') else value}".strip()
 
 
 @dataclass(frozen=True, slots=True)

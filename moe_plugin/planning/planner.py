@@ -90,10 +90,10 @@ def _plan_apart(
     if launch.memory is None or typed_apart(launch):
         return apart
     joined = _sized(model, launch, limits, capability, apart=False)
+    if len(apart.errors) != len(joined.errors):
+        return min(apart, joined, key=lambda plan: len(plan.errors))
     smaller = apart.max_dispatch_tokens_per_rank < joined.max_dispatch_tokens_per_rank
-    if smaller or len(apart.errors) > len(joined.errors) or _leaves_less(apart, joined):
-        return joined
-    return apart
+    return joined if smaller or _leaves_less(apart, joined) else apart
 
 
 def _leaves_less(apart: Plan, joined: Plan) -> bool:

@@ -97,10 +97,12 @@ def row_budgets(
             budgets.append(_prefill_tokens(launch, tokens_per_rank))
         if launch.prefill_graphs:
             budgets.append(_prefill_graph(launch, tokens_per_rank, chunk))
-    if Mode.DECODE in modes and launch.disaggregation_mode != "prefill":
-        running = _running(launch, tokens_per_rank, chunk or launch.known_chunk)
-        if launch.decode_graphs:
-            budgets.append(_decode_graph(launch, tokens_per_rank, running.value, graph_default))
+    # An instance that only prefills or decodes captures the other phase where that is asked for.
+    decodes = Mode.DECODE in modes and launch.disaggregation_mode != "prefill"
+    running = _running(launch, tokens_per_rank, chunk or launch.known_chunk)
+    if launch.decode_graphs and (decodes or launch.disaggregation_mode == "prefill"):
+        budgets.append(_decode_graph(launch, tokens_per_rank, running.value, graph_default))
+    if decodes:
         budgets.append(running)
     return tuple(budgets)
 
@@ -219,7 +221,6 @@ def _prefill_graph(launch: LaunchFacts, tokens_per_rank: int, chunk: int) -> Row
     captured = ceil_to(value, GRAPH_MULTIPLE)
     rows = ceil_div(captured, launch.attn_tp_size)
     rounded = f", captured as {captured}" if captured != value else ""
-    bounded = launch.disaggregation_mode != "decode"
     return RowBudget(
         name="cuda_graph_max_bs_prefill",
         flag="--cuda-graph-max-bs-prefill",
@@ -227,9 +228,9 @@ def _prefill_graph(launch: LaunchFacts, tokens_per_rank: int, chunk: int) -> Row
         typed=launch.cuda_graph_max_bs_prefill is not None,
         rows=rows,
         arithmetic=f"{value}{rounded}{_over(launch, rows)}",
-        most=floor_to(room, GRAPH_MULTIPLE) if bounded else None,
+        most=floor_to(room, GRAPH_MULTIPLE),
         step=GRAPH_MULTIPLE,
-        bound="T x attention TP" if bounded else "a decode instance",
+        bound="T x attention TP",
     )
 
 

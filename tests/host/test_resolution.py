@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -404,6 +405,79 @@ def test_sizes_are_refused_in_the_words_in_which_they_were_typed(
     words = {word for error in answer["errors"] for word in shlex.split(error["fix"])}
     assert set(instead) <= words
     assert launch(*TP8, *LL, *T256, *instead)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("role", "typed", "phase", "fix"),
+    [
+        (
+            "decode",
+            ("--cuda-graph-backend-prefill", "breakable", "--cuda-graph-bs-prefill", "8192"),
+            "prefill",
+            "--cuda-graph-bs-prefill 256",
+        ),
+        (
+            "prefill",
+            ("--cuda-graph-backend-decode", "full", "--cuda-graph-max-bs-decode", "512"),
+            "decode",
+            "--cuda-graph-max-bs-decode 256",
+        ),
+    ],
+)
+def test_a_phase_of_another_role_is_held_to_t_where_its_graphs_are_asked_for(
+    launch: Launch, role: str, typed: tuple[str, ...], phase: str, fix: str
+) -> None:
+    """The host captures them then, and leaves them out otherwise."""
+    argv = (*TP8, *LL, *T256, "--disaggregation-mode", role)
+    (error,) = launch(*argv, *typed)["errors"]
+    assert error["fix"] == fix
+    answer = launch(*argv, *typed[:2])
+    assert answer["ok"]
+    assert max(answer[phase]["bs"]) <= 256
+    assert launch(*argv)[phase]["backend"] == "disabled"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("--max-running-requests", "0"),
+        ("--max-total-tokens", "0"),
+        ("--mem-fraction-static", "nan"),
+    ],
+)
+def test_numbers_that_nothing_can_start_from_are_the_users(
+    launch: Launch, typed: tuple[str, str]
+) -> None:
+    """Each under its own flag."""
+    (error,) = launch(*TP8, *LL, *typed)["errors"]
+    assert (error["got"], error["fix"]) == (" ".join(typed), f"unset {typed[0]}")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "allowed"),
+    [
+        ({"max_bs": "abc"}, "a whole number"),
+        ({"bs": "4096"}, "a list of whole numbers"),
+        ({"bs": 5}, "a list of whole numbers"),
+    ],
+)
+def test_mistyped_sizes_of_graphs_are_one_refusal(
+    launch: Launch, sizes: dict[str, object], allowed: str
+) -> None:
+    """Not a fault of the plugin."""
+    answer = launch(*TP8, *LL, GRAPHS, json.dumps({"decode": sizes}))
+    assert len(answer["errors"]) == 1
+    assert f"allowed {allowed}." in answer["error"]
+
+
+def test_a_draft_wider_than_t_is_one_reason(launch: Launch, models: dict[str, str]) -> None:
+    """Not one for every value that follows from it."""
+    eagle = ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", models["qwen3"])
+    wide = ("--speculative-num-steps", "7", "--speculative-eagle-topk", "8")
+    drafts = ("--speculative-num-draft-tokens", "64", "--batched-dp-moe-max-tokens", "32")
+    (error,) = launch(*TP8, *ON, *eagle, *wide, *drafts)["errors"]
+    assert error["got"] == "one captured decode batch of 64 draft tokens per request"
+    assert error["fix"] == "--batched-dp-moe-max-tokens 64"
 
 
 def test_a_list_of_prefill_sizes_is_counted_as_the_host_rounds_it(launch: Launch) -> None:

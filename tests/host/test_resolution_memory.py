@@ -167,6 +167,37 @@ def test_batches_past_the_largest_graph_have_a_workspace_after_capture(
         assert plan["reserved_bytes"] == (plan["workspace_bytes"] if eager else 0)
 
 
+@pytest.mark.parametrize(
+    ("typed", "way"),
+    [
+        (("--cuda-graph-bs-decode", "1", "1024"), "--cuda-graph-bs-decode 1 "),
+        (("--cuda-graph-config", '{"decode": {"bs": [1, 1024]}}'), '\'{"decode": {"bs": [1, '),
+    ],
+)
+def test_every_way_out_that_is_named_works(
+    worker: Worker, models: dict[str, str], typed: tuple[str, ...], way: str
+) -> None:
+    """Also behind an `or`: spelled as the user did, and resolved before it is printed."""
+    argv = ["--model-path", models["qwen3"], *TP8, "--use-batched-dp-moe", "on"]
+    argv += ["--mem-fraction-static", "0.9"]
+    (refused,) = worker.ask([{"argv": [*argv, *typed]}])
+    (error,) = refused["errors"]
+    ways = [error["changes"], *error["alternatives"]]
+    assert len(error["fix"].split(", or ")) == len(ways) > 1
+    assert way in error["fix"]
+    for changes in ways:
+        flags = dict(zip(argv[::2], argv[1::2], strict=True)) | {typed[0]: " ".join(typed[1:])}
+        for flag, value in changes:
+            flags[flag] = value
+        again = [
+            word
+            for flag, value in flags.items()
+            for word in (flag, *([value] if flag == "--cuda-graph-config" else value.split()))
+        ]
+        (answer,) = worker.ask([{"argv": again}])
+        assert answer["ok"], answer["error"]
+
+
 def test_an_explicit_fraction_is_the_users(worker: Worker, models: dict[str, str]) -> None:
     """Nothing is reserved behind it, and the KV cache is what it says: the buffer is created out
     of the rest."""

@@ -106,6 +106,7 @@ def resolve(case: dict[str, Any]) -> dict[str, Any]:
                 "got": e.got,
                 "fix": e.fix,
                 "changes": [list(c) for c in e.changes],
+                "alternatives": [[list(c) for c in way] for way in e.alternatives],
             }
             for e in errors
         ]

@@ -88,6 +88,18 @@ def test_a_smaller_t_says_what_it_makes_room_for() -> None:
     assert "KV cache" in render(found)
 
 
+@pytest.mark.parametrize(("model", "ranks"), [(QWEN_235B_FP8, 16), (QWEN_30B_BF16, 4)])
+def test_groups_apart_that_fit_win_over_joined_ones_that_do_not(
+    model: ModelFacts, ranks: int
+) -> None:
+    """Though the refused plan has the larger T: it is none that runs."""
+    fraction = {16: 0.9, 4: 0.92}[ranks]
+    assert plan(model, ranks, fraction=fraction, moe_dense_tp_size=ranks).verdict == "refused"
+    found = plan(model, ranks, fraction=fraction)
+    assert found.verdict == "ok"
+    assert found.groups_apart
+
+
 def test_weights_that_do_not_fit_are_refused_with_ranks_that_hold_them() -> None:
     """93 GiB on 80: no T helps, twice the ranks do, as the plan for those says too."""
     found = plan(V3_FP8, 8)
