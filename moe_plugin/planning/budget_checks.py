@@ -20,6 +20,7 @@ from .row_budgets import (
 )
 
 ROWS = "rows per rank and forward"
+_OF_REQUESTS = ("cuda_graph_max_bs_decode", "max_running_requests")
 LEAST_PREFILL_GRAPH = 4
 """Below it the host makes an empty list (``generate_prefill_cuda_graph_batch_sizes``)."""
 
@@ -102,8 +103,8 @@ def check_budgets(
 def overruns(
     budgets: Sequence[RowBudget], tokens_per_rank: int, resolved: str = ""
 ) -> list[Rejection]:
-    """Refuse each value that asks for more rows than T. Where no value is small enough, something
-    else is too large (a page, a draft), which is refused by itself.
+    """Refuse each value that asks for more rows than T. Where no number of requests is small
+    enough, their drafts are too wide, which is a reason of its own.
 
     Args:
         budgets: of one launch and T.
@@ -119,7 +120,7 @@ def overruns(
             changes=((budget.flag, str(budget.most)),),
         )
         for budget in budgets
-        if budget.overruns(tokens_per_rank) and budget.most
+        if budget.overruns(tokens_per_rank) and (budget.most or budget.name not in _OF_REQUESTS)
     ]
 
 
