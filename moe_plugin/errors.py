@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+EXPLAINED = re.compile(r"(.+?): got (.+), allowed (.+)\. Fix: (.+)", re.DOTALL)
+"""What :func:`explain` wrote, taken apart: what, got, allowed, fix."""
 
 
 class MoePluginError(Exception):

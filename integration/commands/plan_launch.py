@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ...batched_backend import Capability
-from ...errors import ConfigError, MoePluginError
+from ...errors import EXPLAINED, ConfigError, MoePluginError
 from ...planning.plan import Plan, Rejection
 from ...planning.report import render, table
 from .. import flags
@@ -24,7 +23,6 @@ from .blame import host_rejection, internal, raised_by_us
 Draw = Callable[[Sequence[Sequence[str]]], str]
 """How a table is shown; its first row is the head."""
 _MODULE = "sglang.launch_server"
-_EXPLAINED = re.compile(r"(.+?): got (.+), allowed (.+)\. Fix: (.+)", re.DOTALL)
 RESOLVED = (
     "chunked_prefill_size",
     "max_running_requests",
@@ -147,7 +145,7 @@ def _resolve(record: Any) -> tuple[Plan, dict[str, Any] | None]:
 
 def _rejection(error: MoePluginError) -> Rejection:
     """An error of ours that lists no rejections, taken apart again (``explain``)."""
-    told = _EXPLAINED.fullmatch(str(error))
+    told = EXPLAINED.fullmatch(str(error))
     if told is not None:
         limit, got, allowed, fix = told.groups()
         return Rejection(limit, got, allowed, fix)

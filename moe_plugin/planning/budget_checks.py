@@ -27,25 +27,18 @@ LEAST_PREFILL_GRAPH = 4
 
 def check_counts(launch: LaunchFacts) -> list[Rejection]:
     """Counts that no arithmetic can start from: mistyped."""
-    counts = [
-        ("--tp-size", launch.tp_size, "1"),
-        ("--pp-size", launch.pp_size, "1"),
-        ("--ep-num-redundant-experts", launch.redundant_experts, "0"),
+    cap = launch.memory.kv_token_cap if launch.memory is not None else None
+    counts: list[tuple[str, int | None, int, str | None]] = [  # the least, and what to type instead
+        ("--tp-size", launch.tp_size, 1, "1"),
+        ("--pp-size", launch.pp_size, 1, "1"),
+        ("--ep-num-redundant-experts", launch.redundant_experts, 0, "0"),
+        ("--max-running-requests", launch.max_running_requests, 1, None),
+        ("--max-total-tokens", cap, 1, None),
     ]
     errors = [
-        _count(flag, value, f">= {least}", least)
-        for flag, value, least in counts
-        if value < int(least)
-    ]
-    unset: list[tuple[str, float | None]] = [
-        ("--max-running-requests", launch.max_running_requests)
-    ]
-    if launch.memory is not None:
-        unset.append(("--max-total-tokens", launch.memory.kv_token_cap))
-    errors += [
-        _count(flag, value, ">= 1", None)
-        for flag, value in unset
-        if value is not None and value < 1
+        _count(flag, value, f">= {least}", instead)
+        for flag, value, least, instead in counts
+        if value is not None and value < least
     ]
     if launch.memory is not None and math.isnan(launch.memory.fraction or 0):
         errors.append(_count("--mem-fraction-static", "nan", "a share, such as 0.85", None))

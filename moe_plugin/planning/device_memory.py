@@ -91,7 +91,7 @@ def pools(plan: Plan, launch: LaunchFacts) -> int:
     """Allocator pools that hold a workspace: that of captured graphs, which decode and prefill
     share, and the ordinary one for forwards that fit no graph."""
     decode_graphs = plan.bounds_decode and launch.decode_graphs
-    eager = plan.runs_eagerly(launch.attn_dp_size) or not launch.decode_graphs
+    eager = plan.runs_eagerly(launch.attn_dp_size)
     captured = decode_graphs or (plan.captures_moe_in_prefills and launch.prefill_graphs)
     return int(eager) + int(captured)
 
